@@ -1,0 +1,216 @@
+"""Directories that stages hand to each other: whole or not there, and able to say what they are.
+
+    with write_directory(uri, kind="model", inputs={"prepared": digest}, config=config) as draft:
+        ...                                # write files below draft.path, fill draft.counts
+    manifest = read_manifest(uri, kind="model")
+
+Files are written beside the final name. `manifest.json` (sha256 of every file, digest of the inputs, resolved config)
+is written last, then the directory is moved to its name. A directory without a manifest does not exist.
+Paths are local or any fsspec URI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from cllm4rec.errors import ArtifactError, ResourceError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a finished directory says of itself."""
+
+    kind: str
+    schema_version: int
+    counts: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    inputs: dict[str, str]
+    config: dict[str, Any]
+    digest: str
+    created: str
+
+
+@dataclasses.dataclass
+class Draft:
+    """A directory being written: put files below `path`, numbers worth knowing into `counts`."""
+
+    uri: str
+    counts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def path(self, *parts: str) -> str:
+        return join(self.uri, *parts)
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The fsspec file system of a URI and the path on it; local paths become absolute."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs, path
+
+
+def absolute(uri: str) -> str:
+    """The URI as another process with another working directory can use it."""
+    fs, path = filesystem(uri)
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a JSON-like value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest_of_file(uri: str) -> str:
+    """sha256 of a file's bytes, read in pieces."""
+    fs, path = filesystem(uri)
+    sha = hashlib.sha256()
+    with fs.open(path, "rb") as stream:
+        while piece := stream.read(1 << 20):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    fs, path = filesystem(uri)
+    fs.makedirs(fs._parent(path), exist_ok=True)
+    with fs.open(path, "wb") as stream:
+        stream.write(content)
+
+
+def read_bytes(uri: str) -> bytes:
+    fs, path = filesystem(uri)
+    try:
+        content: bytes = fs.cat_file(path)
+    except FileNotFoundError:
+        raise ArtifactError(f"{uri} is missing; run the stage that writes it") from None
+    return content
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True, default=str) + "\n").encode())
+
+
+def read_json(uri: str) -> Any:
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError:
+        raise ArtifactError(f"{uri} is damaged: it is not JSON; run the stage that writes it with --force") from None
+
+
+def list_files(uri: str) -> list[str]:
+    """Paths of all files below a directory, relative to it, sorted."""
+    fs, root = filesystem(uri)
+    return sorted(str(path)[len(root.rstrip("/")) + 1 :] for path in fs.find(root))
+
+
+def remove_directory(uri: str) -> None:
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+@contextlib.contextmanager
+def write_directory(uri: str, *, kind: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[Draft]:
+    """Write a directory under a temporary name; on success add the manifest and move it to `uri`, replacing what was there.
+
+    On any error the draft is removed and what stood at `uri` stays. A full disk becomes a ResourceError.
+    """
+    draft = Draft(f"{uri.rstrip('/')}.partial")
+    remove_directory(draft.uri)
+    fs, path = filesystem(draft.uri)
+    try:
+        fs.makedirs(path, exist_ok=True)
+        yield draft
+        write_json(draft.path(MANIFEST), _manifest(draft, kind, inputs, config))
+        _move_into_place(draft.uri, uri)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"the disk is full while writing {uri}; free some space and run the same command again") from error
+        raise
+    finally:
+        remove_directory(draft.uri)
+
+
+def read_manifest(uri: str, kind: str) -> Manifest:
+    """The manifest of a finished directory. Raises ArtifactError where it is missing, damaged or of another kind."""
+    fs, path = filesystem(join(uri, MANIFEST))
+    if not fs.exists(path):
+        raise ArtifactError(f"{uri} is not a finished {kind} directory (no {MANIFEST}); run the stage that writes it")
+    raw = read_json(join(uri, MANIFEST))
+    try:
+        manifest = Manifest(**raw)
+    except TypeError:
+        raise ArtifactError(f"{uri}/{MANIFEST} is damaged; run the stage that writes it with --force") from None
+    if manifest.kind != kind:
+        raise ArtifactError(f"{uri} is a {manifest.kind} directory where a {kind} directory is needed; check the path")
+    if manifest.schema_version != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{uri} was written with schema version {manifest.schema_version} and this code reads {SCHEMA_VERSION}; "
+            "run the stage that writes it again"
+        )
+    return manifest
+
+
+def verify_files(uri: str, manifest: Manifest) -> None:
+    """Compare every file with its sha256 in the manifest. Raises ArtifactError naming the first that differs."""
+    fs, root = filesystem(uri)
+    for name, expected in manifest.files.items():
+        if not fs.exists(f"{root}/{name}"):
+            raise ArtifactError(f"{uri}/{name} is missing; copy the directory again or run its stage with --force")
+        if digest_of_file(join(uri, name)) != expected["sha256"]:
+            raise ArtifactError(f"{uri}/{name} is damaged (sha256 differs); copy it again or run its stage with --force")
+
+
+def is_current(uri: str, kind: str, inputs: Mapping[str, str]) -> bool:
+    """Whether a finished directory was made from exactly these inputs, so that its stage can be skipped."""
+    fs, path = filesystem(join(uri, MANIFEST))
+    if not fs.exists(path):
+        return False
+    manifest = read_manifest(uri, kind)
+    return manifest.inputs == dict(inputs)
+
+
+def _manifest(draft: Draft, kind: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Any]:
+    fs, root = filesystem(draft.uri)
+    files = {
+        name: {"sha256": digest_of_file(draft.path(name)), "bytes": fs.size(f"{root}/{name}")} for name in list_files(draft.uri)
+    }
+    manifest = Manifest(
+        kind=kind,
+        schema_version=SCHEMA_VERSION,
+        counts=draft.counts,
+        files=files,
+        inputs=dict(inputs),
+        config=dict(config),
+        digest=digest_of({"kind": kind, "files": {name: entry["sha256"] for name, entry in files.items()}}),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    return dataclasses.asdict(manifest)
+
+
+def _move_into_place(draft_uri: str, uri: str) -> None:
+    fs, draft = filesystem(draft_uri)
+    _, final = filesystem(uri)
+    old = f"{final}.old"
+    if fs.exists(old):
+        fs.rm(old, recursive=True)
+    if fs.exists(final):
+        fs.mv(final, old, recursive=True)
+    fs.mv(draft, final, recursive=True)
+    if fs.exists(old):
+        fs.rm(old, recursive=True)

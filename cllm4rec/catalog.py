@@ -1,0 +1,124 @@
+"""User and item ↔ index ↔ token id. The only file that adds offsets.
+
+Token ids (method.md, Tokens): words 0..N-1, user i is N+i, item j is N+I+j. NOBODY stands where a user is unknown or hidden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cllm4rec.artifacts import filesystem, join
+
+IntArray = npt.NDArray[np.int64]
+
+NOBODY = -1
+"""Token id of an unknown or hidden user, and of padding: read as the zero vector."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSpace:
+    """Sizes of the three parts of the token ids: N words, I users, J items."""
+
+    num_words: int
+    num_users: int
+    num_items: int
+
+    def user_token(self, user_index: Any) -> Any:
+        """Token id of user rows; index -1 (unknown) becomes NOBODY. Takes a number or an array."""
+        return np.where(np.asarray(user_index) >= 0, self.num_words + np.asarray(user_index), NOBODY)
+
+    def item_token(self, item_index: Any) -> Any:
+        return self.num_words + self.num_users + np.asarray(item_index)
+
+    def is_word(self, token: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        return (token >= 0) & (token < self.num_words)
+
+    def is_user(self, token: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        return (token >= self.num_words) & (token < self.num_words + self.num_users)
+
+    def is_item(self, token: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        return token >= self.num_words + self.num_users
+
+    def user_index(self, user_token: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return user_token - self.num_words
+
+    def item_index(self, item_token: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return item_token - self.num_words - self.num_users
+
+
+class Catalog:
+    """The users and items of a prepared data set, in index order (sorted by id), with their texts.
+
+    `item_counts` is each item's number of training interactions: what popularity is measured by.
+    """
+
+    def __init__(
+        self,
+        user_ids: Sequence[str],
+        item_ids: Sequence[str],
+        user_texts: Sequence[str] | None = None,
+        item_texts: Sequence[str] | None = None,
+        item_counts: Sequence[int] | None = None,
+    ) -> None:
+        self.user_ids = np.asarray(user_ids, dtype=object)
+        self.item_ids = np.asarray(item_ids, dtype=object)
+        self.user_texts = list(user_texts) if user_texts is not None else [""] * len(self.user_ids)
+        self.item_texts = list(item_texts) if item_texts is not None else [""] * len(self.item_ids)
+        self.item_counts = np.asarray(item_counts if item_counts is not None else np.zeros(len(self.item_ids)), np.int64)
+        self._user_index = {user_id: index for index, user_id in enumerate(self.user_ids)}
+        self._item_index = {item_id: index for index, item_id in enumerate(self.item_ids)}
+
+    @property
+    def num_users(self) -> int:
+        return len(self.user_ids)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    def tokens(self, num_words: int) -> TokenSpace:
+        return TokenSpace(num_words, self.num_users, self.num_items)
+
+    def user_index(self, user_id: str) -> int:
+        """Row of a user, -1 where the user was unknown at training."""
+        return self._user_index.get(user_id, -1)
+
+    def item_index(self, item_id: str) -> int:
+        """Row of an item, -1 where the item was unknown at training."""
+        return self._item_index.get(item_id, -1)
+
+    def save(self, directory: str) -> None:
+        """Write `users.parquet` (index, id, text) and `items.parquet` (the same and num_train)."""
+        users = _table(self.user_ids, self.user_texts)
+        items = _table(self.item_ids, self.item_texts).append_column("num_train", pa.array(self.item_counts, pa.int64()))
+        for name, table in (("users", users), ("items", items)):
+            fs, path = filesystem(join(directory, f"{name}.parquet"))
+            with fs.open(path, "wb") as stream:
+                pq.write_table(table, stream)
+
+    @classmethod
+    def load(cls, directory: str) -> Catalog:
+        columns = []
+        for name in ("users", "items"):
+            fs, path = filesystem(join(directory, f"{name}.parquet"))
+            with fs.open(path, "rb") as stream:
+                columns.append(pq.read_table(stream).sort_by("index").to_pydict())
+        users, items = columns
+        return cls(users["id"], items["id"], users["text"], items["text"], items["num_train"])
+
+
+def _table(ids: npt.NDArray[Any], texts: list[str]) -> pa.Table:
+    return pa.table(
+        {
+            "index": pa.array(np.arange(len(ids)), pa.int64()),
+            "id": pa.array(list(ids), pa.string()),
+            "text": pa.array(texts, pa.string()),
+        }
+    )

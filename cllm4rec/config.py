@@ -1,0 +1,318 @@
+"""One schema for a whole run: read from YAML, overridden by `section.key=value`, refused when wrong, frozen after.
+
+    config = load_config("jobs/configs/demo.yaml", ["pretrain.epochs=5"])
+
+What can be derived (accumulation, directories, rows of a micro batch) is a property here and a setting nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cllm4rec.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Columns(_Section):
+    """Which column of a `jsonl`, `csv`, `tsv` or `parquet` file means what."""
+
+    user: str | None = None
+    item: str | None = None
+    rating: str | None = None
+    text: str | list[str] | None = None
+    timestamp: str | None = None
+
+
+Format = Literal[
+    "amazon2014", "amazon2018", "amazon2023", "yelp", "movielens", "recbole", "jsonl", "csv", "tsv", "parquet"
+]
+
+
+class Source(_Section):
+    """Files of one kind: a path, a glob, a list of them, or any fsspec URI; plain or gzip by the file's name."""
+
+    path: str | list[str]
+    format: Format = "jsonl"
+    columns: Columns = Columns()
+
+
+class Split(_Section):
+    kind: Literal["random", "temporal", "leave_one_out"] = "random"
+    validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    test: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _leaves_something_to_train_on(self) -> Self:
+        if self.validation + self.test >= 1.0:
+            raise ValueError(
+                f"split.validation {self.validation} and split.test {self.test} leave nothing to train on; "
+                "make them sum to less than 1"
+            )
+        return self
+
+
+class DataConfig(_Section):
+    interactions: Source
+    items: Source | None = None
+    users: Source | None = None
+    min_rating: float | None = Field(3.0, description="keep ratings strictly above; null for implicit data")
+    core: Positive = Field(5, description="every kept user and item has at least this many interactions")
+    split: Split = Split()
+    max_bad_fraction: Fraction = Field(0.01, description="stop when more of the rows than this are unreadable")
+    max_line_bytes: Positive = Field(1_000_000, description="a longer line is quarantined")
+    max_id_chars: Positive = Field(256, description="a longer user or item id is quarantined")
+    max_text_tokens: Positive = Field(128, description="a text document's main text is cut here")
+
+
+class BackboneSize(_Section):
+    """A language model to build from scratch, with a byte-level BPE trained on the training split's texts."""
+
+    architecture: Literal["gpt2", "llama", "t5"] = "gpt2"
+    layers: Positive = 2
+    width: Positive = 128
+    heads: Positive = 4
+    vocab_size: Annotated[int, Field(ge=257)] = 4096
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"model.backbone.width {self.width} does not divide by {self.heads} heads")
+        return self
+
+
+class ModelConfig(_Section):
+    backbone: str | BackboneSize = Field(
+        BackboneSize(), description="a name or folder for from_pretrained, or a size to build from scratch"
+    )
+    revision: str | None = Field(None, description="the commit or tag of a backbone named on a hub")
+    max_tokens: Annotated[int, Field(ge=16)] = Field(256, description="length of a packed row and longest document")
+    table_std: float | None = Field(None, gt=0, description="spread of fresh ID rows; null: that of the word embeddings")
+
+
+class BackboneStage(_Section):
+    """Train the language model itself on the training split's texts; 0 epochs leave it as it is."""
+
+    epochs: Annotated[int, Field(ge=0)] = 0
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class PretrainStage(_Section):
+    warmup_epochs: Annotated[int, Field(ge=0)] = 10
+    epochs: Annotated[int, Field(ge=0)] = 100
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    lambda_c: Annotated[float, Field(ge=0)] = 1.0
+    alternate: bool = Field(False, description="the paper's alternating steps; false: both tables in one backward")
+    reorder_items: bool = Field(True, description="false is the paper's LLM-FixOrd")
+    user_dropout: Fraction = Field(0.0, description="chance that an interaction document hides its user")
+    text_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(1.0, description="share of text documents an epoch")
+    patience: Positive = Field(10, description="epochs without a better validation before the stage stops")
+
+
+class FinetuneStage(_Section):
+    epochs: Annotated[int, Field(ge=0)] = 150
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    lambda_c: Annotated[float, Field(ge=0)] = 1.0
+    mask_fraction: Fraction | tuple[Fraction, Fraction] = Field(
+        0.2, description="share of a user's items held out as targets; a pair draws it anew for each user and epoch"
+    )
+    target: Literal["heldout", "all"] = "heldout"
+    user_dropout: Fraction = Field(0.0, description="chance that a recommendation document hides its user")
+    patience: Positive = Field(10, description="epochs without a better validation before the stage stops")
+
+    @property
+    def mask_range(self) -> tuple[float, float]:
+        low_high = self.mask_fraction
+        return low_high if isinstance(low_high, tuple) else (low_high, low_high)
+
+
+class TrainingConfig(_Section):
+    """How steps are taken, the same in every stage."""
+
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    bf16: bool = Field(True, description="backbone in bfloat16; tables and losses stay in float32")
+    micro_batch_tokens: Positive = Field(4096, description="token slots of one worker's forward pass")
+    global_batch_tokens: Positive | None = Field(None, description="token slots of one step of all workers; null: one micro batch each")
+    gradient_clipping: float | None = Field(None, gt=0)
+    checkpoint_every_epochs: Positive = 1
+    tensorboard: bool = False
+
+
+class EvaluateConfig(_Section):
+    mask: Literal["train", "train+validation"] = Field(
+        "train+validation", description="what the model reads and may not recommend at test time"
+    )
+    bootstrap_samples: Positive = 1000
+
+
+class ScoreConfig(_Section):
+    k: Positive = 20
+    num_actors: Positive = 1
+    batch_users: Positive = Field(512, description="users handed to an actor at once")
+    deny_items: str | None = Field(None, description="a text file with one item id a line that nobody is recommended")
+    run_date: str | None = Field(None, description="written to every row; null: today (UTC)")
+
+
+class ServeConfig(_Section):
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    min_replicas: Positive = 1
+    max_replicas: Positive = 1
+    target_ongoing_requests: Positive = 16
+    max_batch_size: Positive = 32
+    batch_wait_timeout_s: Annotated[float, Field(ge=0)] = 0.005
+    max_queued_requests: Positive = 256
+    request_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+
+    @model_validator(mode="after")
+    def _replicas_are_ordered(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"serve.min_replicas {self.min_replicas} is above serve.max_replicas {self.max_replicas}; raise the latter"
+            )
+        return self
+
+
+class ClusterConfig(_Section):
+    num_workers: Positive = 1
+    cpus_per_worker: Positive = 1
+    threads_per_worker: Positive | None = Field(None, description="torch threads; null: this machine's cores / workers when local, else cpus_per_worker")
+    use_gpu: bool = False
+    max_failures: Annotated[int, Field(ge=0)] = Field(2, description="worker losses a training run survives")
+    start_timeout_s: Annotated[float, Field(gt=0)] = Field(60.0, description="wait this long for resources, then fail")
+    shard_memory_gb: Annotated[float, Field(gt=0)] = Field(8.0, description="most memory a worker's documents may take")
+
+
+class Config(_Section):
+    """A whole run. Sections are named after the stages that read them."""
+
+    output_dir: str
+    seed: int = 0
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    backbone: BackboneStage = BackboneStage()
+    pretrain: PretrainStage = PretrainStage()
+    finetune: FinetuneStage = FinetuneStage()
+    training: TrainingConfig = TrainingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    score: ScoreConfig = ScoreConfig()
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Self:
+        micro, rows = self.training.micro_batch_tokens, self.model.max_tokens
+        if micro % rows:
+            fits = max(rows, micro // rows * rows)
+            raise ValueError(
+                f"training.micro_batch_tokens {micro} does not divide into rows of model.max_tokens {rows}; "
+                f"use {fits} or {fits + rows}"
+            )
+        everyone = micro * self.cluster.num_workers
+        total = self.training.global_batch_tokens
+        if total is not None and total % everyone:
+            fits = max(everyone, total // everyone * everyone)
+            raise ValueError(
+                f"training.global_batch_tokens {total} does not divide by {self.cluster.num_workers} workers × "
+                f"training.micro_batch_tokens {micro}; use {fits} or {fits + everyone}"
+            )
+        if self.pretrain.alternate and self.training.engine == "deepspeed" and self.training.zero_stage > 0:
+            raise ValueError(
+                "pretrain.alternate needs training.zero_stage 0: ZeRO flattens the tables into one buffer, so the "
+                "optimizer's momentum would move the table that should be held"
+            )
+        if self.data.max_text_tokens > self.model.max_tokens - 16:
+            raise ValueError(
+                f"data.max_text_tokens {self.data.max_text_tokens} leaves no room for the prompt in rows of "
+                f"model.max_tokens {self.model.max_tokens}; use at most {self.model.max_tokens - 16}"
+            )
+        return self
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches a worker takes for one optimizer step."""
+        total = self.training.global_batch_tokens
+        return 1 if total is None else total // (self.training.micro_batch_tokens * self.cluster.num_workers)
+
+    def directory(self, name: str) -> str:
+        """URI of a stage's directory: `prepared`, `backbone`, `pretrained`, `model`, `evaluation`, `dump` or `runs`."""
+        return f"{self.output_dir.rstrip('/')}/{name}"
+
+
+def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `section.key=value` overrides and return the frozen, checked config.
+
+    Relative paths stay relative to the working directory, as `ray job submit --working-dir` expects.
+    Raises ConfigError with one sentence that names the key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}; give an existing YAML file to --config") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no sections; start with output_dir and data (see jobs/configs/)")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> Config:
+    """Check a plain dictionary against the schema. Raises ConfigError naming every wrong key."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = "; ".join(_sentence(problem) for problem in error.errors())
+        raise ConfigError(f"the config is refused: {problems}") from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"the override {override!r} is not of the form section.key=value")
+    *sections, last = key.split(".")
+    target = raw
+    for name in sections:
+        target = target.setdefault(name, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"the override {override!r} goes through {name!r}, which is a value and not a section")
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of the override {override!r} is not valid YAML; quote it") from None
+    if isinstance(target[last], str):
+        target[last] = _number_like(target[last])
+
+
+def _number_like(value: str) -> str | float:
+    """YAML 1.1 reads 1e-4 as a string; people mean the number."""
+    try:
+        return float(value) if "e" in value.lower() and value[0] in "+-.0123456789" else value
+    except ValueError:
+        return value
+
+
+def _sentence(problem: Any) -> str:
+    # A union's branches appear in the location ("model.backbone.str"): keep only the keys people wrote.
+    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained")))
+    if problem["type"] == "extra_forbidden":
+        return f"there is no setting {where!r}"
+    if problem["type"] == "missing":
+        return f"the setting {where!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message

@@ -1,0 +1,209 @@
+"""Documents: a prompt (context, no loss) and a main text of one kind of token (carries the loss). method.md, Documents.
+
+`prepared/documents` holds the documents that do not change from epoch to epoch, tokenised once. What changes (the order
+of a user's items, the held-out part, a hidden user) is made from them by `cllm4rec.data.epochs`.
+
+Lengths: D documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from cllm4rec.catalog import TokenSpace
+from cllm4rec.data.ragged import Ragged
+
+
+class Kind(IntEnum):
+    INTERACTIONS = 0
+    REVIEW = 1
+    USER_TEXT = 2
+    ITEM_TEXT = 3
+    RECOMMENDATION = 4
+
+
+TEXT_KINDS = (Kind.REVIEW, Kind.USER_TEXT, Kind.ITEM_TEXT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """D documents as columns. `user` and `item` are indices, -1 where the kind has none.
+
+    `prompt` and `main` are token ids. `target` is item indices, for recommendation documents only (else empty rows).
+    """
+
+    kind: npt.NDArray[np.int8]
+    user: npt.NDArray[np.int64]
+    item: npt.NDArray[np.int64]
+    prompt: Ragged
+    main: Ragged
+    target: Ragged
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of prompt and main text together."""
+        return self.prompt.lengths + self.main.lengths
+
+    def take(self, rows: npt.NDArray[Any]) -> Documents:
+        return Documents(
+            self.kind[rows],
+            self.user[rows],
+            self.item[rows],
+            self.prompt.take(rows),
+            self.main.take(rows),
+            self.target.take(rows),
+        )
+
+    def of_kinds(self, kinds: Sequence[Kind]) -> Documents:
+        return self.take(np.flatnonzero(np.isin(self.kind, [int(kind) for kind in kinds])))
+
+    def in_order(self) -> Documents:
+        """Sorted by kind, user, item: the same whatever files and blocks the documents came from."""
+        return self.take(np.lexsort((self.item, self.user, self.kind)))
+
+    def to_arrow(self) -> pa.Table:
+        """Columns kind, user, item, prompt, main, as stored in `prepared/documents`."""
+        return pa.table(
+            {
+                "kind": pa.array(self.kind, pa.int8()),
+                "user": pa.array(self.user, pa.int64()),
+                "item": pa.array(self.item, pa.int64()),
+                "prompt": self.prompt.to_arrow(),
+                "main": self.main.to_arrow(),
+            }
+        )
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> Documents:
+        num_rows = len(table)
+        return cls(
+            table["kind"].to_numpy().astype(np.int8),
+            table["user"].to_numpy().astype(np.int64),
+            table["item"].to_numpy().astype(np.int64),
+            Ragged.from_arrow(table["prompt"]),
+            Ragged.from_arrow(table["main"]),
+            no_targets(num_rows),
+        )
+
+    @classmethod
+    def concat(cls, parts: Sequence[Documents]) -> Documents:
+        return cls(
+            np.concatenate([part.kind for part in parts]),
+            np.concatenate([part.user for part in parts]),
+            np.concatenate([part.item for part in parts]),
+            Ragged.concat([part.prompt for part in parts]),
+            Ragged.concat([part.main for part in parts]),
+            Ragged.concat([part.target for part in parts]),
+        )
+
+
+def no_targets(num_documents: int) -> Ragged:
+    return Ragged(np.empty(0, np.int32), np.zeros(num_documents + 1, np.int64))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The words of every prompt, tokenised once by the backbone's tokenizer (token ids, all below N)."""
+
+    has_interacted: list[int]
+    writes_review: list[int]
+    colon: list[int]
+    biography: list[int]
+    content: list[int]
+    copula: list[int]
+    comma: list[int]
+    will_interact: list[int]
+
+    @classmethod
+    def tokenise(cls, encode: Any) -> Prompts:
+        """`encode` maps a text to a list of word tokens, without special tokens."""
+        return cls(
+            has_interacted=encode(" has interacted with"),
+            writes_review=encode(" writes the review for"),
+            colon=encode(" :"),
+            biography=encode("The biography of"),
+            content=encode("The content of"),
+            copula=encode(" is:"),
+            comma=encode(","),
+            will_interact=encode(" will interact with"),
+        )
+
+    def overhead(self) -> int:
+        """Tokens of the longest prompt of a history (recommendation), without its items."""
+        return 2 + len(self.has_interacted) + len(self.comma) + len(self.will_interact)
+
+    def interactions(self, tokens: TokenSpace, user: npt.NDArray[Any], items: Ragged) -> Documents:
+        """`<user> has interacted with` → items. `items` holds item indices, a row a user; user -1 becomes NOBODY."""
+        user_tokens = _column(tokens.user_token(user))
+        prompt = Ragged.interleave(user_tokens, _repeat(self.has_interacted, len(user)))
+        main = Ragged(tokens.item_token(items.values).astype(np.int32), items.offsets)
+        return _documents(Kind.INTERACTIONS, user, None, prompt, main, no_targets(len(user)))
+
+    def recommendation(self, tokens: TokenSpace, user: npt.NDArray[Any], items: Ragged, target: Ragged) -> Documents:
+        """`<user> has interacted with <items> , <user> will interact with` → target item indices."""
+        num_documents = len(user)
+        user_tokens = _column(tokens.user_token(user))
+        prompt = Ragged.interleave(
+            user_tokens,
+            _repeat(self.has_interacted, num_documents),
+            Ragged(tokens.item_token(items.values).astype(np.int32), items.offsets),
+            _repeat(self.comma, num_documents),
+            user_tokens,
+            _repeat(self.will_interact, num_documents),
+        )
+        return _documents(Kind.RECOMMENDATION, user, None, prompt, no_targets(num_documents), target)
+
+    def reviews(self, tokens: TokenSpace, user: npt.NDArray[Any], item: npt.NDArray[Any], words: Ragged) -> Documents:
+        """`<user> writes the review for <item> :` → words."""
+        prompt = Ragged.interleave(
+            _column(tokens.user_token(user)),
+            _repeat(self.writes_review, len(user)),
+            _column(tokens.item_token(item)),
+            _repeat(self.colon, len(user)),
+        )
+        return _documents(Kind.REVIEW, user, item, prompt, words, no_targets(len(user)))
+
+    def user_texts(self, tokens: TokenSpace, user: npt.NDArray[Any], words: Ragged) -> Documents:
+        """`The biography of <user> is:` → words."""
+        prompt = Ragged.interleave(
+            _repeat(self.biography, len(user)), _column(tokens.user_token(user)), _repeat(self.copula, len(user))
+        )
+        return _documents(Kind.USER_TEXT, user, None, prompt, words, no_targets(len(user)))
+
+    def item_texts(self, tokens: TokenSpace, item: npt.NDArray[Any], words: Ragged) -> Documents:
+        """`The content of <item> is:` → words."""
+        prompt = Ragged.interleave(
+            _repeat(self.content, len(item)), _column(tokens.item_token(item)), _repeat(self.copula, len(item))
+        )
+        return _documents(Kind.ITEM_TEXT, None, item, prompt, words, no_targets(len(item)))
+
+
+def _documents(kind: Kind, user: Any, item: Any, prompt: Ragged, main: Ragged, target: Ragged) -> Documents:
+    none = np.full(len(prompt), -1, np.int64)
+    return Documents(
+        np.full(len(prompt), int(kind), np.int8),
+        none if user is None else np.asarray(user, np.int64),
+        none if item is None else np.asarray(item, np.int64),
+        prompt,
+        Ragged(main.values.astype(np.int32), main.offsets),
+        target,
+    )
+
+
+def _column(values: npt.NDArray[Any]) -> Ragged:
+    """Rows of one value each."""
+    return Ragged(np.asarray(values).astype(np.int32), np.arange(len(values) + 1, dtype=np.int64))
+
+
+def _repeat(values: list[int], num_rows: int) -> Ragged:
+    return Ragged(np.tile(np.asarray(values, np.int32), num_rows), np.arange(num_rows + 1, dtype=np.int64) * len(values))

@@ -1,0 +1,124 @@
+"""What is in a `prepared/` directory and how to read it: the contract between `prepare` and every later stage.
+
+    prepared/
+      users.parquet, items.parquet         the Catalog: index, id, text (items also num_train, the training interactions)
+      tokenizer/                           the backbone's tokenizer, as `save_pretrained` writes it
+      prompts.json                         the prompts' words as token ids (Prompts), and num_words (N)
+      interactions/bucket-00000.parquet    user, item, split (SPLITS), time; sorted by user, time, item
+      histories/bucket-00000.parquet       the same facts, a row a user: user, user_id, train, validation, test (lists of
+                                           item indices, oldest first): what streams through scoring
+      documents/bucket-00000.parquet       kind, user, item, prompt, main (Documents), in order of kind, user, item
+      quarantine/                          file, line, reason of every refused row; never its text
+      audit.json                           the leakage audit
+Buckets partition the users (and, for item texts, the items): a worker owns whole buckets, so a user's documents are all on one worker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cllm4rec.artifacts import filesystem, join, read_json, write_json
+from cllm4rec.catalog import Catalog, TokenSpace
+from cllm4rec.data.documents import Documents, Prompts
+from cllm4rec.data.ragged import Ragged
+
+SPLITS = ("train", "validation", "test")
+USERS_PER_BUCKET = 4096
+MIN_BUCKETS = 16
+
+
+def num_buckets(num_users: int) -> int:
+    """Enough buckets that one is small beside a worker's memory and that 16 workers can share the smallest data set."""
+    return max(MIN_BUCKETS, -(-num_users // USERS_PER_BUCKET))
+
+
+def bucket_of(index: npt.NDArray[Any], total: int, buckets: int) -> npt.NDArray[np.int64]:
+    """Bucket of each user (or item) index out of `total`: contiguous ranges of nearly equal size."""
+    return np.asarray(index, np.int64) * buckets // max(total, 1)
+
+
+def bucket_name(bucket: int) -> str:
+    return f"bucket-{bucket:05d}.parquet"
+
+
+def bucket_paths(prepared_dir: str, table: str, rank: int = 0, world_size: int = 1) -> list[str]:
+    """Files of `interactions`, `histories` or `documents` that belong to worker `rank` of `world_size`, in order."""
+    fs, path = filesystem(join(prepared_dir, table))
+    names = sorted(str(name).rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
+    return [join(prepared_dir, table, name) for name in names if name.endswith(".parquet")][rank::world_size]
+
+
+def read_tables(paths: Sequence[str], columns: list[str] | None = None) -> pa.Table:
+    tables = []
+    for uri in paths:
+        fs, path = filesystem(uri)
+        with fs.open(path, "rb") as stream:
+            tables.append(pq.read_table(stream, columns=columns))
+    return pa.concat_tables(tables)
+
+
+def write_table(table: pa.Table, uri: str) -> None:
+    fs, path = filesystem(uri)
+    fs.makedirs(fs._parent(path), exist_ok=True)
+    with fs.open(path, "wb") as stream:
+        pq.write_table(table, stream)
+
+
+@dataclasses.dataclass(frozen=True)
+class Histories:
+    """Every user's items by split, oldest first; rows in the order of `user`. Item indices."""
+
+    user: npt.NDArray[np.int64]
+    train: Ragged
+    validation: Ragged
+    test: Ragged
+
+    def together(self, *splits: str) -> Ragged:
+        """The items of several splits, a row a user."""
+        return Ragged.interleave(*(getattr(self, split) for split in splits))
+
+    def take(self, rows: npt.NDArray[Any]) -> Histories:
+        return Histories(self.user[rows], self.train.take(rows), self.validation.take(rows), self.test.take(rows))
+
+    @classmethod
+    def from_arrow(cls, table: pa.Table) -> Histories:
+        users = table["user"].to_numpy().astype(np.int64)
+        rows = cls(users, *(Ragged.from_arrow(table[split]) for split in SPLITS))
+        return rows.take(np.argsort(users, kind="stable"))
+
+    @classmethod
+    def load(cls, prepared_dir: str) -> Histories:
+        return cls.from_arrow(read_tables(bucket_paths(prepared_dir, "histories"), ["user", *SPLITS]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    """What the tokenizer fixed at prepare: the prompts' tokens and N."""
+
+    prompts: Prompts
+    num_words: int
+
+    def save(self, directory: str) -> None:
+        write_json(join(directory, "prompts.json"), {"num_words": self.num_words, **dataclasses.asdict(self.prompts)})
+
+    @classmethod
+    def load(cls, directory: str) -> Language:
+        raw = read_json(join(directory, "prompts.json"))
+        return cls(num_words=raw.pop("num_words"), prompts=Prompts(**raw))
+
+
+def load_documents(prepared_dir: str, rank: int = 0, world_size: int = 1) -> Documents:
+    """One worker's documents, read without Ray; see `cllm4rec.training.loop` for the same through Ray Data."""
+    return Documents.from_arrow(read_tables(bucket_paths(prepared_dir, "documents", rank, world_size))).in_order()
+
+
+def load_space(prepared_dir: str) -> tuple[Catalog, Language, TokenSpace]:
+    catalog, language = Catalog.load(prepared_dir), Language.load(prepared_dir)
+    return catalog, language, catalog.tokens(language.num_words)
