@@ -16,6 +16,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -92,6 +93,17 @@ def write_bytes(uri: str, content: bytes) -> None:
         stream.write(content)
 
 
+def append_bytes(uri: str, content: bytes) -> None:
+    """Add to a file, which need not exist. Object stores that cannot append rewrite it."""
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        fs.makedirs(fs._parent(path), exist_ok=True)
+        with fs.open(path, "ab") as stream:
+            stream.write(content)
+    else:
+        write_bytes(uri, (read_bytes(uri) if exists(uri) else b"") + content)
+
+
 def read_bytes(uri: str) -> bytes:
     fs, path = filesystem(uri)
     try:
@@ -99,6 +111,14 @@ def read_bytes(uri: str) -> bytes:
     except FileNotFoundError:
         raise ArtifactError(f"{uri} is missing; run the stage that writes it") from None
     return content
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy between any two file systems, in pieces."""
+    (source_fs, source_path), (target_fs, target_path) = filesystem(source), filesystem(target)
+    target_fs.makedirs(target_fs._parent(target_path), exist_ok=True)
+    with source_fs.open(source_path, "rb") as reader, target_fs.open(target_path, "wb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
 
 
 def write_json(uri: str, value: Any) -> None:
@@ -116,6 +136,17 @@ def list_files(uri: str) -> list[str]:
     """Paths of all files below a directory, relative to it, sorted."""
     fs, root = filesystem(uri)
     return sorted(str(path)[len(root.rstrip("/")) + 1 :] for path in fs.find(root))
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return bool(fs.exists(path))
+
+
+def remove_file(uri: str) -> None:
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm_file(path)
 
 
 def remove_directory(uri: str) -> None:

@@ -152,9 +152,21 @@ class TrainingConfig(_Section):
 
 class EvaluateConfig(_Section):
     mask: Literal["train", "train+validation"] = Field(
-        "train+validation", description="what the model reads and may not recommend at test time"
+        "train+validation", description="what no method may recommend at test time"
+    )
+    read: Literal["train", "train+validation"] = Field(
+        "train", description="the history every method reads at test time"
     )
     bootstrap_samples: Positive = 1000
+
+    @model_validator(mode="after")
+    def _what_is_read_is_masked(self) -> Self:
+        if self.read == "train+validation" and self.mask == "train":
+            raise ValueError(
+                "evaluate.read train+validation with evaluate.mask train would recommend what was just read; "
+                "set evaluate.mask to train+validation"
+            )
+        return self
 
 
 class ScoreConfig(_Section):
@@ -228,10 +240,10 @@ class Config(_Section):
                 f"training.global_batch_tokens {total} does not divide by {self.cluster.num_workers} workers × "
                 f"training.micro_batch_tokens {micro}; use {fits} or {fits + everyone}"
             )
-        if self.pretrain.alternate and self.training.engine == "deepspeed" and self.training.zero_stage > 0:
+        if self.pretrain.alternate and self.training.engine == "deepspeed":
             raise ValueError(
-                "pretrain.alternate needs training.zero_stage 0: ZeRO flattens the tables into one buffer, so the "
-                "optimizer's momentum would move the table that should be held"
+                "pretrain.alternate needs training.engine: torch; DeepSpeed gives a held table zero gradients, with which "
+                "Adam's momentum would still move it"
             )
         if self.data.max_text_tokens > self.model.max_tokens - 16:
             raise ValueError(

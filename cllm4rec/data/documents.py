@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cllm4rec.catalog import TokenSpace
-from cllm4rec.data.ragged import Ragged
+from cllm4rec.data.ragged import Ragged, no_values
 
 
 class Kind(IntEnum):
@@ -92,7 +92,7 @@ class Documents:
             table["item"].to_numpy().astype(np.int64),
             Ragged.from_arrow(table["prompt"]),
             Ragged.from_arrow(table["main"]),
-            no_targets(num_rows),
+            no_values(num_rows),
         )
 
     @classmethod
@@ -105,10 +105,6 @@ class Documents:
             Ragged.concat([part.main for part in parts]),
             Ragged.concat([part.target for part in parts]),
         )
-
-
-def no_targets(num_documents: int) -> Ragged:
-    return Ragged(np.empty(0, np.int32), np.zeros(num_documents + 1, np.int64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,17 +138,29 @@ class Prompts:
         """Tokens of the longest prompt of a history (recommendation), without its items."""
         return 2 + len(self.has_interacted) + len(self.comma) + len(self.will_interact)
 
-    def interactions(self, tokens: TokenSpace, user: npt.NDArray[Any], items: Ragged) -> Documents:
-        """`<user> has interacted with` → items. `items` holds item indices, a row a user; user -1 becomes NOBODY."""
-        user_tokens = _column(tokens.user_token(user))
+    def interactions(
+        self, tokens: TokenSpace, user: npt.NDArray[Any], items: Ragged, hidden: npt.NDArray[np.bool_] | None = None
+    ) -> Documents:
+        """`<user> has interacted with` → items. `items` holds item indices, a row a user.
+
+        NOBODY stands for user -1 and where `hidden` is true.
+        """
+        user_tokens = _column(_user_tokens(tokens, user, hidden))
         prompt = Ragged.interleave(user_tokens, _repeat(self.has_interacted, len(user)))
         main = Ragged(tokens.item_token(items.values).astype(np.int32), items.offsets)
-        return _documents(Kind.INTERACTIONS, user, None, prompt, main, no_targets(len(user)))
+        return _documents(Kind.INTERACTIONS, user, None, prompt, main, no_values(len(user)))
 
-    def recommendation(self, tokens: TokenSpace, user: npt.NDArray[Any], items: Ragged, target: Ragged) -> Documents:
+    def recommendation(
+        self,
+        tokens: TokenSpace,
+        user: npt.NDArray[Any],
+        items: Ragged,
+        target: Ragged,
+        hidden: npt.NDArray[np.bool_] | None = None,
+    ) -> Documents:
         """`<user> has interacted with <items> , <user> will interact with` → target item indices."""
         num_documents = len(user)
-        user_tokens = _column(tokens.user_token(user))
+        user_tokens = _column(_user_tokens(tokens, user, hidden))
         prompt = Ragged.interleave(
             user_tokens,
             _repeat(self.has_interacted, num_documents),
@@ -161,7 +169,7 @@ class Prompts:
             user_tokens,
             _repeat(self.will_interact, num_documents),
         )
-        return _documents(Kind.RECOMMENDATION, user, None, prompt, no_targets(num_documents), target)
+        return _documents(Kind.RECOMMENDATION, user, None, prompt, no_values(num_documents), target)
 
     def reviews(self, tokens: TokenSpace, user: npt.NDArray[Any], item: npt.NDArray[Any], words: Ragged) -> Documents:
         """`<user> writes the review for <item> :` → words."""
@@ -171,21 +179,21 @@ class Prompts:
             _column(tokens.item_token(item)),
             _repeat(self.colon, len(user)),
         )
-        return _documents(Kind.REVIEW, user, item, prompt, words, no_targets(len(user)))
+        return _documents(Kind.REVIEW, user, item, prompt, words, no_values(len(user)))
 
     def user_texts(self, tokens: TokenSpace, user: npt.NDArray[Any], words: Ragged) -> Documents:
         """`The biography of <user> is:` → words."""
         prompt = Ragged.interleave(
             _repeat(self.biography, len(user)), _column(tokens.user_token(user)), _repeat(self.copula, len(user))
         )
-        return _documents(Kind.USER_TEXT, user, None, prompt, words, no_targets(len(user)))
+        return _documents(Kind.USER_TEXT, user, None, prompt, words, no_values(len(user)))
 
     def item_texts(self, tokens: TokenSpace, item: npt.NDArray[Any], words: Ragged) -> Documents:
         """`The content of <item> is:` → words."""
         prompt = Ragged.interleave(
             _repeat(self.content, len(item)), _column(tokens.item_token(item)), _repeat(self.copula, len(item))
         )
-        return _documents(Kind.ITEM_TEXT, None, item, prompt, words, no_targets(len(item)))
+        return _documents(Kind.ITEM_TEXT, None, item, prompt, words, no_values(len(item)))
 
 
 def _documents(kind: Kind, user: Any, item: Any, prompt: Ragged, main: Ragged, target: Ragged) -> Documents:
@@ -200,10 +208,16 @@ def _documents(kind: Kind, user: Any, item: Any, prompt: Ragged, main: Ragged, t
     )
 
 
+def _user_tokens(tokens: TokenSpace, user: npt.NDArray[Any], hidden: npt.NDArray[np.bool_] | None) -> npt.NDArray[Any]:
+    return tokens.user_token(user if hidden is None else np.where(hidden, -1, user))
+
+
 def _column(values: npt.NDArray[Any]) -> Ragged:
     """Rows of one value each."""
     return Ragged(np.asarray(values).astype(np.int32), np.arange(len(values) + 1, dtype=np.int64))
 
 
 def _repeat(values: list[int], num_rows: int) -> Ragged:
-    return Ragged(np.tile(np.asarray(values, np.int32), num_rows), np.arange(num_rows + 1, dtype=np.int64) * len(values))
+    return Ragged(
+        np.tile(np.asarray(values, np.int32), num_rows), np.arange(num_rows + 1, dtype=np.int64) * len(values)
+    )

@@ -64,11 +64,11 @@ def read_tables(paths: Sequence[str], columns: list[str] | None = None) -> pa.Ta
     return pa.concat_tables(tables)
 
 
-def write_table(table: pa.Table, uri: str) -> None:
+def write_table(table: pa.Table, uri: str, row_group_size: int | None = None) -> None:
     fs, path = filesystem(uri)
     fs.makedirs(fs._parent(path), exist_ok=True)
     with fs.open(path, "wb") as stream:
-        pq.write_table(table, stream)
+        pq.write_table(table, stream, row_group_size=row_group_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,3 +95,8 @@ class Ragged:
 
 def offsets_of(lengths: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def no_values(num_rows: int) -> Ragged:
+    """Empty rows."""
+    return Ragged(np.empty(0, np.int32), np.zeros(num_rows + 1, np.int64))

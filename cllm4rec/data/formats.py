@@ -1,0 +1,116 @@
+"""The supported formats: how their records are written and which column means what. No file is opened here."""
+
+from __future__ import annotations
+
+import dataclasses
+import posixpath
+from typing import Literal
+
+from cllm4rec.config import Columns
+
+Role = Literal["interactions", "items", "users"]
+ROLES: tuple[Role, ...] = ("interactions", "items", "users")
+
+_NONE = Columns()
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """What a format fixes: how records are written and which column means what, for each role."""
+
+    shape: Literal["json", "csv", "plain", "parquet"]
+    interactions: Columns = _NONE
+    items: Columns = _NONE
+    users: Columns = _NONE
+    delimiter: str = ""
+    ticks_per_second: int = 1
+
+
+_AMAZON_REVIEWS = Columns(
+    user="reviewerID", item="asin", rating="overall", text="reviewText", timestamp="unixReviewTime"
+)
+FORMATS: dict[str, Format] = {
+    # `biography` is the sample world's: Amazon published no texts about users.
+    "amazon2014": Format(
+        "json",
+        _AMAZON_REVIEWS,
+        Columns(item="asin", text=["title", "description"]),
+        Columns(user="reviewerID", text="biography"),
+    ),
+    "amazon2018": Format("json", _AMAZON_REVIEWS, Columns(item="asin", text=["title", "description"])),
+    "amazon2023": Format(
+        "json",
+        Columns(user="user_id", item="parent_asin", rating="rating", text="text", timestamp="timestamp"),
+        Columns(item="parent_asin", text=["title", "features", "description"]),
+        ticks_per_second=1000,
+    ),
+    "yelp": Format(
+        "json",
+        Columns(user="user_id", item="business_id", rating="stars", text="text", timestamp="date"),
+        Columns(item="business_id", text=["name", "categories"]),
+    ),
+    "movielens": Format(
+        "plain",
+        Columns(user="user", item="item", rating="rating", timestamp="timestamp"),
+        Columns(item="item", text=["title", "genres"]),
+        Columns(user="user", text=["age", "gender", "occupation"]),
+    ),
+    "recbole": Format(
+        "plain",
+        Columns(user="user_id", item="item_id", rating="rating", timestamp="timestamp"),
+        Columns(item="item_id"),
+        Columns(user="user_id"),
+        delimiter="\t",
+    ),
+    "jsonl": Format("json"),
+    "csv": Format("csv", delimiter=","),
+    "tsv": Format("plain", delimiter="\t"),
+    "parquet": Format("parquet"),
+}
+MOVIELENS_NAMES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("interactions", "\t"): ("user", "item", "rating", "timestamp"),
+    ("interactions", "::"): ("user", "item", "rating", "timestamp"),
+    ("items", "::"): ("item", "title", "genres"),
+    ("items", "|"): ("item", "title", "released", "video", "url", *(f"genre{number}" for number in range(19))),
+    ("users", "::"): ("user", "gender", "age", "occupation", "zip"),
+    ("users", "|"): ("user", "age", "gender", "occupation", "zip"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One source, looked at: its files, how their records are written, and the columns that are read."""
+
+    role: Role
+    files: tuple[str, ...]
+    format: str
+    columns: Columns
+    delimiter: str = ""
+    names: tuple[str, ...] = ()
+    """Column names by place, where records do not carry them."""
+
+    @property
+    def shape(self) -> str:
+        return FORMATS[self.format].shape
+
+    @property
+    def has_header(self) -> bool:
+        return self.shape in ("csv", "plain") and self.format != "movielens"
+
+    @property
+    def text_columns(self) -> list[str]:
+        text = self.columns.text
+        return [] if text is None else [text] if isinstance(text, str) else text
+
+    @property
+    def file_labels(self) -> list[str]:
+        """Names of the files without the folder they share: what quarantine and messages call them."""
+        folder = posixpath.dirname(posixpath.commonprefix([f"{posixpath.dirname(file)}/" for file in self.files]))
+        return [file[len(folder) :].lstrip("/") for file in self.files]
+
+
+def named_columns(columns: Columns) -> list[str]:
+    """The columns that mean something, without repeats."""
+    text = columns.text if isinstance(columns.text, list) else [columns.text]
+    names = [columns.user, columns.item, columns.rating, *text, columns.timestamp]
+    return list(dict.fromkeys(name for name in names if name is not None))

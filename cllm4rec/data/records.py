@@ -1,0 +1,422 @@
+"""Raw bytes → records → validated rows. Plain functions; `cllm4rec.data.staging` hands them to Ray Data.
+
+    for records in read_records(file, layout, limits):         records of one file, streaming, bounded memory
+        rows = parse_records(records, layout, limits)          validated, or refused with a reason
+
+Nothing of a refused record but its file, line and reason goes on. Rows in = rows good + rows refused.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import csv
+import dataclasses
+import gzip
+import itertools
+import json
+import math
+import posixpath
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, date, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cllm4rec.artifacts import filesystem
+from cllm4rec.config import DataConfig
+from cllm4rec.data.formats import FORMATS, Layout, named_columns
+from cllm4rec.errors import DataError
+
+CHUNK_BYTES = 1 << 20
+PARQUET_ROWS = 1024
+MAX_TEXT_DEPTH = 8
+
+TOO_LONG = "line is longer than data.max_line_bytes"
+NOT_UTF8 = "not UTF-8"
+NUL = "NUL character"
+BAD_UNICODE = "text is not valid Unicode"
+NOT_JSON = "not a JSON object"
+COLUMN_COUNT = "number of columns differs from the header's"
+NOT_CSV = "quotes are not those of a CSV file"
+DAMAGED_GZIP = "the gzip file is damaged or cut short from here on"
+NO_USER, NO_ITEM = "user id is missing or not a string", "item id is missing or not a string"
+LONG_USER, LONG_ITEM = "user id is longer than data.max_id_chars", "item id is longer than data.max_id_chars"
+BAD_RATING = "rating is not a finite number"
+BAD_TIME = "timestamp is not a time"
+TOO_DEEP = "text is nested too deeply"
+
+RECORDS = pa.schema([("line", pa.int64()), ("record", pa.large_binary()), ("reason", pa.string())])
+"""What `read_records` yields: a record's bytes, or a null and the reason why there are none."""
+
+ROWS = pa.schema(
+    [
+        ("line", pa.int64()),
+        ("user", pa.string()),
+        ("item", pa.string()),
+        ("rating", pa.float64()),
+        ("time", pa.int64()),
+        ("text", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+"""What `parse_records` returns: `time` in unix seconds; a refused row has a `reason` and nothing else but its line."""
+
+
+class Refused(Exception):  # noqa: N818 - a verdict on a row, not an error of the program
+    """A record that is not taken; its message is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    max_line_bytes: int
+    max_id_chars: int
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Limits:
+        return cls(data.max_line_bytes, data.max_id_chars)
+
+
+def require(names: Iterable[str], found: Sequence[str], layout: Layout) -> None:
+    """Raise DataError for the first name that is not among the columns found."""
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise DataError(
+            f"column '{missing[0]}' not found in {layout.file_labels[0]}; it has: {', '.join(found)}; "
+            f"correct data.{layout.role}.columns or data.{layout.role}.format"
+        )
+
+
+def open_file(file: str, layout: Layout) -> Any:
+    """The bytes of a file, unpacked where its name ends in .gz."""
+    fs, path = filesystem(file)
+    stream = fs.open(path, "rb")
+    packed = stream.read(2) == b"\x1f\x8b"
+    stream.seek(0)
+    label = posixpath.basename(file)
+    if file.endswith(".gz") and not packed:
+        raise DataError(f"{label} (data.{layout.role}) is not a gzip file; rename it without .gz or pack it again")
+    if packed and not file.endswith(".gz"):
+        raise DataError(f"{label} (data.{layout.role}) is a gzip file; give it a name that ends in .gz")
+    return gzip.GzipFile(fileobj=stream, mode="rb") if packed else stream
+
+
+def open_parquet(file: str, layout: Layout) -> Any:
+    fs, path = filesystem(file)
+    try:
+        return pq.ParquetFile(fs.open(path, "rb"))
+    except pa.ArrowInvalid:
+        label = posixpath.basename(file)
+        raise DataError(f"{label} is not a parquet file; correct data.{layout.role}.format") from None
+
+
+def header_of(line: bytes, layout: Layout) -> tuple[str, ...]:
+    try:
+        fields = _split(decoded(line, layout), layout)
+    except Refused:
+        raise DataError(
+            f"the header of {layout.file_labels[0]} cannot be read; check data.{layout.role}.format"
+        ) from None
+    if layout.format != "recbole":
+        return tuple(fields)
+    if not all(":" in field for field in fields):
+        raise DataError(
+            f"{layout.file_labels[0]} is not of format recbole: its header is not typed, as in user_id:token; "
+            f"correct data.{layout.role}.format"
+        )
+    return tuple(field.partition(":")[0] for field in fields)
+
+
+def read_records(file: str, layout: Layout, limits: Limits) -> Iterator[pa.Table]:
+    """The records of one file as tables of schema RECORDS, about CHUNK_BYTES each.
+
+    Lines are counted from 1, a header included; a parquet file's records are blocks of rows, its lines row numbers.
+    A line above the limit is dropped as it streams by, so neither it nor a gzip bomb is ever whole in memory.
+    """
+    if layout.shape == "parquet":
+        yield from _parquet_records(file, layout)
+        return
+    with open_file(file, layout) as stream:
+        lines = numbered_lines(stream, limits.max_line_bytes)
+        if layout.shape == "csv":
+            lines = _quoted_records(lines, limits.max_line_bytes)
+        if layout.has_header:
+            _check_header(next(lines, (1, "")), file, layout)
+        yield from _tables(lines)
+
+
+def _lines(stream: Any, max_bytes: int) -> Iterator[bytes | str]:
+    """Every line without its end; a `str` stands for a line that is refused and says why."""
+    rest, skipping = b"", False
+    # One step at a time: where a gzip file breaks off, `read` would lose all that it had unpacked before.
+    read = getattr(stream, "read1", stream.read)
+    while True:
+        try:
+            piece = read(CHUNK_BYTES)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            yield DAMAGED_GZIP
+            return
+        if not piece:
+            break
+        *whole, rest = (rest + piece).split(b"\n")
+        for line in whole:
+            yield TOO_LONG if skipping or len(line) > max_bytes else line
+            skipping = False
+        if skipping or len(rest) > max_bytes:
+            rest, skipping = b"", True
+    if rest or skipping:
+        yield TOO_LONG if skipping else rest
+
+
+def numbered_lines(stream: Any, max_bytes: int) -> Iterator[tuple[int, bytes | str]]:
+    """Lines and their numbers from 1, without blank lines, carriage returns and a byte order mark."""
+    for number, line in enumerate(_lines(stream, max_bytes), start=1):
+        if isinstance(line, bytes):
+            line = line.rstrip(b"\r")
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if line:
+            yield number, line
+
+
+def _quoted_records(lines: Iterator[tuple[int, bytes | str]], max_bytes: int) -> Iterator[tuple[int, bytes | str]]:
+    """Lines joined where a quoted field goes over several of them.
+
+    A record that grows above the limit or is never closed is refused line by line, so that no line goes uncounted.
+    """
+    held: list[tuple[int, bytes]] = []
+    size = 0
+    for number, line in lines:
+        if isinstance(line, str) or (not held and not _leaves_quoteopen_file(line)):
+            yield number, line
+            continue
+        closes = bool(held) and line.count(b'"') % 2 == 1
+        held.append((number, line))
+        size += len(line)
+        if closes:
+            yield held[0][0], b"\n".join(part for _, part in held)
+        elif size > max_bytes:
+            yield from ((number, NOT_CSV) for number, _ in held)
+        if closes or size > max_bytes:
+            held, size = [], 0
+    yield from ((number, NOT_CSV) for number, _ in held)
+
+
+def _leaves_quoteopen_file(line: bytes) -> bool:
+    if b'"' not in line:
+        return False
+    try:
+        next(csv.reader([line.decode("latin-1")], strict=True))
+    except csv.Error as error:
+        return "unexpected end" in str(error)
+    return False
+
+
+def _check_header(first: tuple[int, bytes | str], file: str, layout: Layout) -> None:
+    line = first[1]
+    names = header_of(line, layout) if isinstance(line, bytes) else ()
+    if names != layout.names:
+        raise DataError(
+            f"{posixpath.basename(file)} has the columns {', '.join(names)} where {layout.file_labels[0]} has "
+            f"{', '.join(layout.names)}; give all files of data.{layout.role} the same header"
+        )
+
+
+def _tables(lines: Iterator[tuple[int, bytes | str]]) -> Iterator[pa.Table]:
+    numbers: list[int] = []
+    records: list[bytes | None] = []
+    reasons: list[str | None] = []
+    size = 0
+    for number, line in lines:
+        refused = isinstance(line, str)
+        numbers.append(number)
+        records.append(None if refused else line)  # type: ignore[arg-type]
+        reasons.append(line if refused else None)  # type: ignore[arg-type]
+        size += len(line)
+        if size >= CHUNK_BYTES:
+            yield pa.table([numbers, records, reasons], schema=RECORDS)
+            numbers, records, reasons, size = [], [], [], 0
+    if numbers:
+        yield pa.table([numbers, records, reasons], schema=RECORDS)
+
+
+def _parquet_records(file: str, layout: Layout) -> Iterator[pa.Table]:
+    """Blocks of rows in Arrow's own encoding, so that they travel in the same column as lines of text."""
+    parquet = open_parquet(file, layout)
+    names = named_columns(layout.columns)
+    require(names, parquet.schema_arrow.names, dataclasses.replace(layout, files=(file,)))
+    row = 1
+    for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=names):
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        yield pa.table([[row], [sink.getvalue().to_pybytes()], [None]], schema=RECORDS)
+        row += len(batch)
+
+
+def parse_records(records: pa.Table, layout: Layout, limits: Limits) -> pa.Table:
+    """Validate records (schema RECORDS) of one source. Returns a table of schema ROWS, as many rows as records.
+
+    (A parquet record holds many rows, and each counts.)
+    """
+    csv.field_size_limit(max(limits.max_line_bytes, 1))
+    columns: list[list[Any]] = [[] for _ in ROWS]
+    for line, fields in _fields_of(records, layout):
+        row: tuple[Any, ...]
+        try:
+            row = (line, *_validated(fields, layout, limits), None)
+        except Refused as refusal:
+            row = (line, None, None, None, None, None, str(refusal))
+        for column, value in zip(columns, row, strict=True):
+            column.append(value)
+    return pa.table(columns, schema=ROWS)
+
+
+def _fields_of(records: pa.Table, layout: Layout) -> Iterator[tuple[int, Mapping[str, Any] | Refused]]:
+    rows = zip(records["line"].to_pylist(), records["record"].to_pylist(), records["reason"].to_pylist(), strict=True)
+    for line, record, reason in rows:
+        if reason is not None:
+            yield line, Refused(reason)
+        elif layout.shape == "parquet":
+            fields = pa.ipc.open_stream(record).read_all().to_pylist()
+            yield from zip(itertools.count(line), fields)
+        else:
+            yield line, _text_fields(record, layout)
+
+
+def _text_fields(record: bytes, layout: Layout) -> Mapping[str, Any] | Refused:
+    try:
+        text = decoded(record, layout)
+        return json_fields(text, layout) if layout.shape == "json" else _named_fields(text, layout)
+    except Refused as refusal:
+        return refusal
+
+
+def decoded(record: bytes, layout: Layout) -> str:
+    if b"\0" in record:
+        raise Refused(NUL)
+    try:
+        return record.decode("utf-8")
+    except UnicodeDecodeError:
+        if layout.format == "movielens":  # GroupLens wrote its files in Latin-1
+            return record.decode("latin-1")
+        raise Refused(NOT_UTF8) from None
+
+
+def json_fields(text: str, layout: Layout) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        fields = _python_literal(text) if layout.format == "amazon2014" else None
+    if not isinstance(fields, dict):
+        raise Refused(NOT_JSON)
+    return fields
+
+
+def _python_literal(text: str) -> Any:
+    """Amazon 2014's metadata are Python dictionaries, with single quotes."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _split(text: str, layout: Layout) -> list[str]:
+    if layout.shape != "csv":
+        return text.split(layout.delimiter)
+    try:
+        return next(csv.reader([text], strict=True), [])
+    except csv.Error:
+        raise Refused(NOT_CSV) from None
+
+
+def _named_fields(text: str, layout: Layout) -> dict[str, Any]:
+    fields = _split(text, layout)
+    if len(fields) != len(layout.names):
+        raise Refused(COLUMN_COUNT)
+    return dict(zip(layout.names, fields, strict=True))
+
+
+def _validated(
+    fields: Mapping[str, Any] | Refused, layout: Layout, limits: Limits
+) -> tuple[str | None, str | None, float | None, int, str]:
+    """User, item, rating, time and text of one row. Raises Refused."""
+    if isinstance(fields, Refused):
+        raise fields
+    columns = layout.columns
+    user = _identifier(fields.get(columns.user), NO_USER, LONG_USER, limits) if columns.user else None
+    item = _identifier(fields.get(columns.item), NO_ITEM, LONG_ITEM, limits) if columns.item else None
+    rating = _number(fields.get(columns.rating), BAD_RATING) if columns.rating else None
+    time = _seconds(fields.get(columns.timestamp), layout) if columns.timestamp else 0
+    words = (_words(fields.get(name)) for name in layout.text_columns)
+    text = _clean(" ".join(part for part in words if part))
+    if len(text) > limits.max_line_bytes:
+        raise Refused(TOO_LONG)
+    return user, item, rating, time, text
+
+
+def _identifier(value: Any, missing: str, too_long: str, limits: Limits) -> str:
+    """An id as a string; whole numbers are ids too."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise Refused(missing)
+    if len(value) > limits.max_id_chars:
+        raise Refused(too_long)
+    return _clean(value)
+
+
+def _clean(text: str) -> str:
+    """Text that Arrow can store: JSON's escapes can spell NUL and half characters, which are refused."""
+    if "\0" in text:
+        raise Refused(NUL)
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise Refused(BAD_UNICODE) from None
+    return text.strip()
+
+
+def _number(value: Any, reason: str) -> float:
+    """A finite number, also as digits in a string (CSV has nothing else)."""
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+        raise Refused(reason)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise Refused(reason) from None
+    if not math.isfinite(number):
+        raise Refused(reason)
+    return number
+
+
+def _seconds(value: Any, layout: Layout) -> int:
+    """Unix seconds from a number, digits in a string, an ISO date (taken as UTC) or a parquet time."""
+    if isinstance(value, str) and "-" in value[1:]:
+        try:
+            value = datetime.fromisoformat(value.strip())
+        except ValueError:
+            raise Refused(BAD_TIME) from None
+    if isinstance(value, datetime):
+        return math.floor((value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp())
+    if isinstance(value, date):
+        return math.floor(datetime(value.year, value.month, value.day, tzinfo=UTC).timestamp())
+    number = _number(value, BAD_TIME)
+    if abs(number) > 2**53:  # beyond it, neighbouring seconds are the same float
+        raise Refused(BAD_TIME)
+    return math.floor(number / FORMATS[layout.format].ticks_per_second)
+
+
+def _words(value: Any, depth: int = 0) -> str:
+    """A text value as text: lists and dictionaries joined, missing ones empty."""
+    if isinstance(value, str):
+        return value.strip()
+    if depth > MAX_TEXT_DEPTH:
+        raise Refused(TOO_DEEP)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return " ".join(part for part in (_words(inner, depth + 1) for inner in value) if part)
+    return "" if value is None or value != value else str(value)

@@ -1,0 +1,145 @@
+"""What a source in the config means: its files, and the columns that are really in them.
+
+layout = inspect(source, "interactions", min_rating=3.0)   files listed, columns found, or one clear sentence
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+
+from cllm4rec.artifacts import absolute, filesystem
+from cllm4rec.config import Columns, Source
+from cllm4rec.data.formats import FORMATS, MOVIELENS_NAMES, Layout, Role, named_columns
+from cllm4rec.data.records import (
+    CHUNK_BYTES,
+    Refused,
+    decoded,
+    header_of,
+    json_fields,
+    numbered_lines,
+    open_file,
+    open_parquet,
+    require,
+)
+from cllm4rec.errors import ConfigError, DataError
+
+LOOK_AT_LINES = 1000
+"""Records of the first file that are read to learn which columns a JSON source has."""
+
+
+def inspect(source: Source, role: Role, min_rating: float | None) -> Layout:
+    """List a source's files and look at the head of the first: which columns are there, and do they fit the config?
+
+    Ratings are left out where `min_rating` is None. A built-in format's text and timestamp may be absent; columns the
+    config names may not. Raises ConfigError for a mapping that says too little, DataError for files that do not fit.
+    """
+    wanted = _wanted_columns(source, role, min_rating)
+    files = tuple(source_files(source, role))
+    layout = Layout(role, files, source.format, wanted, FORMATS[source.format].delimiter)
+    found, layout = _columns_found(layout)
+    optional = _optional(source, role, wanted)
+    require([name for name in named_columns(wanted) if name not in optional], found, layout)
+    text = [name for name in layout.text_columns if name in found]
+    if role != "interactions" and not text:
+        require(layout.text_columns, found, layout)
+    timestamp = wanted.timestamp if wanted.timestamp in found else None
+    return dataclasses.replace(layout, columns=wanted.model_copy(update={"text": text or None, "timestamp": timestamp}))
+
+
+def source_files(source: Source, role: Role) -> list[str]:
+    """A source's files as absolute paths or URIs, globs expanded and sorted. Raises DataError where one is missing."""
+    patterns = [source.path] if isinstance(source.path, str) else source.path
+    files = [file for pattern in patterns for file in _expand(pattern, role)]
+    if not files:
+        raise ConfigError(f"data.{role}.path is an empty list; name at least one file")
+    return list(dict.fromkeys(files))
+
+
+def _expand(pattern: str, role: Role) -> list[str]:
+    fs, path = filesystem(pattern)
+    if any(character in pattern for character in "*?["):
+        files = sorted(str(file) for file in fs.glob(path) if fs.isfile(file))
+        if not files:
+            raise DataError(f"data.{role}.path {pattern} matches no file; check the pattern")
+        return [absolute(str(fs.unstrip_protocol(file))) for file in files]
+    if fs.isdir(path):
+        raise DataError(f"data.{role}.path {pattern} is a folder; name its files, for example {pattern.rstrip('/')}/*")
+    if not fs.exists(path):
+        raise DataError(f"data.{role}.path {pattern} does not exist; check the path")
+    return [absolute(pattern)]
+
+
+def _wanted_columns(source: Source, role: Role, min_rating: float | None) -> Columns:
+    """The format's own columns, overridden by those the config names; only those the role reads."""
+    own: Columns = getattr(FORMATS[source.format], role)
+    merged = own.model_copy(update=source.columns.model_dump(exclude_none=True))
+    if role == "interactions":
+        needed = ["user", "item"] if min_rating is None else ["user", "item", "rating"]
+        merged = merged if min_rating is not None else merged.model_copy(update={"rating": None})
+    else:
+        needed = ["item" if role == "items" else "user", "text"]
+        merged = Columns(**merged.model_dump(include=set(needed)))
+    missing = [name for name in needed if getattr(merged, name) is None]
+    if missing:
+        advice = " (or set data.min_rating to null where there are no ratings)" if missing == ["rating"] else ""
+        raise ConfigError(
+            f"format {source.format} does not say which column of data.{role} is the {' and the '.join(missing)}; "
+            f"add it to data.{role}.columns{advice}"
+        )
+    return merged
+
+
+def _optional(source: Source, role: Role, wanted: Columns) -> set[str]:
+    """What a built-in format may lack: its text and timestamp, unless the config asks for them by name."""
+    own: Columns = getattr(FORMATS[source.format], role)
+    maybe = named_columns(Columns(text=own.text, timestamp=own.timestamp))
+    return set(maybe) - set(named_columns(source.columns)) - {wanted.user, wanted.item, wanted.rating}
+
+
+def _columns_found(layout: Layout) -> tuple[list[str], Layout]:
+    """The columns of the first file, and the layout completed by what only the file tells."""
+    file = layout.files[0]
+    if layout.shape == "parquet":
+        return open_parquet(file, layout).schema_arrow.names, layout
+    head = _head(file, layout)
+    if layout.shape == "json":
+        return _json_columns(head, layout), layout
+    if layout.format == "movielens":
+        layout = _movielens_layout(head[0], layout)
+    else:
+        layout = dataclasses.replace(layout, names=header_of(head[0], layout))
+    return list(layout.names), layout
+
+
+def _head(file: str, layout: Layout) -> list[bytes]:
+    with open_file(file, layout) as stream:
+        lines = (line for _, line in numbered_lines(stream, CHUNK_BYTES) if isinstance(line, bytes))
+        head = list(itertools.islice(lines, LOOK_AT_LINES))
+    if not head:
+        raise DataError(f"{layout.file_labels[0]} (data.{layout.role}) holds no rows; check the path")
+    return head
+
+
+def _json_columns(head: list[bytes], layout: Layout) -> list[str]:
+    names: dict[str, None] = {}
+    for line in head:
+        with contextlib.suppress(Refused):
+            names.update(dict.fromkeys(json_fields(decoded(line, layout), layout)))
+    if not names:
+        raise DataError(
+            f"{layout.file_labels[0]} is not of format {layout.format}: its first lines are no JSON objects; "
+            f"correct data.{layout.role}.format"
+        )
+    return list(names)
+
+
+def _movielens_layout(line: bytes, layout: Layout) -> Layout:
+    for (role, delimiter), names in MOVIELENS_NAMES.items():
+        if role == layout.role and line.count(delimiter.encode()) == len(names) - 1:
+            return dataclasses.replace(layout, delimiter=delimiter, names=names)
+    raise DataError(
+        f"{layout.file_labels[0]} is not of format movielens (u.data, u.item, u.user, or the .dat files with '::'); "
+        f"correct data.{layout.role}.format"
+    )

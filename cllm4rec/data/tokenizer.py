@@ -1,0 +1,138 @@
+"""The backbone's tokenizer: written once by prepare, then used as plain `tokenizers` without loading transformers.
+
+    save_tokenizer(config.model, texts, directory)      the backbone's own, or a byte-level BPE trained on `texts`
+    encoder = Encoder.load(directory)                   texts → word tokens, all below encoder.num_words (N)
+    prompts = tokenise_prompts(encoder)
+
+No text can produce a special token: they are split while encoding and whatever is left of them is dropped. ID tokens
+are never added to a tokenizer; they are integers assembled afterwards (see `Prompts`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from cllm4rec.artifacts import copy_file, join, read_bytes
+from cllm4rec.config import BackboneSize, ModelConfig
+from cllm4rec.data.documents import Prompts
+from cllm4rec.data.ragged import Ragged, no_values
+from cllm4rec.errors import ConfigError
+
+END_OF_TEXT = "<|endoftext|>"
+HUB_TIMEOUT_S = 10.0
+BATCH = 1024
+"""Texts encoded at once: an encoding takes far more memory than the tokens that are kept of it."""
+
+
+class Encoder:
+    """Texts → word tokens. `num_words` is N: every token is below it."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        self.num_words: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_tokens = np.array(sorted(token for token, word in added.items() if word.special), np.int64)
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, directory: str) -> Encoder:
+        """From the `tokenizer.json` in a folder or URI. Raises ArtifactError where it is missing."""
+        return cls(tokenizers.Tokenizer.from_buffer(read_bytes(join(directory, "tokenizer.json"))))
+
+    def __call__(self, text: str) -> list[int]:
+        tokens: list[int] = self.encode([text])[0].tolist()
+        return tokens
+
+    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Ragged:
+        """Word tokens of each text, cut at `max_tokens`."""
+        if not texts:
+            return no_values(0)
+        words = Ragged.concat([self._tokens(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)])
+        # A SentencePiece vocabulary holds its special tokens as ordinary pieces too, so splitting alone is not enough.
+        words = words.where(~np.isin(words.values, self.special_tokens))
+        return words if max_tokens is None else words.where(words.places < max_tokens)
+
+    def _tokens(self, texts: Sequence[str]) -> Ragged:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return Ragged.from_lists([encoding.ids for encoding in encodings], np.int32)
+
+
+def tokenise_prompts(encoder: Encoder) -> Prompts:
+    """The prompts' words as tokens. Raises ConfigError where the tokenizer has no words for one of them."""
+    prompts = Prompts.tokenise(encoder)
+    empty = [name for name, tokens in dataclasses.asdict(prompts).items() if not tokens]
+    if empty:
+        raise ConfigError(
+            f"the backbone's tokenizer has no tokens for the prompt's words ({', '.join(empty)}); "
+            "use another model.backbone"
+        )
+    return prompts
+
+
+def save_tokenizer(model: ModelConfig, texts: Iterable[str], directory: str) -> None:
+    """Write the tokenizer of `model.backbone` to a folder or URI, as `save_pretrained` does.
+
+    A backbone built from scratch gets a byte-level BPE trained on `texts`, which are read only then; the same texts
+    give the same bytes. Raises ConfigError for a backbone that is not there or has no fast tokenizer.
+    """
+    backbone = model.backbone
+    if isinstance(backbone, BackboneSize):
+        tokenizer = _train(texts, backbone.vocab_size)
+    else:
+        tokenizer = _pretrained(backbone, model.revision)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        if not os.path.exists(os.path.join(folder, "tokenizer.json")):
+            raise ConfigError(f"model.backbone {backbone} has no fast tokenizer (tokenizer.json); convert it first")
+        for name in sorted(os.listdir(folder)):
+            copy_file(os.path.join(folder, name), join(directory, name))
+
+
+def _train(texts: Iterable[str], vocab_size: int) -> Any:
+    from transformers import PreTrainedTokenizerFast  # takes seconds; readers of a finished tokenizer never need it
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def _pretrained(name: str, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    offline = os.path.isdir(name) or not _hub_answers(name, revision)
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=offline)
+    except (OSError, ValueError, KeyError):
+        raise ConfigError(
+            f"model.backbone {name} is neither a folder with a tokenizer, nor in this machine's cache, nor to be had "
+            "from the hub; correct the name, or give a size to build a backbone from scratch"
+        ) from None
+
+
+def _hub_answers(name: str, revision: str | None) -> bool:
+    """Whether the hub has this model, asked once: transformers alone would retry for a minute before it gives up."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
+    except Exception:  # which errors there are depends on the HTTP library below the client
+        return False
+    return True

@@ -1,0 +1,260 @@
+"""`metrics.json` for people: a table for the terminal, and `report.md` with its plots.
+
+Everything here is made from the content of `metrics.json` alone, so a report can be drawn again without ranking again.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+NAMES = {"cllm4rec": "CLLM4Rec", "popularity": "Popularity", "ease": "EASE"}
+"""Methods as people write them, in the order of every table; others follow by the name they have."""
+
+COLOURS = {"cllm4rec": "#0b6e99", "popularity": "#98a3ad", "ease": "#d9822b"}
+OTHER_COLOURS = ("#6b4c9a", "#3a923a", "#c03d3e", "#845b53", "#d684bd", "#b7950b", "#4c72b0")
+INK, PALE = "#2b2f33", "#e6e9eb"
+STRATA = {
+    "history length": ("history_length.png", "training items of a user"),
+    "item popularity": (
+        "item_popularity.png",
+        "test items by popularity, each group a third of the training interactions",
+    ),
+}
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """Methods × metrics as plain text: mean and 95 % interval, what was skipped, and on whom it was measured."""
+    results, protocol = metrics["results"], metrics["protocol"]
+    columns = metric_names(metrics)
+    rows = [["", *columns]]
+    rows += [
+        [name_of(method), *(_with_interval(results[method][name]) for name in columns)]
+        for method in methods_of(results)
+    ]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "─" * (sum(widths) + 2 * (len(widths) - 1)))
+    lines += [f"{name_of(method)} is skipped: {reason}" for method, reason in protocol["skipped"].items()]
+    return "\n".join(
+        [
+            *lines,
+            f"{protocol['users_evaluated']:,} users, {protocol['items_ranked']:,} items ranked; "
+            f"read: {protocol['read']}; masked: {protocol['mask']}; [95 % bootstrap interval over users]",
+        ]
+    )
+
+
+def render(metrics: Mapping[str, Any]) -> dict[str, bytes]:
+    """Files of the report by name: `report.md` and the plots it shows."""
+    plots = {"results.png": plot_results(metrics)}
+    plots |= {STRATA[kind][0]: plot_strata(kind, strata) for kind, strata in metrics["strata"].items()}
+    return {"report.md": markdown(metrics).encode(), **{name: _png(figure) for name, figure in plots.items()}}
+
+
+def markdown(metrics: Mapping[str, Any]) -> str:
+    """`report.md`: the table, what it says, the protocol in words, and the plots."""
+    protocol = metrics["protocol"]
+    sections = [
+        "# Evaluation",
+        "\n".join(_markdown_table(metrics)),
+        f"Mean over {protocol['users_evaluated']:,} users and 95 % bootstrap interval; a column's best mean is bold. "
+        + verdict(metrics["comparison"]),
+        *(f"{name_of(method)} is skipped: {reason}." for method, reason in protocol["skipped"].items()),
+        "![Every method and metric with its interval](results.png)",
+        "## Protocol",
+        "\n".join(f"- {line}" for line in protocol_in_words(protocol)),
+        "## Where the methods differ",
+        "By the length of the history: users in groups of nearly equal size by their number of training items.",
+        "![By history length](history_length.png)",
+        "By the popularity of what should be found: head, middle and tail of the catalogue each hold a third of the "
+        "training interactions; a user counts in a group with the test items that belong to it.",
+        "![By item popularity](item_popularity.png)",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def verdict(comparison: Mapping[str, Any]) -> str:
+    """One sentence on CLLM4Rec against the best baseline, as far as the data allow one."""
+    difference = comparison["difference"]["cllm4rec"]
+    side = "above" if difference["mean"] >= 0 else "below"
+    if difference["low"] > 0 or difference["high"] < 0:
+        meaning = "the interval does not hold 0, so users like these would show the same side again"
+    else:
+        meaning = "the interval holds 0, so these users do not tell the two apart"
+    return (
+        f"In {comparison['metric']} CLLM4Rec is {side} {name_of(comparison['baseline'])}, the best baseline: "
+        f"{_with_interval(difference, signed=True)}, paired over users; {meaning}."
+    )
+
+
+def protocol_in_words(protocol: Mapping[str, Any]) -> list[str]:
+    split, interval = protocol["split"], protocol["interval"]
+    lines = [
+        _split_in_words(split),
+        f"Every method is fitted on the training split, reads {_splits(protocol['read'])} at test time and may not "
+        f"recommend {_splits(protocol['mask'])}.",
+        f"Ranking: {protocol['ranking']} ({protocol['items_ranked']:,} items, no sampled candidates).",
+        f"Users: {protocol['users_evaluated']:,} with {protocol['test_items']:,} test items; "
+        f"{protocol['users_dropped']:,} without test items dropped.",
+        *_metrics_in_words(protocol["metrics"]),
+        f"Interval: {interval['kind']}, {interval['confidence']:.0%}, {interval['samples']:,} samples, "
+        f"seed {interval['seed']}.",
+        f"Model: {protocol['model_version']}.",
+    ]
+    return lines + [
+        _tuning_in_words(name_of(method), choice)
+        for method, choice in protocol["baselines"].items()
+        if "grid" in choice
+    ]
+
+
+def _split_in_words(split: Mapping[str, Any]) -> str:
+    if split["kind"] == "leave_one_out":
+        return "Split: of each user the last item for test, the one before for validation."
+    shares = f"{split['validation']:.0%} of a user's items for validation and {split['test']:.0%} for test"
+    return f"Split: {split['kind']}, {shares}, seed {split['seed']}."
+
+
+def _metrics_in_words(metrics: Mapping[str, str]) -> list[str]:
+    """A line a definition, however many k it is taken at."""
+    names: dict[str, list[str]] = {}
+    for name, definition in metrics.items():
+        names.setdefault(definition, []).append(name)
+    return [f"{', '.join(same)}: {definition}." for definition, same in names.items()]
+
+
+def _tuning_in_words(name: str, choice: Mapping[str, Any]) -> str:
+    tried = ", ".join(f"{value} → {_number(reached)}" for value, reached in choice["grid"].items())
+    return f"{name}: regularisation {choice['regularisation']:g}, tuned on {choice['tuned_on']} ({tried})."
+
+
+def _markdown_table(metrics: Mapping[str, Any]) -> list[str]:
+    results, comparison = metrics["results"], metrics["comparison"]
+    columns = metric_names(metrics)
+    best = {name: max(row[name]["mean"] for row in results.values()) for name in columns}
+    lines = [
+        f"| | {' | '.join(columns)} | {comparison['metric']} less {name_of(comparison['baseline'])}'s |",
+        "|---" * (len(columns) + 2) + "|",
+    ]
+    for method in methods_of(results):
+        cells = [
+            _with_interval(results[method][name], bold=results[method][name]["mean"] == best[name]) for name in columns
+        ]
+        difference = comparison["difference"].get(method)
+        cells.append(_with_interval(difference, signed=True) if difference else "–")
+        lines.append(f"| {name_of(method)} | {' | '.join(cells)} |")
+    return lines
+
+
+def plot_results(metrics: Mapping[str, Any]) -> Figure:
+    """A panel a metric, a row a method: the mean as a dot, the interval as a line."""
+    results = metrics["results"]
+    columns, methods = metric_names(metrics), methods_of(results)[::-1]
+    figure = Figure(figsize=(3.4 * len(columns) + 1, 1.3 + 0.45 * len(methods)), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(columns), sharey=True, gridspec_kw={"wspace": 0.08}))
+    for axes, column in zip(panels, columns, strict=True):
+        for row, method in enumerate(methods):
+            _dot(axes, results[method][column], row, colour_of(method, results), vertical=False)
+        axes.set_yticks(range(len(methods)), [name_of(method) for method in methods])
+        axes.set_ylim(-0.6, len(methods) - 0.4)
+        axes.set_xlim(0, _limit(row[column] for row in results.values()))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_title(column, fontsize=11, color=INK)
+        _plain(axes, "x")
+    return figure
+
+
+def plot_strata(kind: str, strata: Sequence[Mapping[str, Any]]) -> Figure:
+    """Groups side by side, in each a dot and an interval for every method."""
+    methods = methods_of(strata[0]["results"])
+    step = 0.6 / max(len(methods), 2)
+    figure = Figure(figsize=(max(5.5, 1.2 + 1.6 * len(strata)), 3.8), layout="constrained")
+    axes = figure.subplots()
+    for place, method in enumerate(methods):
+        colour = colour_of(method, strata[0]["results"])
+        for group, stratum in enumerate(strata):
+            _dot(
+                axes, stratum["results"][method], group + step * (place - (len(methods) - 1) / 2), colour, vertical=True
+            )
+        axes.plot([], [], "o", color=colour, label=name_of(method))
+    axes.set_xticks(range(len(strata)), [f"{stratum['label']}\n{stratum['users']:,} users" for stratum in strata])
+    axes.set_xlim(-0.5, len(strata) - 0.5)
+    axes.set_ylim(0, _limit(value for stratum in strata for value in stratum["results"].values()))
+    axes.set_xlabel(STRATA[kind][1], color=INK)
+    axes.set_ylabel(strata[0]["metric"], color=INK)
+    _plain(axes, "y")
+    figure.legend(loc="outside upper center", ncols=min(len(methods), 4), frameon=False, handletextpad=0.2)
+    return figure
+
+
+def _dot(axes: Axes, value: Mapping[str, float], place: float, colour: str, *, vertical: bool) -> None:
+    mean, ends, places = value["mean"], [value["low"], value["high"]], [place, place]
+    if vertical:
+        axes.plot(places, ends, color=colour, linewidth=2.2, solid_capstyle="round", alpha=0.55)
+        axes.plot([place], [mean], "o", color=colour, markersize=7, clip_on=False)
+        return
+    axes.plot(ends, places, color=colour, linewidth=2.6, solid_capstyle="round", alpha=0.55)
+    axes.plot([mean], [place], "o", color=colour, markersize=8, clip_on=False)
+    axes.annotate(f"{mean:.3f}", (mean, place), (0, 7), textcoords="offset points", ha="center", fontsize=9, color=INK)
+
+
+def _limit(values: Iterable[Mapping[str, float]]) -> float:
+    """End of a measured axis: a little above the highest interval, also where everything is 0."""
+    return 1.08 * max(value["high"] for value in values) or 1.0
+
+
+def _plain(axes: Axes, along: str) -> None:
+    """A quiet frame: grid lines along the measured axis only."""
+    for side in ("top", "right", "left" if along == "y" else "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.grid(axis="x" if along == "x" else "y", color=PALE, linewidth=1)
+    axes.tick_params(length=0, colors=INK)
+    for spine in axes.spines.values():
+        spine.set_color(INK)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+    return buffer.getvalue()
+
+
+def metric_names(metrics: Mapping[str, Any]) -> list[str]:
+    """Metrics in the order of the protocol: by function, then by k."""
+    names = next(iter(metrics["results"].values()))
+    return sorted(names, key=lambda name: (name.startswith("ndcg"), int(name.partition("@")[2])))
+
+
+def methods_of(results: Mapping[str, Any]) -> list[str]:
+    known = [method for method in NAMES if method in results]
+    return known + sorted(method for method in results if method not in NAMES)
+
+
+def name_of(method: str) -> str:
+    return NAMES.get(method, method)
+
+
+def colour_of(method: str, results: Mapping[str, Any]) -> str:
+    others = [name for name in methods_of(results) if name not in COLOURS]
+    return COLOURS[method] if method in COLOURS else OTHER_COLOURS[others.index(method) % len(OTHER_COLOURS)]
+
+
+def _splits(policy: str) -> str:
+    return "the training and validation items" if policy == "train+validation" else "the training items"
+
+
+def _with_interval(value: Mapping[str, float], *, signed: bool = False, bold: bool = False) -> str:
+    mean = _number(value["mean"], signed)
+    return f"{f'**{mean}**' if bold else mean} [{_number(value['low'], signed)}, {_number(value['high'], signed)}]"
+
+
+def _number(value: float, signed: bool = False) -> str:
+    return f"{value:+.4f}" if signed else f"{value:.4f}"

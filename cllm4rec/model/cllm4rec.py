@@ -1,0 +1,115 @@
+"""CLLM4Rec: four ID tables around one frozen language model, with tied heads (Zhu et al. 2024; method.md).
+
+Lengths: I users, J items, N words, K hidden size, R rows × T columns of a grid, P item predictions, W word predictions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cllm4rec.catalog import TokenSpace
+from cllm4rec.data.packing import Table
+from cllm4rec.model.backbone import Backbone
+from cllm4rec.model.grids import TensorBatch, TensorGrid
+from cllm4rec.model.losses import squared_distance, tied_cross_entropy
+
+TABLES = {table: table.name.lower() for table in Table if table is not Table.WORDS}
+"""Names of the four ID tables, as parameters of the model and in `tables.safetensors`."""
+
+
+class Losses(NamedTuple):
+    """Sums over the documents of a batch, each of shape (). `total` = items + words + (lambda_c / 2) penalty."""
+
+    total: Tensor
+    items: Tensor
+    words: Tensor
+    penalty: Tensor
+
+
+class CLLM4Rec(nn.Module):
+    """The joint model. Its `forward` is the negative log posterior of a batch (Eq. 7, 8, 9 and 10 in one pass)."""
+
+    collaborative_users: nn.Parameter
+    collaborative_items: nn.Parameter
+    content_users: nn.Parameter
+    content_items: nn.Parameter
+
+    def __init__(self, backbone: Backbone, tokens: TokenSpace, *, std: float | None = None, seed: int = 0) -> None:
+        """Fresh tables are normal with the given `std`, by default the spread of the word embeddings.
+
+        z^l begins equal to z^c: with lambda_l = 0 that is where the prior's mode lies before anything is read (Eq. 3).
+        """
+        super().__init__()
+        self.tokens = tokens
+        generator = torch.Generator().manual_seed(seed)
+        spread = float(backbone.word_embeddings.float().std()) if std is None else std
+        for kind, num_rows in (("users", tokens.num_users), ("items", tokens.num_items)):
+            fresh = torch.randn(num_rows, backbone.width, generator=generator) * spread
+            for side in ("collaborative", "content"):
+                setattr(self, f"{side}_{kind}", nn.Parameter(fresh.clone()))
+        self.backbone = backbone
+        self.autocast = False
+
+    def tables(self) -> dict[str, nn.Parameter]:
+        return {name: getattr(self, name) for name in TABLES.values()}
+
+    def train_only(self, names: Iterable[str]) -> None:
+        """Let gradients reach exactly these: names of tables, or `backbone`."""
+        wanted = set(names)
+        for name, table in self.tables().items():
+            table.requires_grad_(name in wanted)
+        self.backbone.requires_grad_("backbone" in wanted)
+
+    def use_bf16(self) -> None:
+        """Run the backbone in bfloat16: its frozen weights converted, or autocast where they are being trained."""
+        if any(weight.requires_grad for weight in self.backbone.parameters()):
+            self.autocast = True
+        else:
+            self.backbone.to(torch.bfloat16)
+
+    def forward(self, batch: TensorBatch, lambda_c: float) -> Losses:
+        hidden_SK = self.hidden(batch)
+        items = tied_cross_entropy(
+            hidden_SK[batch.item_slots].float(), self.collaborative_items, batch.item_target_rows, batch.item_targets
+        )
+        head_NK = self.backbone.vocabulary_head[: self.tokens.num_words].to(hidden_SK.dtype)
+        words = tied_cross_entropy(
+            hidden_SK[batch.word_slots],
+            head_NK,
+            torch.arange(len(batch.word_slots), device=batch.word_slots.device),
+            batch.word_targets,
+        )
+        penalty = squared_distance(
+            self.collaborative_users, self.content_users, batch.penalty_users, batch.penalty_user_counts
+        ) + squared_distance(
+            self.collaborative_items, self.content_items, batch.penalty_items, batch.penalty_item_counts
+        )
+        return Losses(items + words + 0.5 * lambda_c * penalty, items, words, penalty)
+
+    def hidden(self, batch: TensorBatch) -> Tensor:
+        """Hidden states of every slot of the last grid, (S, K), in the backbone's precision."""
+        embeddings = tuple(self._embed(grid) for grid in batch.grids)
+        precision = (
+            torch.autocast(embeddings[0].device.type, dtype=torch.bfloat16) if self.autocast else contextlib.nullcontext()
+        )
+        with precision:
+            hidden_RTK = self.backbone(embeddings, batch.grids)
+        return hidden_RTK.flatten(0, 1)
+
+    def _embed(self, grid: TensorGrid) -> Tensor:
+        """Look every slot up in its table; slots of nobody and padding stay zero."""
+        words = self.backbone.word_embeddings
+        slots, rows = grid.reads[Table.WORDS]
+        vectors_SK = torch.zeros(grid.segment_RT.numel(), self.backbone.width, dtype=words.dtype, device=words.device)
+        vectors_SK = vectors_SK.index_copy(0, slots, words.index_select(0, rows))
+        for table, name in TABLES.items():
+            slots, rows = grid.reads[table]
+            if len(slots):
+                looked_up = getattr(self, name).index_select(0, rows).to(words.dtype)
+                vectors_SK = vectors_SK.index_copy(0, slots, looked_up)
+        return vectors_SK.view(*grid.segment_RT.shape, -1)

@@ -1,0 +1,65 @@
+"""A batch as tensors on a device.
+
+Lengths: R rows × T columns of a grid.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cllm4rec.data.packing import Batch, Grid, Table
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorGrid:
+    segment_RT: Tensor
+    position_RT: Tensor
+    reads: dict[Table, tuple[Tensor, Tensor]]
+
+    def causal_mask(self) -> Tensor:
+        """(R, 1, T, T), true where a slot may look: earlier slots of the same document. Padding looks at padding."""
+        same = self.segment_RT[:, None, :, None] == self.segment_RT[:, None, None, :]
+        return same.tril()
+
+    def is_token(self) -> Tensor:
+        """(R, T) of 0 and 1. A row without any token counts as one long document, so that no softmax is empty."""
+        mask = self.segment_RT > 0
+        return (mask | ~mask.any(dim=1, keepdim=True)).long()
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorBatch:
+    """`Batch` on a device; see there for the meaning of every field."""
+
+    grids: tuple[TensorGrid, ...]
+    item_slots: Tensor
+    item_target_rows: Tensor
+    item_targets: Tensor
+    word_slots: Tensor
+    word_targets: Tensor
+    penalty_users: Tensor
+    penalty_user_counts: Tensor
+    penalty_items: Tensor
+    penalty_item_counts: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> TensorBatch:
+        flat = {
+            field.name: _tensor(getattr(batch, field.name), device)
+            for field in dataclasses.fields(cls)
+            if field.name != "grids"
+        }
+        return cls(grids=tuple(_grid(grid, device) for grid in batch.grids), **flat)
+
+
+def _grid(grid: Grid, device: torch.device) -> TensorGrid:
+    reads = {table: (_tensor(slots, device), _tensor(rows, device)) for table, (slots, rows) in grid.reads.items()}
+    return TensorGrid(_tensor(grid.segment_RT, device), _tensor(grid.position_RT, device), reads)
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:  # type: ignore[type-arg]
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

@@ -1,0 +1,158 @@
+"""Rank the whole catalogue for users from their histories: one forward pass each, no candidates, no generation.
+
+The one implementation behind validation, the batch job and the endpoint. A user's answer is bit for bit the same alone or
+in any batch: every user has a row of its own, and rows run in batches whose shape depends on the row's length alone
+(padded with empty rows), so the same products are made in the same order whoever else is there.
+
+Lengths: B users, J items, K list length (hidden size in `hidden_BK`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cllm4rec.catalog import TokenSpace
+from cllm4rec.data.documents import Documents, Prompts
+from cllm4rec.data.packing import Batch, Packer, PairPacker
+from cllm4rec.data.ragged import Ragged, no_values
+from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.model.grids import TensorBatch
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+_BATCH_TOKENS = 1024
+_COLUMNS_STEP = 32
+_HEAD_ROWS = 64
+_HEAD_ITEMS = 65_536
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranker:
+    """A model with the prompt it is asked by. `interactions` asks the pretrained model (the paper's LLM-PreRec)."""
+
+    model: CLLM4Rec
+    prompts: Prompts
+    max_tokens: int
+    prompt: Literal["interactions", "recommendation"] | None = "recommendation"
+
+    @property
+    def tokens(self) -> TokenSpace:
+        return self.model.tokens
+
+    @torch.inference_mode()
+    def top_k(self, users: IntArray, histories: Ragged, hidden_items: Ragged, k: int) -> tuple[IntArray, FloatArray]:
+        """The k best items of each user, best first, ties by lower index; (B, k) indices and logits.
+
+        users: rows, -1 where unknown. histories: item indices that are read (order does not matter). hidden_items: item
+        indices that may not be recommended, ascending within a row. Where fewer than k items remain: -1 and -inf.
+        """
+        items = np.empty((len(users), k), np.int64)
+        scores = np.empty((len(users), k), np.float32)
+        hidden_BK = self._hidden(users, histories)
+        for begin in range(0, len(users), _HEAD_ROWS):
+            rows = np.arange(begin, min(begin + _HEAD_ROWS, len(users)))
+            items[rows], scores[rows] = self._best_items(hidden_BK[rows], hidden_items.take(rows), k)
+        return items, scores
+
+    def _hidden(self, users: IntArray, histories: Ragged) -> Tensor:
+        """The hidden state after each user's prompt, (B, K) in float32."""
+        documents = self._documents(users, histories)
+        hidden_BK = torch.zeros(len(users), self.model.backbone.width, device=self.model.collaborative_items.device)
+        columns = -(-documents.lengths // _COLUMNS_STEP) * _COLUMNS_STEP
+        for width in np.unique(columns).tolist():
+            num_rows = max(1, _BATCH_TOKENS // width)
+            members = np.flatnonzero(columns == width)
+            for begin in range(0, len(members), num_rows):
+                rows = members[begin : begin + num_rows]
+                batch, slots = self._layout(documents.take(rows), num_rows, width)
+                hidden_SK = self.model.hidden(TensorBatch.of(batch, hidden_BK.device))
+                hidden_BK[rows] = hidden_SK[slots].float()
+        return hidden_BK
+
+    def _documents(self, users: IntArray, histories: Ragged) -> Documents:
+        items = self._canonical(histories)
+        if self.prompt == "interactions":
+            return self.prompts.interactions(self.tokens, users, items)
+        return self.prompts.recommendation(self.tokens, users, items, no_values(len(users)))
+
+    def _canonical(self, histories: Ragged) -> Ragged:
+        """The last items that fit the prompt, without repeats, ascending: training shuffles, so order carries nothing."""
+        most = self.max_tokens - self.prompts.overhead()
+        from_end = histories.lengths[histories.rows] - histories.places
+        recent = histories.where(from_end <= most)
+        order = np.lexsort((recent.values, recent.rows))
+        values, rows = recent.values[order], recent.rows[order]
+        is_new = np.ones(len(values), bool)
+        is_new[1:] = (values[1:] != values[:-1]) | (rows[1:] != rows[:-1])
+        return Ragged.from_rows(values[is_new], rows[is_new], len(histories))
+
+    def _layout(self, documents: Documents, num_rows: int, width: int) -> tuple[Batch, IntArray]:
+        """A batch of fixed shape with a document a row, and the slots whose hidden states answer."""
+        every = np.arange(len(documents))
+        if not self.model.backbone.pairs:
+            batch = Packer(self.tokens, num_rows, width).layout(documents, every, np.zeros(len(documents), np.int64))
+            return batch, every * width + documents.lengths - 1
+        packer = PairPacker(self.tokens, 0, self.model.backbone.start_token)
+        if self.prompt == "recommendation":
+            return packer.layout(documents, (num_rows, width, 1)), every
+        # The decoder reads all but the last main token: one more makes it read the whole history.
+        asked = Ragged(np.zeros(len(documents), np.int32), np.arange(len(documents) + 1))
+        longer = dataclasses.replace(documents, main=Ragged.interleave(documents.main, asked))
+        prompt_width = int(documents.prompt.lengths[0])
+        return packer.layout(longer, (num_rows, prompt_width, width)), every * width + documents.main.lengths
+
+    def _best_items(self, hidden_BK: Tensor, hidden_items: Ragged, k: int) -> tuple[IntArray, FloatArray]:
+        num_users, num_items = len(hidden_BK), self.tokens.num_items
+        fixed_BK = torch.nn.functional.pad(hidden_BK, (0, 0, 0, _HEAD_ROWS - num_users))
+        best: Tensor | None = None
+        for begin in range(0, num_items, _HEAD_ITEMS):
+            table_JK = self.model.collaborative_items[begin : begin + _HEAD_ITEMS].float()
+            logits_BJ = (fixed_BK @ table_JK.T)[:num_users]
+            inside = (hidden_items.values >= begin) & (hidden_items.values < begin + _HEAD_ITEMS)
+            rows = torch.from_numpy(hidden_items.rows[inside]).to(logits_BJ.device)
+            columns = torch.from_numpy(hidden_items.values[inside] - begin).to(logits_BJ.device)
+            logits_BJ[rows, columns] = -torch.inf
+            keys = sortable_keys(logits_BJ, begin)
+            keys = keys if best is None else torch.cat([best, keys], dim=1)
+            best = keys.topk(min(k, keys.shape[1]), dim=1).values
+        assert best is not None, "a catalogue has at least one item"
+        return _from_keys(best, k)
+
+
+def sortable_keys(logits_BJ: Tensor, first_item: int = 0) -> Tensor:
+    """int64 keys whose descending order is that of (logit descending, item index ascending): one top-k settles ties."""
+    bits = (logits_BJ.float() + 0.0).view(torch.int32).long()  # + 0.0 makes -0.0 equal 0.0
+    # Floats order as sign-magnitude integers: mirror the negative ones.
+    ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
+    items = torch.arange(first_item, first_item + logits_BJ.shape[1], device=logits_BJ.device)
+    return ordered * (1 << 32) + ((1 << 31) - items)
+
+
+def _from_keys(keys: Tensor, k: int) -> tuple[IntArray, FloatArray]:
+    low = keys & 0xFFFFFFFF
+    items = ((1 << 31) - low).cpu().numpy()
+    ordered = ((keys - low) >> 32).to(torch.int64)
+    bits = torch.where(ordered >= 0, ordered, (-ordered) | 0x80000000)
+    signed = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
+    scores = signed.view(torch.float32).cpu().numpy()
+    items = np.where(np.isneginf(scores), -1, items)
+    missing = k - items.shape[1]
+    return (
+        np.pad(items, ((0, 0), (0, missing)), constant_values=-1),
+        np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf).astype(np.float32),
+    )
+
+
+def merged(*parts: Ragged) -> Ragged:
+    """The items of several lists a user, ascending and without repeats."""
+    together = Ragged.interleave(*parts)
+    span = int(together.values.max(initial=0)) + 1
+    distinct: Any = np.unique(together.rows * span + together.values.astype(np.int64))
+    return Ragged.from_rows(distinct % span, distinct // span, len(together))

@@ -1,0 +1,110 @@
+"""A trained model as a directory: safetensors and JSON, every file under a sha256, nothing that could run.
+
+    pretrained/ and model/
+      tables.safetensors             the four ID tables, float32
+      model.json                     sizes, longest prompt, the prompt it is asked by, precision
+      users.parquet, items.parquet   the Catalog
+      tokenizer/, prompts.json       as prepared
+      backbone/                      reference.json (name, revision, digest), or its own safetensors
+      metrics.jsonl                  every step and epoch of its training
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from safetensors.torch import load as load_tensors
+from torch import Tensor
+
+from cllm4rec import artifacts
+from cllm4rec.artifacts import Draft, Manifest
+from cllm4rec.catalog import Catalog
+from cllm4rec.data.prepared import Language
+from cllm4rec.errors import ArtifactError
+from cllm4rec.model.backbone import load_backbone, save_tensors
+from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
+from cllm4rec.model.ranking import Ranker
+
+Prompt = Literal["interactions", "recommendation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """`model.json`."""
+
+    num_words: int
+    num_users: int
+    num_items: int
+    width: int
+    max_tokens: int
+    prompt: Prompt
+    bf16: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredModel:
+    """A loaded directory: a ranker ready to use, whom it knows, and what it says of itself."""
+
+    ranker: Ranker
+    catalog: Catalog
+    language: Language
+    manifest: Manifest
+
+
+def write_model(
+    draft: Draft, tables: dict[str, Tensor], facts: ModelFacts, *, prepared_dir: str, backbone_dir: str
+) -> None:
+    """Fill a draft with everything but `metrics.jsonl`."""
+    save_tensors({name: tables[name] for name in TABLES.values()}, draft.path("tables.safetensors"))
+    artifacts.write_json(draft.path("model.json"), dataclasses.asdict(facts))
+    shared = [name for name in artifacts.list_files(prepared_dir) if name.startswith("tokenizer/")]
+    for name in ["users.parquet", "items.parquet", "prompts.json", *shared]:
+        artifacts.copy_file(artifacts.join(prepared_dir, name), draft.path(name))
+    for name in artifacts.list_files(backbone_dir):
+        if name not in (artifacts.MANIFEST, "metrics.jsonl"):
+            artifacts.copy_file(artifacts.join(backbone_dir, name), draft.path("backbone", name))
+    draft.counts |= {"users": facts.num_users, "items": facts.num_items, "width": facts.width}
+
+
+def load_tables(directory: str, kind: str) -> dict[str, Tensor]:
+    """The four tables of a finished directory, after its digests are checked."""
+    artifacts.verify_files(directory, artifacts.read_manifest(directory, kind))
+    tables: dict[str, Tensor] = load_tensors(artifacts.read_bytes(artifacts.join(directory, "tables.safetensors")))
+    return tables
+
+
+def load_model(directory: str, kind: str = "model", device: str | None = None) -> StoredModel:
+    """Check every digest, then load. Raises ArtifactError for a damaged or foreign directory.
+
+    device: by default the GPU where there is one.
+    """
+    manifest = artifacts.read_manifest(directory, kind)
+    artifacts.verify_files(directory, manifest)
+    facts = ModelFacts(**artifacts.read_json(artifacts.join(directory, "model.json")))
+    catalog, language = Catalog.load(directory), Language.load(directory)
+    _check_sizes(directory, facts, catalog, language)
+    backbone = load_backbone(artifacts.join(directory, "backbone"), facts.max_tokens)
+    model = CLLM4Rec(backbone, catalog.tokens(facts.num_words), std=0.0)
+    tables = load_tensors(artifacts.read_bytes(artifacts.join(directory, "tables.safetensors")))
+    for name, table in model.tables().items():
+        if name not in tables or tables[name].shape != table.shape:
+            raise ArtifactError(f"{directory}/tables.safetensors has no {name} of shape {tuple(table.shape)}; train again")
+        table.data = tables[name]
+    model.train_only(())
+    model.eval()
+    if facts.bf16:
+        model.use_bf16()
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return StoredModel(Ranker(model, language.prompts, facts.max_tokens, facts.prompt), catalog, language, manifest)
+
+
+def _check_sizes(directory: str, facts: ModelFacts, catalog: Catalog, language: Language) -> None:
+    found = (language.num_words, catalog.num_users, catalog.num_items)
+    expected = (facts.num_words, facts.num_users, facts.num_items)
+    if found != expected:
+        raise ArtifactError(
+            f"{directory} was trained for (words, users, items) = {expected} and its catalog has {found}; "
+            "copy the whole directory again or train again"
+        )

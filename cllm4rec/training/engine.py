@@ -1,0 +1,230 @@
+"""What turns losses into optimizer steps: DeepSpeed on a cluster, plain torch without one. The loop sees one protocol.
+
+The loop divides each loss by the documents of the whole step, so an engine adds gradients up over micro batches and
+workers. Adam's state leaves and enters an engine as named float32 tensors, the same for every engine, ZeRO stage and
+number of workers: no pickle, and a run can go on with other hardware.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Moments = dict[str, Tensor]
+"""`<parameter>` → value, `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` → Adam's moments, `step` → steps taken."""
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    name: Literal["deepspeed", "torch"]
+    learning_rate: float
+    accumulation: int
+    gradient_clipping: float | None
+    zero_stage: int
+
+
+class Engine(abc.ABC):
+    """Steps the trained parameters of a module with Adam."""
+
+    def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+        self.num_workers = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+
+    @abc.abstractmethod
+    def forward(self, *inputs: Any) -> Any:
+        """Call the module."""
+
+    @abc.abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss to those of this step."""
+
+    @abc.abstractmethod
+    def step(self) -> None:
+        """After `accumulation` backward calls: add gradients over workers, clip, step, clear."""
+
+    @abc.abstractmethod
+    def state(self) -> Moments:
+        """All trained parameters and Adam's state, whole, on the CPU. Every worker must call it."""
+
+    @abc.abstractmethod
+    def load_moments(self, state: Moments, blank: tuple[Any, ...]) -> None:
+        """Take over Adam's state; parameters were put into the module before this engine was made.
+
+        `blank` are inputs of `forward` without a document in them. Every worker must call it.
+        """
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained parameters, whole, on the CPU. Every worker must call it."""
+        return {name: weight.detach().cpu().clone() for name, weight in self.trained.items()}
+
+    def sum(self, *numbers: float) -> list[float]:
+        """Numbers added over workers, in float64."""
+        if self.num_workers == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=next(iter(self.trained.values())).device)
+        dist.all_reduce(total)
+        return [float(number) for number in total.tolist()]
+
+
+class TorchEngine(Engine):
+    """Plain torch: one process, or several with gradients added by all-reduce."""
+
+    def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
+        super().__init__(module, settings)
+        self.module = module
+        self.optimizer = torch.optim.Adam(self.trained.values(), lr=settings.learning_rate)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        if self.num_workers > 1:
+            for weight in self.trained.values():
+                if weight.grad is not None:
+                    dist.all_reduce(weight.grad)
+        if self.settings.gradient_clipping is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.gradient_clipping)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> Moments:
+        return _adam_state(self.optimizer, self.trained)
+
+    def load_moments(self, state: Moments, blank: tuple[Any, ...]) -> None:
+        _load_adam(self.optimizer, self.trained, state)
+
+
+class DeepSpeedEngine(Engine):
+    """DeepSpeed inside a Ray Train worker: ZeRO stages 0 to 3, accumulation and clipping, in float32 for the tables.
+
+    The backbone's bfloat16 is the module's own affair, so DeepSpeed's bf16 mode, which would round the tables, stays off.
+    """
+
+    def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
+        super().__init__(module, settings)
+        import deepspeed
+
+        self._deepspeed = deepspeed
+        self._shapes = {name: weight.shape for name, weight in self.trained.items()}
+        self.engine, _, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=torch.optim.Adam(self.trained.values(), lr=settings.learning_rate),
+            config=self._config(),
+            dist_init_required=False,
+        )
+        if settings.zero_stage == 3:
+            self._share_word_embeddings(module)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        # DeepSpeed averages over workers and micro batches; the loop has already divided by what it should.
+        self.engine.backward(loss * (self.num_workers * self.settings.accumulation))
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def step(self) -> None:
+        self.engine.step()
+
+    def weights(self) -> dict[str, Tensor]:
+        if self.settings.zero_stage == 0:
+            return super().weights()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {
+            name: safe_get_full_fp32_param(weight).detach().cpu().clone().view(self._shapes[name])
+            for name, weight in self.trained.items()
+        }
+
+    def state(self) -> Moments:
+        if self.settings.zero_stage == 0:
+            return _adam_state(self.engine.optimizer, self.trained)
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state: Moments = {"step": self._step_counters()[0].detach().cpu().clone(), **self.weights()}
+        for name, weight in self.trained.items():
+            for moment in _MOMENTS:
+                full = safe_get_full_optimizer_state(weight, moment)
+                state[f"{name}.{moment}"] = full.detach().cpu().clone().view(self._shapes[name])
+        return state
+
+    def load_moments(self, state: Moments, blank: tuple[Any, ...]) -> None:
+        if self.settings.zero_stage == 0:
+            _load_adam(self.engine.optimizer, self.trained, state)
+            return
+        # ZeRO makes its moments at the first step. A step of zero gradients moves nothing and makes them.
+        for _ in range(self.settings.accumulation):
+            self.backward(self.forward(*blank).total)
+        self.step()
+        for name, weight in self.trained.items():
+            for moment in _MOMENTS:
+                self._set_moment(weight, state[f"{name}.{moment}"], moment)
+        for counter in self._step_counters():
+            counter.fill_(float(state["step"]))
+
+    def _set_moment(self, weight: nn.Parameter, value: Tensor, moment: str) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.settings.zero_stage < 3:
+            safe_set_full_optimizer_state(weight, value.to(weight.device), moment)
+            return
+        # ZeRO-3 pads the flat tensor to equal shards; its own setter takes whole tensors only where they divide.
+        size = weight.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        flat = value.flatten()[self.rank * size : (self.rank + 1) * size].to(weight.device)
+        shard = torch.nn.functional.pad(flat, (0, size - len(flat)))
+        safe_set_local_optimizer_state(weight, shard, moment)
+
+    def _step_counters(self) -> list[Tensor]:
+        counters = [adam["step"] for adam in self.engine.optimizer.optimizer.state.values() if "step" in adam]
+        return counters or [torch.zeros(())]
+
+    def _share_word_embeddings(self, module: nn.Module) -> None:
+        # The model reads these two outside the submodule that owns them, which ZeRO-3 has to be told.
+        backbone: Any = module.backbone
+        for weight in {id(weight): weight for weight in (backbone.word_embeddings, backbone.vocabulary_head)}.values():
+            self._deepspeed.zero.register_external_parameter(module, weight)
+
+    def _config(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            # One unit of work, so that train_batch_size is accumulation × workers; documents are counted by the loop.
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": settings.accumulation,
+            "gradient_clipping": settings.gradient_clipping or 0.0,
+            "zero_optimization": {"stage": settings.zero_stage},
+            "zero_allow_untested_optimizer": True,
+        }
+
+
+def make_engine(module: nn.Module, settings: EngineSettings) -> Engine:
+    return (DeepSpeedEngine if settings.name == "deepspeed" else TorchEngine)(module, settings)
+
+
+def _adam_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> Moments:
+    state: Moments = {"step": torch.zeros(())}
+    for name, weight in trained.items():
+        adam = optimizer.state.get(weight, {})
+        state[name] = weight.detach().cpu().clone()
+        for moment in _MOMENTS:
+            state[f"{name}.{moment}"] = adam.get(moment, torch.zeros_like(weight)).cpu().clone()
+        state["step"] = adam.get("step", torch.zeros(())).cpu().clone()
+    return state
+
+
+def _load_adam(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], state: Moments) -> None:
+    for name, weight in trained.items():
+        moments = {moment: state[f"{name}.{moment}"].to(weight.device).clone() for moment in _MOMENTS}
+        optimizer.state[weight] = {"step": state["step"].clone(), **moments}

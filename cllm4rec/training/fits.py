@@ -1,0 +1,182 @@
+"""The three training stages end to end: which directories go in, what is trained, which directory comes out.
+
+Each is `inputs(config)`, the digests by which a stage is skipped or resumed, and `fit(config)`, which writes the directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from cllm4rec import artifacts
+from cllm4rec.artifacts import Manifest, digest_of, read_manifest, write_directory
+from cllm4rec.config import Config
+from cllm4rec.data.prepared import Histories, load_space
+from cllm4rec.errors import ArtifactError
+from cllm4rec.model.backbone import load_backbone, new_backbone, save_backbone, save_reference
+from cllm4rec.model.store import ModelFacts, Prompt, load_tables, write_model
+from cllm4rec.training.loop import METRICS, Job, fit, fresh_model
+from cllm4rec.training.run import RunSettings, Validation
+from cllm4rec.training.stages import Stage, backbone_stages, finetune_stages, pretrain_stages
+
+MakeValidation = Callable[[Histories], Validation]
+
+
+def backbone_inputs(config: Config) -> dict[str, str]:
+    prepared = read_manifest(config.directory("prepared"), "prepared")
+    return {
+        "prepared": prepared.digest,
+        "model": digest_of(config.model.model_dump()),
+        "training": _training_digest(config, backbone_stages(config)),
+    }
+
+
+def pretrain_inputs(config: Config) -> dict[str, str]:
+    return {
+        "prepared": read_manifest(config.directory("prepared"), "prepared").digest,
+        "backbone": read_manifest(config.directory("backbone"), "backbone").digest,
+        "training": _training_digest(config, pretrain_stages(config)),
+    }
+
+
+def finetune_inputs(config: Config) -> dict[str, str]:
+    return {
+        "prepared": read_manifest(config.directory("prepared"), "prepared").digest,
+        "pretrained": read_manifest(config.directory("pretrained"), "pretrained").digest,
+        "training": _training_digest(config, finetune_stages(config)),
+    }
+
+
+def fit_backbone(config: Config, make_validation: MakeValidation) -> Manifest:
+    """Pretrain, or go on training, the language model on the training split's texts; with 0 epochs only write it down."""
+    inputs, directory = backbone_inputs(config), config.directory("backbone")
+    _, language, _ = load_space(config.directory("prepared"))
+    backbone = new_backbone(config.model, language.num_words, config.seed)
+    stages = backbone_stages(config)
+    weights = _train(config, "backbone", stages, inputs, make_validation) if config.backbone.epochs else {}
+    with write_directory(directory, kind="backbone", inputs=inputs, config=config.model_dump()) as draft:
+        if not weights and isinstance(config.model.backbone, str):
+            save_reference(backbone, config.model, draft.uri)
+        else:
+            # Not strict: tied heads and buffers are no parameters of their own.
+            backbone.load_state_dict({name.removeprefix("backbone."): value for name, value in weights.items()}, strict=False)
+            save_backbone(backbone, draft.uri)
+        draft.counts["parameters"] = sum(weight.numel() for weight in backbone.parameters())
+        _copy_metrics(config, "backbone", draft.uri)
+    _forget_run(config, "backbone")
+    return read_manifest(directory, "backbone")
+
+
+def fit_pretrained(config: Config, make_validation: MakeValidation) -> Manifest:
+    """Content warm-up and mutually regularised pretraining of the four tables around the frozen backbone."""
+    inputs = pretrain_inputs(config)
+    tables = _fresh_tables(config) | _train(config, "pretrain", pretrain_stages(config), inputs, make_validation)
+    return _write_model(config, "pretrained", "interactions", tables, inputs, "pretrain")
+
+
+def fit_finetuned(config: Config, make_validation: MakeValidation) -> Manifest:
+    """Recommendation-oriented finetuning of the collaborative tables: the `model/` that is scored and served."""
+    inputs = finetune_inputs(config)
+    before = load_tables(config.directory("pretrained"), "pretrained")
+    tables = before | _train(config, "finetune", finetune_stages(config), inputs, make_validation)
+    prompt: Prompt = "recommendation" if config.finetune.epochs else "interactions"
+    return _write_model(config, "model", prompt, tables, inputs, "finetune")
+
+
+def _train(
+    config: Config, name: str, stages: list[Stage], inputs: dict[str, str], make_validation: MakeValidation
+) -> dict[str, Tensor]:
+    if not any(stage.epochs for stage in stages):
+        return {}
+    backbone_dir, frozen = config.directory("backbone"), name != "backbone"
+    before = load_backbone(backbone_dir, config.model.max_tokens).digest() if frozen else None
+    job = Job(
+        prepared_dir=artifacts.absolute(config.directory("prepared")),
+        backbone_dir=artifacts.absolute(backbone_dir) if frozen else None,
+        start_dir=artifacts.absolute(config.directory("pretrained")) if name == "finetune" else None,
+        model=config.model,
+        stages=stages,
+        settings=_settings(config),
+        make_validation=make_validation,
+        fingerprint=digest_of(inputs),
+        tensorboard=config.training.tensorboard,
+    )
+    weights = fit(job, config.cluster, run_directory(config, name))
+    if frozen and load_backbone(backbone_dir, config.model.max_tokens).digest() != before:
+        raise ArtifactError(f"the frozen backbone in {backbone_dir} changed during {name}; run the backbone stage with --force")
+    return weights
+
+
+def _fresh_tables(config: Config) -> dict[str, Tensor]:
+    """The tables before any training: what a stage of 0 epochs leaves."""
+    _, _, tokens = load_space(config.directory("prepared"))
+    backbone = load_backbone(config.directory("backbone"), config.model.max_tokens)
+    return {name: table.data for name, table in fresh_model(config.model, backbone, tokens, config.seed).tables().items()}
+
+
+def _write_model(
+    config: Config, kind: str, prompt: Prompt, tables: dict[str, Tensor], inputs: dict[str, str], run_name: str
+) -> Manifest:
+    prepared_dir, directory = config.directory("prepared"), config.directory(kind)
+    catalog, language, _ = load_space(prepared_dir)
+    facts = ModelFacts(
+        num_words=language.num_words,
+        num_users=catalog.num_users,
+        num_items=catalog.num_items,
+        width=tables["content_items"].shape[1],
+        max_tokens=config.model.max_tokens,
+        prompt=prompt,
+        bf16=config.training.bf16,
+    )
+    with write_directory(directory, kind=kind, inputs=inputs, config=config.model_dump()) as draft:
+        write_model(draft, tables, facts, prepared_dir=prepared_dir, backbone_dir=config.directory("backbone"))
+        _copy_metrics(config, run_name, draft.uri)
+    _forget_run(config, run_name)
+    return read_manifest(directory, kind)
+
+
+def run_directory(config: Config, name: str) -> str:
+    """Where a running stage keeps its metrics and checkpoints until it is done."""
+    return artifacts.join(config.directory("runs"), name)
+
+
+def _copy_metrics(config: Config, name: str, directory: str) -> None:
+    source = artifacts.join(run_directory(config, name), METRICS)
+    if artifacts.exists(source):
+        artifacts.copy_file(source, artifacts.join(directory, METRICS))
+
+
+def _forget_run(config: Config, name: str) -> None:
+    artifacts.remove_directory(run_directory(config, name))
+
+
+def _settings(config: Config) -> RunSettings:
+    training = config.training
+    return RunSettings(
+        engine=training.engine,
+        accumulation=config.accumulation,
+        gradient_clipping=training.gradient_clipping,
+        zero_stage=training.zero_stage,
+        bf16=training.bf16,
+        micro_batch_tokens=training.micro_batch_tokens,
+        max_tokens=config.model.max_tokens,
+        checkpoint_every_epochs=training.checkpoint_every_epochs,
+        seed=config.seed,
+    )
+
+
+def _training_digest(config: Config, stages: list[Stage]) -> str:
+    """What a result depends on. The number of workers is left out: a run may go on with other hardware."""
+    settings: dict[str, Any] = dataclasses.asdict(_settings(config))
+    del settings["checkpoint_every_epochs"], settings["accumulation"]
+    return digest_of(
+        {
+            "stages": [dataclasses.asdict(stage) for stage in stages],
+            "settings": settings,
+            "global_batch_tokens": config.training.global_batch_tokens,
+            "table_std": config.model.table_std,
+        }
+    )

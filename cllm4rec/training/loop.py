@@ -1,0 +1,289 @@
+"""The training loop on a cluster: Ray Data hands each Ray Train worker the documents of its own users.
+
+    weights = fit(job, cluster, run_dir=..., name=...)
+
+Everything a worker does with its documents is `cllm4rec.training.run`; this file fetches, reports and resumes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+import torch
+from ray.train.torch import TorchTrainer
+from torch import Tensor
+
+from cllm4rec import artifacts
+from cllm4rec.catalog import TokenSpace
+from cllm4rec.config import ClusterConfig, ModelConfig
+from cllm4rec.data.documents import Documents
+from cllm4rec.data.prepared import Histories, bucket_paths, load_space
+from cllm4rec.errors import ResourceError, TrainingError
+from cllm4rec.model.backbone import Backbone, load_backbone, new_backbone
+from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.model.store import load_tables
+from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpoint, write_checkpoint
+from cllm4rec.training.run import RunSettings, Shard, Validation, put_weights, run
+from cllm4rec.training.stages import Stage
+
+METRICS = "metrics.jsonl"
+_ERROR = "error.txt"
+# What a barrier may take: the slowest worker's validation and checkpoint, with much to spare.
+_COLLECTIVE_TIMEOUT_S = 1800
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """All a worker needs to know; paths are absolute. `start_dir` is a `pretrained/` directory to begin from.
+
+    `backbone_dir` None means the backbone is the one the config describes, before any training.
+    """
+
+    prepared_dir: str
+    backbone_dir: str | None
+    start_dir: str | None
+    model: ModelConfig
+    stages: list[Stage]
+    settings: RunSettings
+    make_validation: Callable[[Histories], Validation]
+    fingerprint: str
+    tensorboard: bool = False
+
+
+def fit(job: Job, cluster: ClusterConfig, run_dir: str) -> dict[str, Tensor]:
+    """Train on the connected cluster and return the weights of the best epochs.
+
+    An interrupted run with the same fingerprint and `run_dir` goes on where it stopped. Raises ResourceError where the
+    cluster is too small, TrainingError where the run cannot go on.
+    """
+    wait_for_resources(cluster)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(_COLLECTIVE_TIMEOUT_S)
+    directory = artifacts.absolute(run_dir)
+    artifacts.remove_file(artifacts.join(directory, _ERROR))
+    files = {table: bucket_paths(job.prepared_dir, table) for table in ("documents", "histories")}
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"job": job, "run_dir": directory, "threads": _threads(cluster), "cluster": cluster},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=cluster.use_gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            # A name used again silently inherits the old run's checkpoint: the fingerprint keeps runs apart.
+            name=f"run-{job.fingerprint[:16]}",
+            storage_path=directory,
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=1),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+        ),
+        datasets={table: _read(paths) for table, paths in files.items()},
+        dataset_config=WholeBuckets(files),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        raise TrainingError(f"training stopped: {_cause(error)}; run the same command again to go on from the last checkpoint") from error
+    if artifacts.exists(artifacts.join(directory, _ERROR)):
+        raise TrainingError(artifacts.read_bytes(artifacts.join(directory, _ERROR)).decode())
+    with result.checkpoint.as_directory() as folder:
+        return read_checkpoint(folder, job.fingerprint).best
+
+
+class WholeBuckets(ray.train.DataConfig):  # type: ignore[misc]
+    """Worker r of W reads every W-th bucket file, whole and in order.
+
+    Ray's own split hands blocks to whoever asks first and drops rows to make shards equal; this one is a function of
+    (rank, world size), so a resumed run sees the same documents, and all documents of a user stay on one worker.
+    """
+
+    def __init__(self, files: dict[str, list[str]]) -> None:
+        super().__init__(datasets_to_split=[])
+        self._files = files
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
+    ) -> list[dict[str, Any]]:
+        return [
+            {name: _read(self._files[name][rank::world_size]).iterator() for name in datasets} for rank in range(world_size)
+        ]
+
+
+def wait_for_resources(cluster: ClusterConfig) -> None:
+    """Return when the cluster has what the config asks for. Raises ResourceError after `start_timeout_s` without it."""
+    # One CPU more than the workers hold, or Ray Data could not read for them.
+    needed = {"CPU": float(cluster.num_workers * cluster.cpus_per_worker + 1)}
+    if cluster.use_gpu:
+        needed["GPU"] = float(cluster.num_workers)
+    deadline = time.monotonic() + cluster.start_timeout_s
+    while True:
+        existing = ray.cluster_resources()
+        short = {name: amount for name, amount in needed.items() if existing.get(name, 0.0) < amount}
+        if not short:
+            return
+        if time.monotonic() > deadline:
+            asked = " and ".join(f"{amount:g} {name}s" for name, amount in needed.items())
+            exists = " and ".join(f"{existing.get(name, 0.0):g}" for name in needed)
+            raise ResourceError(
+                f"training asks for {asked} ({cluster.num_workers} workers × {cluster.cpus_per_worker} CPUs and 1 to read "
+                f"with) and the cluster has {exists}; lower cluster.num_workers or cluster.cpus_per_worker, or add nodes"
+            )
+        time.sleep(1.0)
+
+
+def _read(paths: list[str]) -> Any:
+    fs, _ = artifacts.filesystem(paths[0])
+    return ray.data.read_parquet([artifacts.filesystem(path)[1] for path in paths], filesystem=fs)
+
+
+def _work(config: dict[str, Any]) -> None:
+    """One worker, from its shard to its last report."""
+    job: Job = config["job"]
+    torch.set_num_threads(config["threads"])
+    # Bit-for-bit resumption; a GPU kernel without a deterministic form warns and runs.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    context = ray.train.get_context()
+    is_first = context.get_world_rank() == 0
+    log = _LogFile(artifacts.join(config["run_dir"], METRICS), is_first, job.tensorboard)
+    resumed, warnings = _resume(job)
+    log.keep(resumed.progress.num_log_lines if resumed else 0)
+    for sentence in warnings:
+        log({"event": "warning", "message": sentence})
+
+    def save(checkpoint: Checkpoint) -> None:
+        checkpoint.progress.num_log_lines = log.flush()
+        # Every rank reports (it is a barrier) and one of them brings the files; the directory outlives the call.
+        with tempfile.TemporaryDirectory() as folder:
+            if is_first:
+                write_checkpoint(folder, checkpoint, job.fingerprint)
+            metrics = {"stage": checkpoint.progress.stage, "epoch": checkpoint.progress.epoch}
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    try:
+        shard = _shard(job, config["cluster"])
+        _, language, _ = load_space(job.prepared_dir)
+        make_model = functools.partial(_model, job)
+        run(make_model, language.prompts, job.stages, shard, job.settings, log=log, save=save, resumed=resumed)
+    except (TrainingError, ResourceError) as error:
+        # The same data and settings would fail the same way: do not let Ray try again.
+        if is_first:
+            artifacts.write_bytes(artifacts.join(config["run_dir"], _ERROR), str(error).encode())
+    finally:
+        log.flush()
+
+
+def _model(job: Job) -> CLLM4Rec:
+    _, language, tokens = load_space(job.prepared_dir)
+    if job.backbone_dir is None:
+        backbone = new_backbone(job.model, language.num_words, job.settings.seed)
+    else:
+        backbone = load_backbone(job.backbone_dir, job.settings.max_tokens)
+    model = fresh_model(job.model, backbone, tokens, job.settings.seed)
+    if job.start_dir is not None:
+        put_weights(model, load_tables(job.start_dir, "pretrained"))
+    return model.to(ray.train.torch.get_device())
+
+
+def fresh_model(config: ModelConfig, backbone: Backbone, tokens: TokenSpace, seed: int) -> CLLM4Rec:
+    return CLLM4Rec(backbone, tokens, std=config.table_std, seed=seed)
+
+
+def _shard(job: Job, cluster: ClusterConfig) -> Shard:
+    """This worker's documents, fetched once through Ray Data and kept: an epoch then costs no reading."""
+    limit = cluster.shard_memory_gb * 1e9
+    tables, num_bytes = [], 0
+    for table in ray.train.get_dataset_shard("documents").iter_batches(batch_size=None, batch_format="pyarrow"):
+        tables.append(table)
+        num_bytes += table.nbytes
+        if num_bytes > limit:
+            raise ResourceError(
+                f"a worker's documents take more than cluster.shard_memory_gb {cluster.shard_memory_gb}; add workers, "
+                "raise it, or lower data.max_text_tokens"
+            )
+    documents = Documents.from_arrow(pa.concat_tables(tables)).in_order()
+    histories = pa.concat_tables(
+        list(ray.train.get_dataset_shard("histories").iter_batches(batch_size=None, batch_format="pyarrow"))
+    )
+    return Shard(documents, job.make_validation(Histories.from_arrow(histories)))
+
+
+def _resume(job: Job) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that can be trusted, the one before it where that is damaged, and what was passed over."""
+    latest = ray.train.get_checkpoint()
+    if latest is None:
+        return None, []
+    if not Path(latest.path).is_dir():
+        with latest.as_directory() as folder:
+            return read_checkpoint(folder, job.fingerprint), []
+    return newest_valid(sorted(Path(latest.path).parent.glob("checkpoint_*")), job.fingerprint)
+
+
+class _LogFile:
+    """`metrics.jsonl`: a line for every step and epoch, written by the first worker at the end of each epoch."""
+
+    def __init__(self, uri: str, is_first: bool, tensorboard: bool) -> None:
+        self._uri, self._is_first = uri, is_first
+        self._unwritten: list[str] = []
+        self._num_written = self._step = 0
+        self._writer: Any = None
+        if is_first and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(os.path.dirname(artifacts.filesystem(uri)[1]))
+
+    def keep(self, num_lines: int) -> None:
+        """Start with the first lines of what an interrupted run left; what came after its checkpoint is run again."""
+        if not self._is_first:
+            return
+        old = artifacts.read_bytes(self._uri).splitlines() if num_lines and artifacts.exists(self._uri) else []
+        kept = old[:num_lines]
+        artifacts.write_bytes(self._uri, b"".join(line + b"\n" for line in kept))
+        self._num_written = len(kept)
+        if kept:
+            self({"event": "resumed"})
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        if not self._is_first:
+            return
+        self._unwritten.append(json.dumps(entry) + "\n")
+        if self._writer is not None and entry["event"] == "step":
+            self._step += 1
+            for name in ("loss", "items", "words", "penalty"):
+                self._writer.add_scalar(f"{entry['stage']}/{name}", entry[name], self._step)
+        if entry["event"] != "step":
+            self.flush()
+
+    def flush(self) -> int:
+        """Write what is new and return the number of lines so far."""
+        if self._unwritten:
+            artifacts.append_bytes(self._uri, "".join(self._unwritten).encode())
+            self._num_written += len(self._unwritten)
+            self._unwritten = []
+        return self._num_written
+
+
+def _threads(cluster: ClusterConfig) -> int:
+    if cluster.threads_per_worker is not None:
+        return cluster.threads_per_worker
+    alone = len(ray.nodes()) == 1 and not cluster.use_gpu
+    return max(1, (os.cpu_count() or 1) // cluster.num_workers) if alone else cluster.cpus_per_worker
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost message, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:500]

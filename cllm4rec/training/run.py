@@ -1,0 +1,256 @@
+"""The one training loop: stages are data, the engine is a protocol, Ray is nowhere.
+
+It needs a model, a worker's documents and somewhere to keep checkpoints; `cllm4rec.training.loop` hands it Ray's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cllm4rec.catalog import TokenSpace
+from cllm4rec.data.documents import Documents, Prompts
+from cllm4rec.data.epochs import Maker
+from cllm4rec.data.packing import Batch, Packer, PairPacker
+from cllm4rec.data.ragged import Ragged
+from cllm4rec.errors import TrainingError
+from cllm4rec.model.backbone import Backbone
+from cllm4rec.model.cllm4rec import CLLM4Rec, Losses
+from cllm4rec.model.grids import TensorBatch
+from cllm4rec.model.ranking import Ranker, merged
+from cllm4rec.training.checkpoints import Checkpoint, Progress
+from cllm4rec.training.engine import Engine, EngineSettings, make_engine
+from cllm4rec.training.stages import Stage
+
+Log = Callable[[dict[str, Any]], None]
+
+
+class Validation(Protocol):
+    """What ranks are compared with after an epoch; `cllm4rec.evaluation.protocol.Validation` is the real one."""
+
+    users: npt.NDArray[np.int64]
+    read: Ragged
+
+    def metrics(self, ranked_BK: npt.NDArray[np.int64]) -> dict[str, float]:
+        """Sums over users, and their `count`, so that workers can be added up."""
+
+
+# Of the paper's three the least noisy on a few hundred users, and the one that says something in a small catalogue.
+VALIDATION_METRIC = "ndcg@100"
+VALIDATION_DEPTH = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+    """What the loop needs to know besides the stages."""
+
+    engine: Literal["deepspeed", "torch"]
+    accumulation: int
+    gradient_clipping: float | None
+    zero_stage: int
+    bf16: bool
+    micro_batch_tokens: int
+    max_tokens: int
+    checkpoint_every_epochs: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One worker's part of the data. `num_documents` of a worker may differ from another's."""
+
+    documents: Documents
+    validation: Validation | None
+
+
+def run(
+    make_model: Callable[[], CLLM4Rec],
+    prompts: Prompts,
+    stages: list[Stage],
+    shard: Shard,
+    settings: RunSettings,
+    *,
+    log: Log,
+    save: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    resumed: Checkpoint | None = None,
+) -> dict[str, Tensor]:
+    """Train through all stages and return the weights of each stage's best epoch, by parameter name.
+
+    make_model: the model as it is before the first stage, on the worker's device; called once a stage.
+    save: called by every worker after `checkpoint_every_epochs` epochs and at each stage's end.
+    resumed: go on after it; the result equals an uninterrupted run's bit for bit on the same machine.
+    Raises TrainingError at the first loss that is not finite.
+    """
+    checkpoint = resumed or Checkpoint(Progress(), {}, {})
+    for number in range(checkpoint.progress.stage, len(stages)):
+        if stages[number].epochs:
+            model = make_model()
+            put_weights(model, checkpoint.best)
+            checkpoint = _run_stage(make_model, model, prompts, stages, number, shard, settings, log, save, checkpoint)
+    return checkpoint.best
+
+
+def _run_stage(
+    make_model: Callable[[], CLLM4Rec],
+    model: CLLM4Rec,
+    prompts: Prompts,
+    stages: list[Stage],
+    number: int,
+    shard: Shard,
+    settings: RunSettings,
+    log: Log,
+    save: Callable[[Checkpoint], None],
+    checkpoint: Checkpoint,
+) -> Checkpoint:
+    stage = stages[number]
+    maker = Maker(prompts, model.tokens, settings.max_tokens, settings.seed)
+    packer = packer_for(model.backbone, model.tokens, settings.micro_batch_tokens, settings.max_tokens)
+    device = model.collaborative_items.device
+    blank = TensorBatch.of(packer.empty(), device)
+
+    before, progress = checkpoint.best, checkpoint.progress
+    if checkpoint.state:
+        put_weights(model, checkpoint.state)
+    else:
+        progress = Progress(stage=number, num_log_lines=progress.num_log_lines)
+        if stage.collaborative_from_content:
+            start_from_content(model)
+    model.train_only(stage.trained)
+    if settings.bf16:
+        model.use_bf16()
+    engine = make_engine(model, _engine_settings(settings, stage))
+    if checkpoint.state:
+        engine.load_moments(checkpoint.state, (blank, 0.0))
+    # ZeRO-3 leaves no worker a whole model to rank with, so it ranks with a copy; serving needs one device to hold it anyway.
+    ranked = make_model() if settings.zero_stage == 3 and settings.engine == "deepspeed" else model
+    best = dict(before)
+
+    for epoch in range(progress.epoch, stage.epochs):
+        started, total_documents, total_users, total_tokens, total_loss = time.monotonic(), 0.0, 0.0, 0.0, 0.0
+        step = 0
+        streams = [(packer.batches(part), trained) for part, trained in stage.streams(maker, shard.documents, epoch)]
+        while streams:
+            for stream in list(streams):
+                batches, trained = stream
+                micro_batches = list(itertools.islice(batches, settings.accumulation))
+                # Workers step together until all are out of documents; who has none left runs blank batches.
+                num_documents, num_users, num_tokens = engine.sum(*_sizes(micro_batches))
+                if num_documents == 0:
+                    streams.remove(stream)
+                    continue
+                if stage.alternate:
+                    model.train_only(trained)
+                parts = np.zeros(4)
+                for place in range(settings.accumulation):
+                    inputs = TensorBatch.of(micro_batches[place], device) if place < len(micro_batches) else blank
+                    losses: Losses = engine.forward(inputs, stage.lambda_c)
+                    engine.backward(losses.total / num_documents)
+                    parts += [float(part.detach()) for part in losses]
+                total, items, words, penalty = engine.sum(*parts.tolist())
+                step += 1
+                if not math.isfinite(total):
+                    raise TrainingError(
+                        f"the loss of stage {stage.name}, epoch {epoch + 1}, step {step} is {total}; the last checkpoint "
+                        "is kept: lower the learning rate or set training.bf16=false, then run again"
+                    )
+                engine.step()
+                total_documents += num_documents
+                total_users += num_users
+                total_tokens += num_tokens
+                total_loss += total
+                means = {"loss": total, "items": items, "words": words, "penalty": penalty}
+                log(
+                    {"event": "step", "stage": stage.name, "epoch": epoch + 1, "step": step, "documents": num_documents}
+                    | {name: value / num_documents for name, value in means.items()}
+                )
+
+        if ranked is not model:
+            put_weights(ranked, engine.weights())
+        metrics = _validate(Ranker(ranked, prompts, settings.max_tokens, stage.validate), shard, engine)
+        metric = metrics.get(VALIDATION_METRIC)
+        progress.epoch = epoch + 1
+        if metric is None or progress.best_metric is None or metric > progress.best_metric:
+            progress.best_metric, progress.best_epoch = metric, epoch + 1
+            best = {**before, **engine.weights()}
+        stops = metric is not None and epoch + 1 - progress.best_epoch >= stage.patience
+        elapsed_s = time.monotonic() - started
+        log(
+            {
+                "event": "epoch",
+                "stage": stage.name,
+                "epoch": epoch + 1,
+                "epochs": stage.epochs,
+                "seconds": elapsed_s,
+                "loss": total_loss / max(1.0, total_documents),
+                "users_per_s": total_users / elapsed_s,
+                "tokens_per_s": total_tokens / elapsed_s,
+                "best_epoch": progress.best_epoch,
+                "stopped": stops,
+            }
+            | {f"validation_{name}": value for name, value in metrics.items()}
+        )
+        if stops:
+            break
+        if (epoch + 1) % settings.checkpoint_every_epochs == 0 and epoch + 1 < stage.epochs:
+            save(Checkpoint(progress, engine.state(), best))
+    done = Checkpoint(Progress(stage=number + 1, num_log_lines=progress.num_log_lines), {}, best)
+    save(done)
+    return done
+
+
+def packer_for(backbone: Backbone, tokens: TokenSpace, micro_batch_tokens: int, max_tokens: int) -> Packer | PairPacker:
+    """Lays documents out as the backbone reads them."""
+    if backbone.pairs:
+        return PairPacker(tokens, micro_batch_tokens, backbone.start_token)
+    return Packer(tokens, micro_batch_tokens // max_tokens, max_tokens)
+
+
+def put_weights(model: CLLM4Rec, weights: Mapping[str, Tensor]) -> None:
+    """Copy the parameters that `weights` names into the model; other entries (Adam's moments) are passed over."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in weights:
+                weight.copy_(weights[name])
+
+
+def start_from_content(model: CLLM4Rec) -> None:
+    """z^l := z^c after the warm-up: the most probable z^l given z^c before an interaction is read (Eq. 3, lambda_l = 0)."""
+    with torch.no_grad():
+        model.collaborative_users.copy_(model.content_users)
+        model.collaborative_items.copy_(model.content_items)
+
+
+def _engine_settings(settings: RunSettings, stage: Stage) -> EngineSettings:
+    return EngineSettings(
+        settings.engine, stage.learning_rate, settings.accumulation, settings.gradient_clipping, settings.zero_stage
+    )
+
+
+def _sizes(batches: list[Batch]) -> tuple[float, float, float]:
+    return (
+        float(sum(batch.num_documents for batch in batches)),
+        float(sum(batch.num_users for batch in batches)),
+        float(sum(batch.num_tokens for batch in batches)),
+    )
+
+
+def _validate(ranker: Ranker, shard: Shard, engine: Engine) -> dict[str, float]:
+    """Means over all workers' validation users; empty where the stage has no prompt to rank by or nobody to rank for."""
+    validation = shard.validation
+    if ranker.prompt is None or validation is None:
+        return {}
+    ranked_BK, _ = ranker.top_k(validation.users, validation.read, merged(validation.read), VALIDATION_DEPTH)
+    sums = validation.metrics(ranked_BK)
+    names = sorted(sums)
+    totals = dict(zip(names, engine.sum(*(sums[name] for name in names)), strict=True))
+    count = totals.pop("count")
+    return {name: total / count for name, total in totals.items()} if count else {}

@@ -1,0 +1,10 @@
+"""The language model → `backbone/`: built, or loaded, and with `backbone.epochs` trained on the training split's texts.
+
+    python -m jobs.backbone --config jobs/configs/demo.yaml backbone.epochs=3
+"""
+
+from jobs.cli import main
+from jobs.stages import BACKBONE
+
+if __name__ == "__main__":
+    main(BACKBONE, __doc__)

@@ -1,0 +1,10 @@
+"""Recommendation-oriented finetuning → `model/`, the directory that is evaluated, scored and served.
+
+    python -m jobs.finetune --config jobs/configs/demo.yaml finetune.epochs=30
+"""
+
+from jobs.cli import main
+from jobs.stages import FINETUNE
+
+if __name__ == "__main__":
+    main(FINETUNE, __doc__)

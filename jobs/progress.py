@@ -1,0 +1,128 @@
+"""What a person sees while a job runs: a progress bar on a terminal, plain lines elsewhere.
+
+Workers write `metrics.jsonl`; the driver follows the file, so nothing has to travel through Ray's logs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from cllm4rec import artifacts
+
+_POLL_S = 0.5
+_COUNT_S = 5.0
+
+
+def say(line: str) -> None:
+    """One line on stdout, without tearing a progress bar."""
+    with tqdm.external_write_mode(file=sys.stdout):
+        print(line, flush=True)
+
+
+@contextlib.contextmanager
+def watched(run_dir: str, forget: bool) -> Iterator[None]:
+    """Show the epochs of a training run in `run_dir` until the block ends; `forget` drops an interrupted run first."""
+    if forget:
+        artifacts.remove_directory(run_dir)
+    follower = _Follower(artifacts.join(run_dir, "metrics.jsonl"))
+    follower.start()
+    try:
+        yield
+    finally:
+        follower.stop()
+
+
+@contextlib.contextmanager
+def counted(count: Callable[[], int], total: int, unit: str) -> Iterator[None]:
+    """Show how many of `total` are done until the block ends; `count` is asked every few seconds."""
+    done = threading.Event()
+    thread = threading.Thread(target=_show_count, args=(count, total, unit, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _show_count(count: Callable[[], int], total: int, unit: str, done: threading.Event) -> None:
+    started, first = time.monotonic(), count()
+    with tqdm(total=total, initial=first, unit=unit, desc="  score", disable=not sys.stdout.isatty()) as bar:
+        while not done.wait(_COUNT_S):
+            number = count()
+            bar.update(number - bar.n)
+            rate = (number - first) / (time.monotonic() - started)
+            if bar.disable and rate:
+                say(f"  {number:,} of {total:,} {unit}, {rate:,.0f} {unit}/s, {(total - number) / rate:.0f} s left")
+
+
+class _Follower(threading.Thread):
+    def __init__(self, uri: str) -> None:
+        super().__init__(daemon=True)
+        self._uri = uri
+        self._done = threading.Event()
+        self._num_read = self._num_lines()
+        self._bar: Any = None
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+        self._close()
+
+    def run(self) -> None:
+        while not self._done.wait(_POLL_S):
+            self._show_new()
+
+    def _num_lines(self) -> int:
+        return len(self._lines())
+
+    def _lines(self) -> list[bytes]:
+        return artifacts.read_bytes(self._uri).splitlines() if artifacts.exists(self._uri) else []
+
+    def _show_new(self) -> None:
+        with contextlib.suppress(OSError, artifacts.ArtifactError):  # the file is moved away when the stage is done
+            lines = self._lines()
+            if len(lines) < self._num_read:  # a resumed run cut the file back to its checkpoint
+                self._num_read = next((n for n, line in enumerate(lines) if b'"resumed"' in line), len(lines))
+            for line in lines[self._num_read :]:
+                self._show(json.loads(line))
+            self._num_read = len(lines)
+
+    def _show(self, entry: dict[str, Any]) -> None:
+        if entry["event"] == "resumed":
+            say("  going on from the last checkpoint of an interrupted run")
+        if entry["event"] == "warning":
+            say(f"  warning: {entry['message']}")
+        if entry["event"] == "epoch":
+            self._show_epoch(entry)
+
+    def _show_epoch(self, entry: dict[str, Any]) -> None:
+        left_s = entry["seconds"] * (entry["epochs"] - entry["epoch"])
+        found = entry.get("validation_recall@20")
+        facts = f"loss {entry['loss']:.3f}" + ("" if found is None else f", validation recall@20 {found:.4f}")
+        rates = f"{entry['tokens_per_s']:,.0f} tokens/s, {entry['users_per_s']:,.0f} users/s"
+        is_last = entry["stopped"] or entry["epoch"] == entry["epochs"]
+        if not sys.stdout.isatty():
+            say(f"  {entry['stage']} {entry['epoch']}/{entry['epochs']}: {facts}, {rates}, at most {left_s:.0f} s left")
+        else:
+            if self._bar is None:
+                self._bar = tqdm(total=entry["epochs"], initial=entry["epoch"] - 1, desc=f"  {entry['stage']}", unit="epoch")
+            self._bar.set_postfix_str(f"{facts}, {rates}")
+            self._bar.update(entry["epoch"] - self._bar.n)
+        if is_last:
+            self._close()
+            if entry["stopped"]:
+                say(f"  {entry['stage']}: stopped, no better validation since epoch {entry['best_epoch']}")
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

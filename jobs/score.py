@@ -1,0 +1,12 @@
+"""A list of items for every user → `dump/`, a Delta table: scored, audited, then published in one commit.
+
+    python -m jobs.score --config jobs/configs/demo.yaml score.k=20
+
+An interrupted run goes on with the users it has not scored. Lists that fail the audit are not published (exit status 3).
+"""
+
+from jobs.cli import main
+from jobs.stages import SCORE
+
+if __name__ == "__main__":
+    main(SCORE, __doc__)

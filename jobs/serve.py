@@ -1,0 +1,99 @@
+"""The live endpoint around `model/`: Ray Serve, autoscaled, until interrupted.
+
+    python -m jobs.serve --config jobs/configs/demo.yaml serve.port=8000
+    curl localhost:8000/v1/recommend -H 'content-type: application/json' -d '{"user_id": "u00001", "k": 5}'
+
+Answers what the nightly table holds, for users of the catalogue and for anyone with a history. With --check it asks
+itself one question over HTTP, prints the answer and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from cllm4rec.catalog import Catalog
+from cllm4rec.config import Config
+from cllm4rec.errors import ResourceError
+from jobs.cli import program
+from jobs.progress import say
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--check", action="store_true", help="answer one request, print it and stop")
+
+
+def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    if args.check:
+        return {"serve": check(config)}
+    with serving(config) as url:
+        say(f"serve: answering at {url}/v1/recommend, try it at {url}/, documented at {url}/docs; Ctrl-C stops")
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                time.sleep(3600)
+    return {"serve": {"url": url, "stopped": True}}
+
+
+@contextlib.contextmanager
+def serving(config: Config) -> Iterator[str]:
+    """The endpoint is up within the block; gives its URL. Raises ResourceError where the port is taken."""
+    from ray import serve as ray_serve
+
+    from serve.app import build, http_options
+
+    _refuse_a_taken_port(config)
+    ray_serve.start(http_options=http_options(config.serve))
+    try:
+        ray_serve.run(build(_arguments(config)), name="cllm4rec", route_prefix="/")
+        yield f"http://{config.serve.host}:{config.serve.port}"
+    finally:
+        ray_serve.shutdown()
+
+
+def check(config: Config) -> dict[str, Any]:
+    """Start, ask for the first user of the catalogue over HTTP, stop; returns question and answer."""
+    question = {"user_id": str(Catalog.load(config.directory("model")).user_ids[0]), "k": 5}
+    with serving(config) as url:
+        answer = httpx.post(f"{url}/v1/recommend", json=question, timeout=60, headers=_key_header())
+        answer.raise_for_status()
+        return {"url": f"{url}/v1/recommend", "question": question, "answer": answer.json()}
+
+
+def _arguments(config: Config) -> dict[str, Any]:
+    return {
+        **config.serve.model_dump(),
+        "model_dir": config.directory("model"),
+        "prepared_dir": config.directory("prepared"),
+        "deny_items": config.score.deny_items,
+        "cpus_per_replica": config.cluster.cpus_per_worker,
+        "use_gpu": config.cluster.use_gpu,
+    }
+
+
+def _key_header() -> dict[str, str]:
+    import os
+
+    keys = os.environ.get("CLLM4REC_API_KEYS", "").split(",")
+    return {"X-API-Key": keys[0].strip()} if keys[0].strip() else {}
+
+
+def _refuse_a_taken_port(config: Config) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.serve.host, config.serve.port))
+        except OSError as error:
+            raise ResourceError(
+                f"port {config.serve.port} of {config.serve.host} cannot be used ({error.strerror}); "
+                "set serve.port to a free one"
+            ) from None
+
+
+if __name__ == "__main__":
+    program("jobs.serve", __doc__, run, add_flags)

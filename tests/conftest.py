@@ -1,0 +1,31 @@
+"""Fixtures that more than one test file needs."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("no deadline", deadline=None)  # a busy machine is no finding
+settings.load_profile("no deadline")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local Ray would write a token into the home folder
+SHARED = Path(os.environ.get("CLLM4REC_SHARED", Path(__file__).parents[1].parent / "shared"))
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Real data and tokenizers that may not be copied into the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}; set CLLM4REC_SHARED to their folder")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One small local Ray for all tests that need one."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()

@@ -1,0 +1,322 @@
+"""Formats, validation and what is refused; no Ray."""
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cllm4rec.config import Columns, Source
+from cllm4rec.data import records as reasons
+from cllm4rec.data.formats import Layout, Role
+from cllm4rec.data.records import Limits, parse_records, read_records
+from cllm4rec.data.sources import inspect
+from cllm4rec.errors import ConfigError, DataError
+
+LIMITS = Limits(max_line_bytes=1000, max_id_chars=20)
+OWN_COLUMNS = Columns(user="reader", item="book", rating="stars", text="note", timestamp="when")
+FACTS = [("anna", "b1", 5.0, 1000, "so good"), ("ben", "b2", 2.0, 2000, "not, for me")]
+
+
+def rows_of(layout: Layout, limits: Limits = LIMITS) -> list[dict[str, Any]]:
+    tables = [
+        parse_records(table, layout, limits) for file in layout.files for table in read_records(file, layout, limits)
+    ]
+    return pa.concat_tables(tables).to_pylist() if tables else []
+
+
+def read(
+    path: Path, format: Any = "jsonl", columns: Columns = OWN_COLUMNS, role: Role = "interactions", rated: bool = True
+) -> list[dict[str, Any]]:
+    return rows_of(inspect(Source(path=str(path), format=format, columns=columns), role, 3.0 if rated else None))
+
+
+def facts_of(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    assert all(row["reason"] is None for row in rows)
+    return [(row["user"], row["item"], row["rating"], row["time"], row["text"]) for row in rows]
+
+
+def json_lines(names: str, times: list[Any]) -> str:
+    keys = names.split()
+    rows = [(*fact[:3], fact[4], time) for fact, time in zip(FACTS, times, strict=True)]
+    return "".join(json.dumps(dict(zip(keys, row, strict=True)) | {"extra": [1]}) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("format", "content", "columns"),
+    [
+        ("amazon2014", json_lines("reviewerID asin overall reviewText unixReviewTime", [1000, 2000]), Columns()),
+        ("amazon2018", json_lines("reviewerID asin overall reviewText unixReviewTime", [1000, 2000]), Columns()),
+        ("amazon2023", json_lines("user_id parent_asin rating text timestamp", [1_000_123, 2_000_999]), Columns()),
+        (
+            "yelp",
+            json_lines("user_id business_id stars text date", ["1970-01-01 00:16:40", "1970-01-01 00:33:20"]),
+            Columns(),
+        ),
+        ("jsonl", json_lines("reader book stars note when", [1000, 2000]), OWN_COLUMNS),
+        (
+            "csv",
+            'book,reader,stars,when,note\r\nb1,anna,5,1000,so good\r\nb2,ben,2,2000,"not, for me"\r\n',
+            OWN_COLUMNS,
+        ),
+        (
+            "tsv",
+            "book\treader\tstars\twhen\tnote\nb1\tanna\t5\t1000\tso good\nb2\tben\t2\t2000\tnot, for me\n",
+            OWN_COLUMNS,
+        ),
+        (
+            "recbole",
+            "user_id:token\titem_id:token\trating:float\ttimestamp:float\tnote:token_seq\n"
+            "anna\tb1\t5\t1000\tso good\nben\tb2\t2.0\t2E3\tnot, for me\n",
+            Columns(text="note"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_text_format_gives_the_same_rows(
+    tmp_path: Path, format: str, content: str, columns: Columns, packed: bool
+) -> None:
+    path = tmp_path / ("rows.txt.gz" if packed else "rows.txt")
+    path.write_bytes(gzip.compress(content.encode()) if packed else content.encode())
+    assert facts_of(read(path, format, columns)) == FACTS
+
+
+def test_parquet_gives_the_same_rows_with_row_numbers(tmp_path: Path) -> None:
+    names = ("reader", "book", "stars", "when", "note")
+    many = FACTS * 1500
+    pq.write_table(
+        pa.table({name: [fact[place] for fact in many] for place, name in enumerate(names)}), tmp_path / "a.parquet"
+    )
+    rows = read(tmp_path / "a.parquet", "parquet")
+    assert facts_of(rows) == many
+    assert [row["line"] for row in rows] == list(range(1, 3001))
+
+
+@pytest.mark.parametrize("content", ["196\t242\t3\t881250949\n", "196::242::3::881250949\n"])
+def test_movielens_needs_no_header_and_has_two_delimiters(tmp_path: Path, content: str) -> None:
+    (tmp_path / "u.data").write_text(content)
+    assert facts_of(read(tmp_path / "u.data", "movielens", Columns())) == [("196", "242", 3.0, 881250949, "")]
+
+
+def test_movielens_titles_are_latin_1(tmp_path: Path) -> None:
+    (tmp_path / "movies.dat").write_bytes("7::Café Noir (1990)::Drama|Comedy\n".encode("latin-1"))
+    (row,) = read(tmp_path / "movies.dat", "movielens", Columns(), "items")
+    assert (row["item"], row["text"]) == ("7", "Café Noir (1990) Drama|Comedy")
+
+
+def test_amazon_metadata_of_2014_are_python_dictionaries(tmp_path: Path) -> None:
+    (tmp_path / "meta.json").write_text("{'asin': '0001', 'title': \"Player's\", 'description': 'x'}\n{'asin': [[[\n")
+    good, bad = read(tmp_path / "meta.json", "amazon2014", Columns(), "items")
+    assert (good["item"], good["text"]) == ("0001", "Player's x")
+    assert bad["reason"] == reasons.NOT_JSON
+
+
+def test_several_text_columns_are_joined_in_order_lists_and_gaps_included(tmp_path: Path) -> None:
+    items = [
+        {"book": 7, "title": "One", "shelves": ["Fiction", ["Crime", "Noir"]], "blurb": "Dark."},
+        {"book": "8", "title": None, "shelves": [], "blurb": " Light. "},
+    ]
+    (tmp_path / "books.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    rows = read(
+        tmp_path / "books.jsonl", columns=Columns(item="book", text=["title", "shelves", "blurb"]), role="items"
+    )
+    assert [(row["item"], row["text"]) for row in rows] == [("7", "One Fiction Crime Noir Dark."), ("8", "Light.")]
+
+
+def test_ratings_are_not_looked_at_where_there_is_no_threshold(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"reader": "anna", "book": "b1", "stars": "many"}\n')
+    (row,) = read(tmp_path / "a.jsonl", columns=Columns(user="reader", item="book", rating="stars"), rated=False)
+    assert (row["user"], row["rating"], row["reason"]) == ("anna", None, None)
+
+
+GOOD = {"reader": "anna", "book": "b1", "stars": 5, "note": "fine", "when": 3}
+ZOO: list[tuple[bytes, str]] = [
+    (b'{"reader": "anna", ', reasons.NOT_JSON),
+    (b"[1, 2]", reasons.NOT_JSON),
+    (b'{"a": ' * 5000 + b"1" + b"}" * 5000, reasons.TOO_LONG),
+    (b"[" * 900, reasons.NOT_JSON),
+    (b'{"reader": "\xff\xfe"}', reasons.NOT_UTF8),
+    (b'{"reader": "a\x00b"}', reasons.NUL),
+    (b'{"reader": "a\\u0000b", "book": "b1", "stars": 5, "when": 3}', reasons.NUL),
+    (b'{"reader": "anna", "book": "b1", "stars": 5, "when": 3, "note": "\\ud800"}', reasons.BAD_UNICODE),
+    (
+        b'{"reader": "anna", "book": "b1", "stars": 5, "when": 3, "note": ' + b"[" * 50 + b"]" * 50 + b"}",
+        reasons.TOO_DEEP,
+    ),
+]
+ZOO += [
+    (json.dumps(GOOD | change).encode(), reason)
+    for change, reason in [
+        ({"reader": ""}, reasons.NO_USER),
+        ({"reader": "  "}, reasons.NO_USER),
+        ({"reader": None}, reasons.NO_USER),
+        ({"reader": True}, reasons.NO_USER),
+        ({"reader": 1.5}, reasons.NO_USER),
+        ({"reader": "u" * 21}, reasons.LONG_USER),
+        ({"book": ["b1"]}, reasons.NO_ITEM),
+        ({"book": 10**30}, reasons.LONG_ITEM),
+        ({"stars": "five"}, reasons.BAD_RATING),
+        ({"stars": None}, reasons.BAD_RATING),
+        ({"stars": float("nan")}, reasons.BAD_RATING),
+        ({"stars": float("inf")}, reasons.BAD_RATING),
+        ({"stars": "1_0"}, reasons.BAD_RATING),
+        ({"stars": True}, reasons.BAD_RATING),
+        ({"stars": 10**400}, reasons.BAD_RATING),
+        ({"when": "yesterday"}, reasons.BAD_TIME),
+        ({"when": "2020-13-01"}, reasons.BAD_TIME),
+        ({"when": None}, reasons.BAD_TIME),
+        ({"when": 1e300}, reasons.BAD_TIME),
+        ({"note": "x" * 2000}, reasons.TOO_LONG),
+    ]
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), ZOO)
+def test_a_bad_line_is_refused_with_its_reason_and_nothing_else_of_it(tmp_path: Path, line: bytes, reason: str) -> None:
+    good = json.dumps(GOOD).encode()
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([good, line, b"", good]) + b"\n")
+    first, refused, last = read(tmp_path / "a.jsonl")
+    assert (first["reason"], last["reason"]) == (None, None)
+    assert refused == dict.fromkeys(refused) | {"line": 2, "reason": reason}
+    assert last["line"] == 4, "blank lines are no rows, but lines"
+
+
+@given(st.lists(st.binary(max_size=60), max_size=12), st.sampled_from(["amazon2014", "csv", "tsv"]))
+def test_every_line_of_any_bytes_is_counted(lines: list[bytes], format: str) -> None:
+    """Rows in = rows good + rows refused, whatever the bytes. (Quotes are left out: in csv they join lines.)"""
+    first = {"amazon2014": b"{}", "csv": b"a,b,c", "tsv": b"a\tb\tc"}[format]
+    lines = [line.replace(b"\n", b"").replace(b'"', b"") for line in lines]
+    with fsspec.open("memory://any.txt", "wb") as stream:
+        stream.write(b"\n".join([first, *lines]))
+    has_header = format != "amazon2014"
+    columns, names = Columns(user="a", item="b"), ("a", "b", "c") if has_header else ()
+    layout = Layout("interactions", ("memory://any.txt",), format, columns, "," if format == "csv" else "\t", names)
+    rows = rows_of(layout)
+    assert len(rows) == sum(bool(line.rstrip(b"\r")) for line in lines) + (not has_header)
+    assert all(row["reason"] is not None or (row["user"] and row["item"]) for row in rows)
+
+
+def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
+    good = json.dumps(GOOD).encode()
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as stream:
+        stream.write(good + b"\n")
+        for _ in range(100):
+            stream.write(b"a" * (1 << 20))
+        stream.write(b"\n" + good)
+    layout = inspect(Source(path=str(tmp_path / "a.jsonl.gz"), columns=OWN_COLUMNS), "interactions", 3.0)
+    tracemalloc.start()
+    rows = rows_of(layout)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [row["reason"] for row in rows] == [None, reasons.TOO_LONG, None]
+    assert peak < 20 << 20
+
+
+def test_a_gzip_file_cut_short_keeps_its_whole_lines_and_says_so(tmp_path: Path) -> None:
+    good = json.dumps(GOOD).encode() + b"\n"
+    packed = gzip.compress(good * 20_000, compresslevel=0)
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    rows = read(tmp_path / "a.jsonl.gz")
+    assert [row["reason"] for row in rows[:-1]] == [None] * (len(rows) - 1)
+    assert len(rows) > 1000
+    assert (rows[-1]["line"], rows[-1]["reason"]) == (len(rows), reasons.DAMAGED_GZIP)
+
+
+def test_a_quoted_field_may_go_over_lines_and_hold_quotes_and_delimiters(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(
+        'reader,book,stars,when,note\nanna,b1,5,1,"two\nlines, ""quoted""\nthree"\nben,b2,4,2,5" tape\ncleo,b3,4,3,x\n'
+    )
+    rows = read(tmp_path / "a.csv", "csv")
+    assert [(row["user"], row["line"], row["text"]) for row in rows] == [
+        ("anna", 2, 'two\nlines, "quoted"\nthree'),
+        ("ben", 5, '5" tape'),
+        ("cleo", 6, "x"),
+    ]
+
+
+def test_a_quote_that_is_never_closed_costs_its_own_lines_one_by_one(tmp_path: Path) -> None:
+    lines = "".join(f"user{number},b1,4,3,fine\n" for number in range(200))
+    (tmp_path / "a.csv").write_text(f'reader,book,stars,when,note\nanna,b1,5,1,"open\n{lines}')
+    rows = read(tmp_path / "a.csv", "csv")
+    assert len(rows) == 201
+    refused = [row for row in rows if row["reason"]]
+    assert {row["reason"] for row in refused} == {reasons.NOT_CSV}
+    assert sum(len(f"user{number},b1,4,3,fine") for number in range(len(refused))) < LIMITS.max_line_bytes + 50
+
+
+def test_byte_order_mark_and_windows_line_ends_are_no_part_of_the_data(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfreader,book,stars,when,note\r\nanna,b1,5,1,x\r\n")
+    assert facts_of(read(tmp_path / "a.csv", "csv")) == [("anna", "b1", 5.0, 1, "x")]
+
+
+def test_a_short_row_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("reader,book,stars,when,note\nanna,b1,5\n")
+    assert read(tmp_path / "a.csv", "csv")[0]["reason"] == reasons.COLUMN_COUNT
+
+
+def test_globs_and_lists_name_every_file_once_in_order(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.jsonl"):
+        (tmp_path / name).write_text(json.dumps(GOOD) + "\n")
+    paths = [str(tmp_path / "c.jsonl"), str(tmp_path / "[ab].jsonl"), f"file://{tmp_path}/a.jsonl"]
+    layout = inspect(Source(path=paths, columns=OWN_COLUMNS), "interactions", 3.0)
+    assert layout.file_labels == ["c.jsonl", "a.jsonl", "b.jsonl"]
+
+
+def complaint(tmp_path: Path, content: str | bytes | None, name: str = "notes.jsonl", **source: Any) -> str:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    settings = {"path": str(path), "columns": OWN_COLUMNS} | source
+    with pytest.raises((DataError, ConfigError)) as caught:
+        rows_of(inspect(Source(**settings), "interactions", 3.0))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_each_thing_that_does_not_fit_is_named_in_one_sentence(tmp_path: Path) -> None:
+    assert "does not exist" in complaint(tmp_path, None)
+    assert "matches no file" in complaint(tmp_path, None, path=str(tmp_path / "*.nothing"))
+    assert "is a folder" in complaint(tmp_path, None, path=str(tmp_path))
+    assert "empty list" in complaint(tmp_path, None, path=[])
+    assert "holds no rows" in complaint(tmp_path, "\n\n")
+    assert "column 'reader' not found in notes.jsonl; it has: user, book" in complaint(
+        tmp_path, '{"user": 1, "book": 2}'
+    )
+    assert "column 'when' not found" in complaint(tmp_path, '{"reader": 1, "book": 2, "stars": 3, "note": ""}')
+    assert "is not of format jsonl" in complaint(tmp_path, "reader,book\n1,2\n")
+    assert "column 'reader' not found in notes.csv" in complaint(tmp_path, "a;b\n1;2\n", "notes.csv", format="csv")
+    assert "not of format movielens" in complaint(tmp_path, "1,2,3,4\n", format="movielens", columns=Columns())
+    assert "header is not typed" in complaint(tmp_path, "user_id\titem_id\n1\t2\n", format="recbole", columns=Columns())
+    assert "is not a parquet file" in complaint(tmp_path, "reader,book\n1,2\n", format="parquet")
+    assert "is not a gzip file" in complaint(tmp_path, "{}\n", "notes.gz")
+    assert "name that ends in .gz" in complaint(tmp_path, gzip.compress(b"{}\n"), "packed.jsonl")
+    assert "does not say which column of data.interactions is the user" in complaint(
+        tmp_path, "{}\n", columns=Columns()
+    )
+    assert "set data.min_rating to null" in complaint(tmp_path, "{}\n", columns=Columns(user="reader", item="book"))
+
+
+def test_files_of_one_source_must_have_one_header(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("reader,book,stars,note,when\n1,2,3,x,4\n")
+    (tmp_path / "b.csv").write_text("book,reader,stars,note,when\n1,2,3,x,4\n")
+    assert "b.csv has the columns book, reader" in complaint(tmp_path, None, path=str(tmp_path / "*.csv"), format="csv")
+
+
+def test_items_without_any_of_their_text_columns_are_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "items.json").write_text('{"asin": "b1", "brand": "x"}\n')
+    with pytest.raises(DataError, match="column 'title' not found"):
+        inspect(Source(path=str(tmp_path / "items.json"), format="amazon2014"), "items", 3.0)
+    with pytest.raises(ConfigError, match="is the text"):
+        inspect(Source(path=str(tmp_path / "items.json"), format="recbole"), "items", 3.0)
+
+
+def test_a_built_in_format_does_without_text_and_time(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"reviewerID": "anna", "asin": "b1", "overall": 5}\n')
+    assert facts_of(read(tmp_path / "a.json", "amazon2014", Columns())) == [("anna", "b1", 5.0, 0, "")]
