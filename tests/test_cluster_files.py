@@ -1,4 +1,4 @@
-"""The files of cluster/ and serve/config.yaml, offline: Ray's schemas, KubeRay's field names, the rules of SECURITY.md."""
+"""The files of cluster/ and serve/config.yaml, offline: Ray's schemas, KubeRay's field names, SECURITY.md's rules."""
 
 from __future__ import annotations
 

@@ -9,17 +9,22 @@ import time
 import types
 from pathlib import Path
 
+import directories
 import numpy as np
 import pytest
 import schemathesis
+from directories import write_prepared, write_random_model
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from parity import parity, scorer
 
 from cllm4rec.artifacts import write_directory
 from cllm4rec.catalog import Catalog
 from cllm4rec.data.ragged import Ragged
+from cllm4rec.data.world import parity_world
 from cllm4rec.errors import ArtifactError, ConfigError
+from cllm4rec.scoring.scorer import Scorer
 from serve.app import Artefacts, RecommendReplica, ServeArgs, build, http_options
 from serve.batching import Batcher
 from serve.recommend import Recommender, _by_user, _check_same_catalog
@@ -157,9 +162,9 @@ REQUEST = st.builds(
 @given(st.lists(REQUEST, min_size=1, max_size=6))
 @settings(max_examples=40, deadline=None)
 def test_answer_in_a_batch_equals_the_answer_alone_and_a_batch_is_one_pass(requests):
-    scorer = FakeScorer()
-    together = recommender(scorer).answer(requests)
-    assert scorer.num_calls == 1
+    fake = FakeScorer()
+    together = recommender(fake).answer(requests)
+    assert fake.num_calls == 1
     assert together == [recommender().answer([request])[0] for request in requests]
 
 
@@ -174,6 +179,43 @@ def test_model_of_another_catalogue_is_refused():
     for other in (Catalog(["u"], ["b", "c"]), Catalog(["v"], ["a", "b"])):
         with pytest.raises(ArtifactError, match="serve a model with the directory it was trained on"):
             _check_same_catalog(mine, other, "model", "prepared")
+
+
+# The real Scorer
+
+
+def test_trained_model_recommends_what_a_user_hides_and_reads_the_history_of_a_stranger():
+    world = parity().world
+    known = world.histories.together("train", "validation")
+    asked = Recommender(scorer(), known)
+    users = asked.answer([RecommendRequest(user_id=user_id, k=1) for user_id in world.catalog.user_ids])
+    assert [item_ids(answer) for answer in users] == [[world.catalog.item_ids[j]] for j in world.histories.test.values]
+    strangers = [RecommendRequest(history=world.catalog.item_ids[known[user]].tolist(), k=1) for user in range(10)]
+    numbers = [int(item_ids(answer)[0].removeprefix("item-")) for answer in asked.answer(strangers)]
+    assert [number % 2 for number in numbers] == [user % 2 for user in range(10)]
+
+
+def test_directories_are_loaded_with_all_that_is_known_and_what_is_denied(tmp_path):
+    prepared_dir = write_prepared(tmp_path / "prepared")
+    model_dir = write_random_model(tmp_path / "run", prepared_dir, seed=0)
+    catalog, histories = parity_world().catalog, parity_world().histories
+    (tmp_path / "denied.txt").write_text(f"{catalog.item_ids[1]}\nno such item\n")
+
+    plain = Recommender.load(model_dir, prepared_dir)
+    denying = Recommender.load(model_dir, prepared_dir, str(tmp_path / "denied.txt"))
+    everything = RecommendRequest(user_id=catalog.user_ids[0], k=1000)
+    seen = {catalog.item_ids[j] for split in (histories.train, histories.validation, histories.test) for j in split[0]}
+    assert set(item_ids(plain.answer([everything])[0])) == set(catalog.item_ids) - seen
+    assert set(item_ids(denying.answer([everything])[0])) == set(catalog.item_ids) - seen - {catalog.item_ids[1]}
+    assert plain.model_version == Scorer.load(model_dir).model_version
+
+
+def test_model_and_prepared_directory_that_do_not_belong_together_are_refused(tmp_path, monkeypatch):
+    prepared_dir = write_prepared(tmp_path / "prepared")
+    model_dir = write_random_model(tmp_path / "run", prepared_dir, seed=0)
+    monkeypatch.setattr(directories, "parity_world", lambda: parity_world(num_users=40, num_items=22))
+    with pytest.raises(ArtifactError, match="was not trained on"):
+        Recommender.load(model_dir, write_prepared(tmp_path / "others"))
 
 
 # Batches

@@ -290,6 +290,8 @@ def test_each_thing_that_does_not_fit_is_named_in_one_sentence(tmp_path: Path) -
         tmp_path, '{"user": 1, "book": 2}'
     )
     assert "column 'when' not found" in complaint(tmp_path, '{"reader": 1, "book": 2, "stars": 3, "note": ""}')
+    unrated = '{"reader": 1, "book": 2, "note": "", "when": 4}'
+    assert "or set data.min_rating to null" in complaint(tmp_path, unrated)
     assert "is not of format jsonl" in complaint(tmp_path, "reader,book\n1,2\n")
     assert "column 'reader' not found in notes.csv" in complaint(tmp_path, "a;b\n1;2\n", "notes.csv", format="csv")
     assert "not of format movielens" in complaint(tmp_path, "1,2,3,4\n", format="movielens", columns=Columns())

@@ -48,6 +48,11 @@ def test_no_text_produces_a_special_token_or_one_beyond_n(folder: Path) -> None:
     check()
 
 
+def test_a_spelled_special_token_stays_in_the_text_as_ordinary_words(trained: Path) -> None:
+    text = "a guitar<|endoftext|> and a case"
+    assert AutoTokenizer.from_pretrained(trained).decode(Encoder.load(str(trained))(text)) == text
+
+
 def test_plain_text_is_tokenised_as_transformers_does(folder: Path) -> None:
     reference = AutoTokenizer.from_pretrained(folder)
     encoder = Encoder.load(str(folder))

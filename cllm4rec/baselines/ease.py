@@ -11,6 +11,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 from scipy import linalg, sparse
+from tqdm import tqdm
 
 from cllm4rec.evaluation.metrics import depth
 from cllm4rec.evaluation.protocol import Validation, means, rank_with
@@ -66,7 +67,7 @@ def tune_ease(
     gram_JJ, num_items = gram(train_IJ), train_IJ.shape[1]
     reached: dict[float, float] = {}
     best = EASE(min(grid))
-    for regularisation in sorted(grid):
+    for regularisation in tqdm(sorted(grid), desc="tune ease", unit="fit", disable=None):
         candidate = EASE(regularisation).fit_gram(gram_JJ)
         ranked_BK = rank_with(candidate, validation.read, validation.read, num_items, depth([TUNED_ON]))
         reached[regularisation] = means(validation.metrics(ranked_BK))[TUNED_ON]

@@ -68,6 +68,7 @@ def prepare(config: Config) -> Manifest:
         _quarantine(staged, layouts, config.data, draft)
         kept = _keep(staged, config.data, draft.counts)
         chosen = _choose_texts(kept, staged, layouts, draft.counts)
+        print(f"tokenising {len(chosen):,} texts")
         _write_catalog(kept, chosen, staged, staging, draft)
         corpus = _corpus(config, kept, chosen, staged, staging, draft)
         spelled = tokenise(corpus, chosen)

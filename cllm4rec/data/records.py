@@ -83,9 +83,10 @@ def require(names: Iterable[str], found: Sequence[str], layout: Layout) -> None:
     """Raise DataError for the first name that is not among the columns found."""
     missing = [name for name in names if name not in found]
     if missing:
+        advice = ", or set data.min_rating to null" if missing[0] == layout.columns.rating else ""
         raise DataError(
             f"column '{missing[0]}' not found in {layout.file_labels[0]}; it has: {', '.join(found)}; "
-            f"correct data.{layout.role}.columns or data.{layout.role}.format"
+            f"correct data.{layout.role}.columns or data.{layout.role}.format{advice}"
         )
 
 
@@ -164,7 +165,7 @@ def _lines(stream: Any, max_bytes: int) -> Iterator[bytes | str]:
         for line in whole:
             yield TOO_LONG if skipping or len(line) > max_bytes else line
             skipping = False
-        if skipping or len(rest) > max_bytes:
+        if len(rest) > max_bytes:
             rest, skipping = b"", True
     if rest or skipping:
         yield TOO_LONG if skipping else rest

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from cllm4rec.config import Split
+from cllm4rec.data.epochs import uniform
 from cllm4rec.data.prepared import SPLITS
 
 Array = npt.NDArray[Any]
@@ -83,25 +84,17 @@ def _share(count_I: Array, fraction: float) -> Array:
     return np.asarray(np.maximum(1, np.floor(count_I * fraction + 0.5)), count_I.dtype)
 
 
-def shuffle_keys(user_id_E: Array, item_id_E: Array, seed: int) -> npt.NDArray[np.uint64]:
+def shuffle_keys(user_id_E: Array, item_id_E: Array, seed: int) -> npt.NDArray[np.float64]:
     """A pseudo-random number for each pair of ids, the same whatever else is in the data and in whatever order.
 
-    Takes hashes of the ids (`hash_ids`). The mixing is splitmix64's (Steele, Lea, Flood 2014).
+    Takes hashes of the ids (`hash_ids`), not indices: an index shifts when another user joins.
     """
-    return _mix(_mix(_mix(np.asarray([seed % 2**64], np.uint64)) ^ user_id_E) ^ item_id_E)
+    return uniform(seed, 0, 0, user_id_E, item_id_E)
 
 
 def hash_ids(ids: Array) -> npt.NDArray[np.uint64]:
     """A 64-bit hash of each id string, the same in every process."""
     return np.asarray(pd.util.hash_array(np.asarray(ids, object), categorize=False), np.uint64)
-
-
-def _mix(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: npt.NDArray[np.uint64] = value ^ (value >> np.uint64(31))
-    return mixed
 
 
 def _size(codes: Array) -> int:

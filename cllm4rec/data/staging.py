@@ -94,14 +94,14 @@ def stage(layouts: Sequence[Layout], limits: Limits, staging: str) -> Staged:
         for source, layout in enumerate(layouts)
         for number, file in enumerate(layout.files)
     ]
-    cores = int(ray.cluster_resources().get("CPU", 1))
+    num_readers = min(len(files), int(ray.cluster_resources().get("CPU", 1)) or 1)
     read = functools.partial(_read_files, layouts=layouts, limits=limits)
     validate = functools.partial(_stage_block, layouts=layouts, limits=limits, staging=staging)
     # Readers wait for storage and gzip: they ask for no core, so that validating always finds one, and because Ray Data
     # fuses two steps that ask for the same, which would leave a file to one core.
     rows = (
         ray.data.from_items(files, override_num_blocks=len(files))
-        .map_batches(read, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=cores))
+        .map_batches(read, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=num_readers))
         .map_batches(validate, batch_size=None, batch_format="pyarrow")
     )
     return _collect(run_dataset(rows), layouts)

@@ -311,7 +311,7 @@ def _review_lines(
     time_E = _times(items.is_new[item_E], rng)
     order = np.lexsort((time_E, user_E))
     user_E, item_E, rating_E, time_E = user_E[order], item_E[order], rating_E[order], time_E[order]
-    # No sentence holds a character that JSON would escape, so a line is plain concatenation, far faster than json.dumps.
+    # No sentence holds a character that JSON would escape, so a line is plain concatenation: json.dumps is far slower.
     columns = zip(
         user_E + users.start,
         item_E,

@@ -1,0 +1,47 @@
+"""Directories as the stages leave them, written in a moment: the parity world prepared, and models nobody trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from cllm4rec.artifacts import write_directory
+from cllm4rec.config import BackboneSize
+from cllm4rec.data.documents import Prompts
+from cllm4rec.data.prepared import Language, write_table
+from cllm4rec.data.world import parity_world
+from cllm4rec.model.backbone import build_backbone, save_backbone
+from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.model.store import ModelFacts, write_model
+
+NUM_WORDS, MAX_TOKENS, WIDTH = 300, 64, 32
+
+
+def write_prepared(folder: Path) -> str:
+    world = parity_world()
+    with write_directory(str(folder), kind="prepared", inputs={}, config={}) as draft:
+        world.catalog.save(draft.uri)
+        Language(Prompts.tokenise(lambda text: [len(text), len(text) + 1]), NUM_WORDS).save(draft.uri)
+        splits = {name: getattr(world.histories, name).to_arrow() for name in ("train", "validation", "test")}
+        rows = pa.table({"user": world.histories.user, "user_id": list(world.catalog.user_ids), **splits})
+        write_table(rows, draft.path("histories", "bucket-00000.parquet"))
+    return str(folder)
+
+
+def write_random_model(folder: Path, prepared_dir: str, seed: int) -> str:
+    """A model nobody trained: what it answers is arbitrary, but the same wherever it is asked."""
+    world = parity_world()
+    backbone = build_backbone(BackboneSize(width=WIDTH, heads=2, vocab_size=NUM_WORDS), NUM_WORDS, MAX_TOKENS, seed)
+    with write_directory(str(folder / "backbone"), kind="backbone", inputs={}, config={}) as draft:
+        save_backbone(backbone, draft.uri)
+    torch.manual_seed(seed)
+    model = CLLM4Rec(backbone, world.catalog.tokens(NUM_WORDS), std=1.0)
+    facts = ModelFacts(
+        NUM_WORDS, world.num_users, world.num_items, WIDTH, MAX_TOKENS, prompt="recommendation", bf16=False
+    )
+    with write_directory(str(folder / "model"), kind="model", inputs={}, config={}) as draft:
+        tables = {name: table.data for name, table in model.tables().items()}
+        write_model(draft, tables, facts, prepared_dir=prepared_dir, backbone_dir=str(folder / "backbone"))
+    return str(folder / "model")

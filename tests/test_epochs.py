@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+from parity import MAX_TOKENS, parity
+
+from cllm4rec.data.documents import Documents
+from cllm4rec.data.epochs import Maker, interaction_source, uniform
+from cllm4rec.data.ragged import Ragged
+
+
+@pytest.fixture
+def maker() -> Maker:
+    return Maker(parity().prompts, parity().tokens, MAX_TOKENS, seed=3)
+
+
+@pytest.fixture
+def source() -> Documents:
+    return interaction_source(parity().documents)
+
+
+def items_of(documents: Documents, part: Ragged) -> list[list[int]]:
+    tokens = parity().tokens
+    return [sorted(tokens.item_index(row[tokens.is_item(row)]).tolist()) for row in (part[n] for n in range(len(part)))]
+
+
+def test_reordering_keeps_the_items_and_changes_their_order_each_epoch(maker, source):
+    first = maker.interactions(source, 0, reorder=True, user_dropout=0.0)
+    second = maker.interactions(source, 1, reorder=True, user_dropout=0.0)
+    assert items_of(first, first.main) == items_of(source, source.main)
+    assert (first.main.values != source.main.values).mean() > 0.5
+    assert (first.main.values != second.main.values).mean() > 0.5
+
+
+def test_an_epoch_does_not_depend_on_which_users_a_worker_holds(maker, source):
+    options = {"mask_range": (0.1, 0.9), "all_targets": False, "user_dropout": 0.5}
+    everyone = maker.recommendations(source, 4, **options)
+    some = np.array([7, 3, 21])
+    alone = maker.recommendations(source.take(some), 4, **options)
+    assert alone.prompt.tolist() == everyone.prompt.take(some).tolist()
+    assert alone.target.tolist() == everyone.target.take(some).tolist()
+
+
+def test_held_out_items_and_prompt_are_a_partition_of_the_history(maker, source):
+    made = maker.recommendations(source, 0, mask_range=(0.2, 0.2), all_targets=False, user_dropout=0.0)
+    read, held, history = items_of(made, made.prompt), made.target.tolist(), items_of(source, source.main)
+    assert [sorted(one + other) for one, other in zip(read, held, strict=True)] == history
+    assert {len(row) for row in held} == {2}  # 20 % of 8 items, rounded
+
+
+def test_all_targets_are_the_whole_history(maker, source):
+    made = maker.recommendations(source, 0, mask_range=(0.2, 0.2), all_targets=True, user_dropout=0.0)
+    assert [sorted(row) for row in made.target.tolist()] == items_of(source, source.main)
+
+
+def test_a_single_item_is_held_out_and_leaves_an_empty_prompt(maker):
+    tokens = parity().tokens
+    lonely = parity().prompts.interactions(tokens, np.array([5]), Ragged.from_lists([[3]]))
+    made = maker.recommendations(lonely, 0, mask_range=(0.0, 0.0), all_targets=False, user_dropout=0.0)
+    assert made.target.tolist() == [[3]]
+    assert not tokens.is_item(made.prompt.values).any()
+
+
+def test_a_long_history_is_cut_to_fit_the_row_and_keeps_its_prompt(source):
+    short = Maker(parity().prompts, parity().tokens, 16, seed=0)
+    made = short.recommendations(source, 0, mask_range=(0.1, 0.1), all_targets=True, user_dropout=0.0)
+    assert made.lengths.max() == 16
+    assert (made.prompt[0][-2:] == parity().prompts.will_interact[-2:]).all()
+    assert {len(row) for row in made.target.tolist()} == {8}
+
+
+def test_user_dropout_hides_about_the_share_it_says_and_others_each_epoch(source, maker):
+    hidden = [
+        [row[0] < 0 for row in maker.interactions(source, epoch, reorder=True, user_dropout=0.5).prompt.tolist()]
+        for epoch in range(20)
+    ]
+    assert 0.4 < np.mean(hidden) < 0.6
+    assert hidden[0] != hidden[1]
+
+
+def test_hidden_users_are_spread_over_the_epoch_like_everyone(maker, source):
+    made = maker.shuffled(maker.interactions(source, 0, reorder=True, user_dropout=1.0), 0)
+    assert (np.diff(made.user) < 0).any()  # ties would leave them in order
+
+
+def test_text_sampling_takes_about_its_share_and_another_one_each_epoch(maker):
+    full = maker.texts(parity().documents, 0, 1.0)
+    first, second = maker.texts(parity().documents, 0, 0.3), maker.texts(parity().documents, 1, 0.3)
+    assert 0.2 < len(first) / len(full) < 0.4
+    assert first.item.tolist() != second.item.tolist()
+
+
+def test_random_numbers_are_uniform_and_a_function_of_every_argument():
+    keys = np.arange(100_000)
+    drawn = uniform(0, 0, 0, keys)
+    assert abs(drawn.mean() - 0.5) < 0.01
+    assert abs(np.corrcoef(drawn[1:], drawn[:-1])[0, 1]) < 0.02
+    for other in (uniform(1, 0, 0, keys), uniform(0, 1, 0, keys), uniform(0, 0, 1, keys), uniform(0, 0, 0, keys + 1)):
+        assert abs(np.corrcoef(drawn, other)[0, 1]) < 0.02

@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from cllm4rec.model import losses
+from cllm4rec.model.losses import squared_distance, tied_cross_entropy
+
+
+def obvious(hidden, table, rows, targets):
+    log_p = torch.log_softmax(hidden @ table.T, dim=1)
+    return -sum(log_p[row, target] for row, target in zip(rows.tolist(), targets.tolist(), strict=True))
+
+
+@pytest.fixture
+def world():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    table = torch.randn(11, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    rows = torch.tensor([0, 0, 0, 2, 3, 3, 6])  # some predictions have many targets, some none
+    targets = torch.tensor([1, 4, 10, 0, 2, 2, 5])
+    return hidden, table, rows, targets
+
+
+@pytest.mark.parametrize("max_logits", [1 << 25, 22, 11, 1])
+def test_loss_and_gradients_equal_the_obvious_ones_whatever_the_chunk(world, max_logits, monkeypatch):
+    monkeypatch.setattr(losses, "_MAX_LOGITS", max_logits)
+    hidden, table, rows, targets = world
+    loss = 3.0 * tied_cross_entropy(hidden.float(), table.float(), rows, targets)
+    expected = 3.0 * obvious(hidden, table, rows, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    found = torch.autograd.grad(loss, (hidden, table))
+    wanted = torch.autograd.grad(expected, (hidden, table))
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_a_frozen_table_gets_no_gradient(world):
+    hidden, table, rows, targets = world
+    frozen = table.detach().float()
+    tied_cross_entropy(hidden.float(), frozen, rows, targets).backward()
+    assert frozen.grad is None
+    assert hidden.grad is not None
+
+
+def test_no_predictions_lose_nothing():
+    empty = torch.empty(0, dtype=torch.long)
+    table = torch.randn(3, 4, requires_grad=True)
+    loss = tied_cross_entropy(torch.empty(0, 4), table, empty, empty)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert (table.grad == 0).all()
+
+
+def test_squared_distance_weighs_rows_by_their_times():
+    left, right = torch.zeros(3, 2), torch.tensor([[1.0, 1.0], [2.0, 0.0], [9.0, 9.0]])
+    assert squared_distance(left, right, torch.tensor([0, 1]), torch.tensor([3, 2])).item() == 3 * 2 + 2 * 4

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from parity import MAX_TOKENS, parity
+
+from cllm4rec.data.documents import Documents, Kind
+from cllm4rec.data.epochs import Maker, interaction_source
+from cllm4rec.data.packing import Batch, Packer, PairPacker, Table, fill_rows
+from cllm4rec.data.ragged import Ragged
+
+
+def all_kinds() -> Documents:
+    maker = Maker(parity().prompts, parity().tokens, MAX_TOKENS, seed=0)
+    source = interaction_source(parity().documents)
+    made = maker.recommendations(source, 0, mask_range=(0.3, 0.3), all_targets=False, user_dropout=0.3)
+    return maker.shuffled(Documents.concat([parity().documents, made]), 0)
+
+
+def packers() -> list[Packer | PairPacker]:
+    return [Packer(parity().tokens, 4, MAX_TOKENS), PairPacker(parity().tokens, 4 * MAX_TOKENS, start_token=0)]
+
+
+def tokens_of(batch: Batch, grid_number: int) -> np.ndarray:
+    """Rebuild the slots' token ids (-1 for the zero vector) from what reads what."""
+    grid, space = batch.grids[grid_number], parity().tokens
+    slots = np.full(grid.segment_RT.size, -1)
+    for table, (where, rows) in grid.reads.items():
+        offset = {Table.WORDS: 0, Table.COLLABORATIVE_USERS: space.num_words, Table.CONTENT_USERS: space.num_words}
+        slots[where] = rows + offset.get(table, space.num_words + space.num_users)
+    return slots
+
+
+@given(st.lists(st.integers(1, 32), max_size=60), st.integers(1, 4))
+def test_every_document_is_placed_once_and_none_overlap(lengths, num_rows):
+    placed = []
+    for chosen, rows, starts in fill_rows(np.array(lengths, np.int64), num_rows, 32):
+        used = np.zeros((num_rows, 32), int)
+        for document, row, start in zip(chosen, rows, starts, strict=True):
+            assert start + lengths[document] <= 32
+            used[row, start : start + lengths[document]] += 1
+        assert used.max() == 1
+        placed += chosen.tolist()
+    assert sorted(placed) == list(range(len(lengths)))
+
+
+def test_short_documents_fill_the_gaps_of_long_ones():
+    lengths = np.array([20, 20, 20, 20] + [12] * 4)
+    groups = list(fill_rows(lengths, 4, 32))
+    assert len(groups) == 1
+
+
+def test_a_document_longer_than_a_row_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match="33 tokens and a row 32"):
+        list(fill_rows(np.array([33]), 2, 32))
+
+
+@pytest.mark.parametrize("packer", packers(), ids=lambda packer: type(packer).__name__)
+def test_predictions_of_an_epoch_are_exactly_the_main_tokens_and_targets(packer):
+    documents = all_kinds()
+    batches = list(packer.batches(documents))
+    space = parity().tokens
+    is_item_kind = np.isin(documents.kind, [Kind.INTERACTIONS])
+    words = documents.take(np.flatnonzero(~is_item_kind)).main.values
+    items = space.item_index(documents.take(np.flatnonzero(is_item_kind)).main.values)
+    assert sorted(np.concatenate([batch.word_targets for batch in batches])) == sorted(words)
+    expected = sorted([*items.tolist(), *documents.target.values.tolist()])
+    assert sorted(np.concatenate([batch.item_targets for batch in batches]).tolist()) == expected
+    assert sum(batch.num_documents for batch in batches) == len(documents)
+
+
+def test_a_token_is_predicted_from_the_slot_before_it_in_its_own_document():
+    packer = packers()[0]
+    for batch in packer.batches(all_kinds()):
+        grid, tokens = batch.grids[0], tokens_of(batch, 0)
+        assert (tokens[batch.word_slots + 1] == batch.word_targets).all()
+        segment = grid.segment_RT.ravel()
+        assert (segment[batch.word_slots + 1] == segment[batch.word_slots]).all()
+        assert (grid.position_RT.ravel()[batch.word_slots + 1] > 0).all()
+
+
+def test_the_decoder_of_a_pair_reads_the_main_text_shifted_by_one():
+    packer = packers()[1]
+    for batch in packer.batches(all_kinds()):
+        tokens, position = tokens_of(batch, 1), batch.grids[1].position_RT.ravel()
+        assert (tokens[batch.word_slots[position[batch.word_slots] == 0]] == 0).all()
+        later = position[batch.word_slots] > 0
+        previous = np.flatnonzero(later) - 1
+        assert (tokens[batch.word_slots[later]] == batch.word_targets[previous]).all()
+
+
+def test_texts_read_ids_through_content_and_the_rest_through_collaborative_tables():
+    space = parity().tokens
+    for kind, tables in (
+        (Kind.REVIEW, {Table.CONTENT_USERS, Table.CONTENT_ITEMS}),
+        (Kind.USER_TEXT, {Table.CONTENT_USERS}),
+        (Kind.INTERACTIONS, {Table.COLLABORATIVE_USERS, Table.COLLABORATIVE_ITEMS}),
+        (Kind.RECOMMENDATION, {Table.COLLABORATIVE_USERS, Table.COLLABORATIVE_ITEMS}),
+    ):
+        batch = next(iter(Packer(space, 4, MAX_TOKENS).batches(all_kinds().of_kinds([kind]))))
+        read = {table for table, (slots, _) in batch.grids[0].reads.items() if len(slots)}
+        assert read - {Table.WORDS} == tables
+
+
+def test_penalty_counts_each_distinct_id_of_a_document_once():
+    prompts, space = parity().prompts, parity().tokens
+    documents = Documents.concat(
+        [
+            prompts.recommendation(space, np.array([4]), Ragged.from_lists([[1, 2]]), Ragged.from_lists([[2, 3]])),
+            prompts.reviews(space, np.array([4]), np.array([2]), Ragged.from_lists([[0, 1]])),
+            prompts.recommendation(space, np.array([-1]), Ragged.from_lists([[5]]), Ragged.from_lists([[6]])),
+        ]
+    )
+    (batch,) = Packer(space, 2, MAX_TOKENS).batches(documents)
+    assert dict(zip(batch.penalty_users, batch.penalty_user_counts, strict=True)) == {4: 2}
+    assert dict(zip(batch.penalty_items, batch.penalty_item_counts, strict=True)) == {1: 1, 2: 2, 3: 1, 5: 1, 6: 1}
+
+
+@pytest.mark.parametrize("packer", packers(), ids=lambda packer: type(packer).__name__)
+def test_an_empty_batch_predicts_nothing(packer):
+    batch = packer.empty()
+    assert (batch.num_documents, len(batch.item_slots), len(batch.word_slots)) == (0, 0, 0)

@@ -1,0 +1,206 @@
+"""The training loop on the parity world: it learns, it resumes bit for bit, it stops cleanly."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from parity import ARCHITECTURES, parity, recall_at_1, settings, stages, trained
+
+from cllm4rec.errors import ArtifactError, TrainingError
+from cllm4rec.model.cllm4rec import TABLES
+from cllm4rec.model.ranking import Ranker
+from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpoint, write_checkpoint
+from cllm4rec.training.run import Shard, put_weights, run
+from cllm4rec.training.stages import COLLABORATIVE, CONTENT, Stage
+
+
+def train(some_stages, shard=None, **changes):
+    """Weights and log of a run on one thread."""
+    torch.set_num_threads(1)
+    world, log = parity(), []
+    options = {name: changes.pop(name) for name in ("save", "resumed") if name in changes}
+    weights = run(
+        world.make_model, world.prompts, some_stages, shard or world.shard(), settings(**changes), log=log.append, **options
+    )
+    return weights, log
+
+
+def copied(checkpoint: Checkpoint) -> Checkpoint:
+    return Checkpoint(dataclasses.replace(checkpoint.progress), dict(checkpoint.state), dict(checkpoint.best))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_hidden_item_is_found_after_training_and_by_chance_before(architecture):
+    untrained = Ranker(parity().make_model(architecture), parity().prompts, trained(architecture).max_tokens)
+    assert recall_at_1(untrained) < 0.5
+    assert recall_at_1(trained(architecture)) == 1.0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hidden_items_are_found_from_the_history_alone(architecture):
+    assert recall_at_1(trained(architecture), users=np.full(40, -1)) == 1.0
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
+def test_resumed_run_matches_uninterrupted_run(stop_after, tmp_path):
+    whole, _ = train(stages(epochs=3))
+    seen: list[Checkpoint] = []
+
+    class Killed(Exception):
+        pass
+
+    def save(checkpoint):
+        seen.append(copied(checkpoint))
+        if len(seen) == stop_after:
+            write_checkpoint(tmp_path, checkpoint, "this run")
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(stages(epochs=3), save=save)
+    resumed, log = train(stages(epochs=3), resumed=read_checkpoint(tmp_path, "this run"))
+    assert sum(entry["event"] == "epoch" for entry in log) == 6 - stop_after
+    assert set(resumed) == set(whole)
+    for name in whole:
+        assert torch.equal(whole[name], resumed[name]), name
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_a_stage():
+    spoiled = dataclasses.replace(stages()[2], learning_rate=30.0, epochs=9, patience=2)
+    weights, log = train([*stages()[:2], spoiled])
+    epochs = [entry for entry in log if entry["event"] == "epoch" and entry["stage"] == "finetune"]
+    best = int(np.argmax([entry["validation_ndcg@100"] for entry in epochs])) + 1
+    assert len(epochs) == best + 2 < 9
+    assert epochs[-1]["stopped"]
+    assert epochs[-1]["best_epoch"] == best
+    upto, _ = train([*stages()[:2], dataclasses.replace(spoiled, epochs=best)])
+    assert torch.equal(weights["collaborative_items"], upto["collaborative_items"])
+
+
+def test_warmup_moves_content_tables_only_and_finetuning_collaborative_ones_only():
+    before = {name: table.detach().clone() for name, table in parity().make_model().tables().items()}
+    warm, _ = train(stages()[:1])
+    assert set(warm) == set(CONTENT)
+    assert not torch.equal(warm["content_items"], before["content_items"])
+    tuned, _ = train([dataclasses.replace(stages()[2], epochs=1)])
+    assert set(tuned) == set(COLLABORATIVE)
+
+
+def test_pretraining_starts_the_collaborative_tables_at_the_warmed_content():
+    still = dataclasses.replace(stages()[1], learning_rate=1e-12, epochs=1)
+    weights, _ = train([stages()[0], still])
+    assert torch.allclose(weights["collaborative_items"], weights["content_items"], atol=1e-6)
+
+
+def test_a_frozen_backbone_keeps_its_bytes():
+    world = parity()
+    models = []
+
+    def make_model():
+        models.append(world.make_model())
+        return models[-1]
+
+    before = world.make_model().backbone.digest()
+    run(make_model, world.prompts, stages(epochs=2), world.shard(), settings(), log=lambda _: None)
+    assert [model.backbone.digest() for model in models] == [before] * 3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_backbone_stage_trains_the_backbone_and_nothing_else(architecture):
+    world = parity()
+    stage = Stage("backbone", ("backbone",), ("plain_texts",), 3, 1e-2)
+    log = []
+    weights = run(
+        lambda: world.make_model(architecture), world.prompts, [stage], world.shard(), settings(), log=log.append
+    )
+    losses = [entry["loss"] for entry in log if entry["event"] == "epoch"]
+    assert losses[-1] < 0.7 * losses[0]
+    assert weights
+    assert all(name.startswith("backbone.") for name in weights)
+    assert not set(weights) & set(TABLES.values())
+
+
+def test_alternating_steps_train_one_side_at_a_time():
+    """The first step reads interactions only: with z^c held and Adam untouched, content stays where it was."""
+    stage = dataclasses.replace(stages()[1], alternate=True, epochs=1, collaborative_from_content=False)
+    alternating, log = train([stage])
+    kinds = [entry["words"] > 0 for entry in log if entry["event"] == "step"]
+    assert kinds[:4] == [False, True, False, True]
+    together, _ = train([dataclasses.replace(stage, alternate=False)])
+    assert not torch.equal(alternating["content_items"], together["content_items"])
+
+
+def test_mutual_regularisation_draws_the_tables_together():
+    def distance(lambda_c):
+        stage = dataclasses.replace(stages()[1], lambda_c=lambda_c, epochs=4, validate=None)
+        weights, _ = train([stages()[0], stage])
+        return (weights["collaborative_items"] - weights["content_items"]).norm().item()
+
+    assert distance(10.0) < 0.5 * distance(0.0)
+
+
+def test_accumulating_micro_batches_equals_one_large_batch():
+    stage = dataclasses.replace(stages()[1], epochs=1, validate=None)
+    large, _ = train([stage], micro_batch_tokens=100 * 48)
+    small, _ = train([stage], micro_batch_tokens=5 * 48, accumulation=20)
+    # The same documents in one step each only where one step holds them all; here both take several.
+    assert set(large) == set(small)
+    tiny = parity().documents.take(np.arange(30))
+    shard = Shard(tiny, None)
+    one, log_one = train([stage], shard=shard, micro_batch_tokens=100 * 48)
+    many, log_many = train([stage], shard=shard, micro_batch_tokens=2 * 48, accumulation=20)
+    assert [entry["event"] for entry in log_one] == [entry["event"] for entry in log_many] == ["step", "epoch"]
+    for name in one:
+        assert torch.allclose(one[name], many[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(bad):
+    world = parity()
+
+    def make_model():
+        model = world.make_model()
+        with torch.no_grad():
+            model.collaborative_items[3, 0] = bad
+        return model
+
+    saved = []
+    with pytest.raises(TrainingError, match=r"stage finetune, epoch 1, step 1 is (nan|inf)"):
+        run(make_model, world.prompts, stages()[2:], world.shard(), settings(), log=lambda _: None, save=saved.append)
+    assert not saved
+
+
+def test_every_document_of_an_epoch_is_stepped_once():
+    _, log = train([dataclasses.replace(stages()[1], epochs=1)])
+    documents = parity().documents
+    assert sum(entry["documents"] for entry in log if entry["event"] == "step") == len(documents)
+
+
+def test_damaged_and_foreign_checkpoints_are_passed_over_out_loud(tmp_path):
+    saved = []
+    train(stages(epochs=3), save=lambda checkpoint: saved.append(copied(checkpoint)))
+    folders = [tmp_path / f"checkpoint_{number}" for number in range(3)]
+    for folder, checkpoint in zip(folders, saved, strict=False):
+        folder.mkdir()
+        write_checkpoint(folder, checkpoint, "this run")
+    blob = bytearray((folders[2] / "best.safetensors").read_bytes())
+    blob[-1] ^= 1
+    (folders[2] / "best.safetensors").write_bytes(bytes(blob))
+    found, passed_over = newest_valid(folders, "this run")
+    assert found is not None
+    assert found.progress == saved[1].progress
+    assert len(passed_over) == 1
+    assert "sha256 of best.safetensors differs" in passed_over[0]
+    (folders[1] / "state.safetensors").unlink()
+    assert newest_valid(folders, "this run")[0].progress == saved[0].progress
+    with pytest.raises(ArtifactError, match="other data or another config"):
+        read_checkpoint(folders[0], "another run")
+
+
+def test_putting_weights_back_gives_the_same_lists():
+    ranker = trained()
+    model = parity().make_model()
+    put_weights(model, {name: table.detach() for name, table in ranker.model.tables().items()})
+    assert recall_at_1(Ranker(model, ranker.prompts, ranker.max_tokens)) == 1.0
+
+
