@@ -1,6 +1,7 @@
 """User and item ↔ index ↔ token id. The only file that adds offsets.
 
-Token ids (method.md, Tokens): words 0..N-1, user i is N+i, item j is N+I+j. NOBODY stands where a user is unknown or hidden.
+Token ids (method.md, Tokens): words 0..N-1, user i is N+i, item j is N+I+j. NOBODY stands where a user is unknown or
+hidden.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cllm4rec.artifacts import filesystem, join
+from cllm4rec.errors import ArtifactError
 
 IntArray = npt.NDArray[np.int64]
 
@@ -71,7 +73,9 @@ class Catalog:
         self.item_ids = np.asarray(item_ids, dtype=object)
         self.user_texts = list(user_texts) if user_texts is not None else [""] * len(self.user_ids)
         self.item_texts = list(item_texts) if item_texts is not None else [""] * len(self.item_ids)
-        self.item_counts = np.asarray(item_counts if item_counts is not None else np.zeros(len(self.item_ids)), np.int64)
+        self.item_counts = np.asarray(
+            item_counts if item_counts is not None else np.zeros(len(self.item_ids)), np.int64
+        )
         self._user_index = {user_id: index for index, user_id in enumerate(self.user_ids)}
         self._item_index = {item_id: index for index, item_id in enumerate(self.item_ids)}
 
@@ -97,7 +101,9 @@ class Catalog:
     def save(self, directory: str) -> None:
         """Write `users.parquet` (index, id, text) and `items.parquet` (the same and num_train)."""
         users = _table(self.user_ids, self.user_texts)
-        items = _table(self.item_ids, self.item_texts).append_column("num_train", pa.array(self.item_counts, pa.int64()))
+        items = _table(self.item_ids, self.item_texts).append_column(
+            "num_train", pa.array(self.item_counts, pa.int64())
+        )
         for name, table in (("users", users), ("items", items)):
             fs, path = filesystem(join(directory, f"{name}.parquet"))
             with fs.open(path, "wb") as stream:
@@ -105,13 +111,21 @@ class Catalog:
 
     @classmethod
     def load(cls, directory: str) -> Catalog:
-        columns = []
-        for name in ("users", "items"):
-            fs, path = filesystem(join(directory, f"{name}.parquet"))
-            with fs.open(path, "rb") as stream:
-                columns.append(pq.read_table(stream).sort_by("index").to_pydict())
-        users, items = columns
+        """Raises ArtifactError where one of the two files is missing or damaged."""
+        users, items = _read(directory, "users"), _read(directory, "items")
         return cls(users["id"], items["id"], users["text"], items["text"], items["num_train"])
+
+
+def _read(directory: str, name: str) -> dict[str, list[Any]]:
+    uri = join(directory, f"{name}.parquet")
+    fs, path = filesystem(uri)
+    try:
+        with fs.open(path, "rb") as stream:
+            columns: dict[str, list[Any]] = pq.read_table(stream).sort_by("index").to_pydict()
+    except (OSError, pa.ArrowInvalid) as error:
+        what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise ArtifactError(f"{uri} is {what}; run the stage that writes it with --force") from None
+    return columns
 
 
 def _table(ids: npt.NDArray[Any], texts: list[str]) -> pa.Table:

@@ -7,7 +7,10 @@ What can be derived (accumulation, directories, rows of a micro batch) is a prop
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,7 +24,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class Columns(_Section):
@@ -57,7 +60,7 @@ class Split(_Section):
     def _leaves_something_to_train_on(self) -> Self:
         if self.validation + self.test >= 1.0:
             raise ValueError(
-                f"split.validation {self.validation} and split.test {self.test} leave nothing to train on; "
+                f"data.split.validation {self.validation} and data.split.test {self.test} leave nothing to train on; "
                 "make them sum to less than 1"
             )
         return self
@@ -84,6 +87,9 @@ class BackboneSize(_Section):
     width: Positive = 128
     heads: Positive = 4
     vocab_size: Annotated[int, Field(ge=257)] = 4096
+    copying_heads: bool = Field(
+        True, description="attention begins by passing on what it sees, as heads of a pretrained model do; false: random"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -98,7 +104,9 @@ class ModelConfig(_Section):
     )
     revision: str | None = Field(None, description="the commit or tag of a backbone named on a hub")
     max_tokens: Annotated[int, Field(ge=16)] = Field(256, description="length of a packed row and longest document")
-    table_std: float | None = Field(None, gt=0, description="spread of fresh ID rows; null: that of the word embeddings")
+    table_std: float | None = Field(
+        None, gt=0, description="spread of fresh ID rows; null: that of the word embeddings"
+    )
 
 
 class BackboneStage(_Section):
@@ -131,6 +139,13 @@ class FinetuneStage(_Section):
     user_dropout: Fraction = Field(0.0, description="chance that a recommendation document hides its user")
     patience: Positive = Field(10, description="epochs without a better validation before the stage stops")
 
+    @model_validator(mode="after")
+    def _mask_range_is_ordered(self) -> Self:
+        low, high = self.mask_range
+        if low > high:
+            raise ValueError(f"finetune.mask_fraction [{low}, {high}] is no range; write the smaller share first")
+        return self
+
     @property
     def mask_range(self) -> tuple[float, float]:
         low_high = self.mask_fraction
@@ -144,7 +159,9 @@ class TrainingConfig(_Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     bf16: bool = Field(True, description="backbone in bfloat16; tables and losses stay in float32")
     micro_batch_tokens: Positive = Field(4096, description="token slots of one worker's forward pass")
-    global_batch_tokens: Positive | None = Field(None, description="token slots of one step of all workers; null: one micro batch each")
+    global_batch_tokens: Positive | None = Field(
+        None, description="token slots of one step of all workers; null: one micro batch each"
+    )
     gradient_clipping: float | None = Field(None, gt=0)
     checkpoint_every_epochs: Positive = 1
     tensorboard: bool = False
@@ -192,7 +209,7 @@ class ServeConfig(_Section):
     def _replicas_are_ordered(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(
-                f"serve.min_replicas {self.min_replicas} is above serve.max_replicas {self.max_replicas}; raise the latter"
+                f"serve.min_replicas {self.min_replicas} is above serve.max_replicas {self.max_replicas}; raise that"
             )
         return self
 
@@ -200,17 +217,19 @@ class ServeConfig(_Section):
 class ClusterConfig(_Section):
     num_workers: Positive = 1
     cpus_per_worker: Positive = 1
-    threads_per_worker: Positive | None = Field(None, description="torch threads; null: this machine's cores / workers when local, else cpus_per_worker")
+    threads_per_worker: Positive | None = Field(
+        None, description="torch threads; null: this machine's cores / workers when local, else cpus_per_worker"
+    )
     use_gpu: bool = False
     max_failures: Annotated[int, Field(ge=0)] = Field(2, description="worker losses a training run survives")
-    start_timeout_s: Annotated[float, Field(gt=0)] = Field(60.0, description="wait this long for resources, then fail")
+    start_timeout_s: Annotated[float, Field(gt=0)] = Field(45.0, description="wait this long for resources, then fail")
     shard_memory_gb: Annotated[float, Field(gt=0)] = Field(8.0, description="most memory a worker's documents may take")
 
 
 class Config(_Section):
     """A whole run. Sections are named after the stages that read them."""
 
-    output_dir: str
+    output_dir: Annotated[str, Field(min_length=1)]
     seed: int = 0
     data: DataConfig
     model: ModelConfig = ModelConfig()
@@ -242,8 +261,8 @@ class Config(_Section):
             )
         if self.pretrain.alternate and self.training.engine == "deepspeed":
             raise ValueError(
-                "pretrain.alternate needs training.engine: torch; DeepSpeed gives a held table zero gradients, with which "
-                "Adam's momentum would still move it"
+                "pretrain.alternate needs training.engine: torch; DeepSpeed gives a held table zero gradients, with "
+                "which Adam's momentum would still move it"
             )
         if self.data.max_text_tokens > self.model.max_tokens - 16:
             raise ValueError(
@@ -272,9 +291,11 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, 
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}; give an existing YAML file to --config") from None
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}; give a YAML file to --config") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the config {path} is not UTF-8 text; give a YAML file to --config") from None
     try:
-        raw = yaml.safe_load(text)
+        raw = _load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -289,8 +310,7 @@ def parse_config(raw: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        problems = "; ".join(_sentence(problem) for problem in error.errors())
-        raise ConfigError(f"the config is refused: {problems}") from None
+        raise ConfigError(f"the config is refused: {'; '.join(_sentences(error, raw))}") from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -300,31 +320,65 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     *sections, last = key.split(".")
     target = raw
     for name in sections:
-        target = target.setdefault(name, {})
+        target[name] = target.get(name) or {}  # a section without settings reads as null
+        target = target[name]
         if not isinstance(target, dict):
             raise ConfigError(f"the override {override!r} goes through {name!r}, which is a value and not a section")
     try:
-        target[last] = yaml.safe_load(value)
+        target[last] = _load_yaml(value)
     except yaml.YAMLError:
         raise ConfigError(f"the value of the override {override!r} is not valid YAML; quote it") from None
-    if isinstance(target[last], str):
-        target[last] = _number_like(target[last])
 
 
-def _number_like(value: str) -> str | float:
-    """YAML 1.1 reads 1e-4 as a string; people mean the number."""
-    try:
-        return float(value) if "e" in value.lower() and value[0] in "+-.0123456789" else value
-    except ValueError:
-        return value
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: a date stays text, and a key that stands twice is a mistake."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as the base class has it
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
-def _sentence(problem: Any) -> str:
-    # A union's branches appear in the location ("model.backbone.str"): keep only the keys people wrote.
-    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained")))
-    if problem["type"] == "extra_forbidden":
-        return f"there is no setting {where!r}"
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def _sentences(error: ValidationError, raw: Mapping[str, Any]) -> list[str]:
+    """One sentence for each wrong key that people wrote, whatever branches of a union pydantic tried for it."""
+    problems: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        problems.setdefault(_key(problem, raw), []).append(problem)
+    inner = [key for key in problems if not key or not any(other.startswith(f"{key}.") for other in problems)]
+    return [_sentence(key, problems[key]) for key in inner]
+
+
+def _key(problem: Any, raw: Any) -> str:
+    """Where a problem is in the words of the file: pydantic's location also names branches of unions."""
+    keys: list[str] = []
+    for part in problem["loc"]:
+        is_written = part in raw if isinstance(raw, Mapping) else isinstance(raw, list) and isinstance(part, int)
+        if is_written:
+            keys.append(str(part))
+            raw = raw[part]
     if problem["type"] == "missing":
-        return f"the setting {where!r} is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+        keys.append(str(problem["loc"][-1]))
+    return ".".join(keys)
+
+
+def _sentence(key: str, problems: list[Any]) -> str:
+    ours = [problem["msg"].removeprefix("Value error, ") for problem in problems if problem["type"] == "value_error"]
+    if ours:
+        return "; ".join(ours)  # these name their keys
+    if problems[0]["type"] in ("extra_forbidden", "missing"):
+        return f"{key} is missing" if problems[0]["type"] == "missing" else f"{key} is no setting"
+    reasons = [re.sub(r"^\w+ should | or instance of \w+", "", problem["msg"]) for problem in problems]
+    value = problems[0]["input"]
+    given = f"is {json.dumps(value)} and " if isinstance(value, str | int | float | None) else ""
+    return f"{key} {given}should {' or '.join(dict.fromkeys(reasons))}"

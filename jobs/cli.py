@@ -1,7 +1,7 @@
 """The command line all jobs share: `python -m jobs.<stage> --config FILE [--force] [section.key=value ...]`.
 
 Exit status 0 and a last line of JSON with what was written where; otherwise one sentence on stderr, the same JSON with
-`error`, and status 1 (the run), 2 (the config) or 3 (an audit).
+`error`, and status 1 (the run), 2 (the config) or 3 (an audit). An error that nobody foresaw adds its traceback.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from cllm4rec.config import Config, load_config
-from cllm4rec.errors import Cllm4RecError, ResourceError
+from cllm4rec.errors import Cllm4RecError, ConfigError, ResourceError, causes, is_full_disk
+from jobs import ENVIRONMENT
 from jobs.progress import say
 from jobs.stages import Stage, run_stage
 
@@ -35,69 +37,93 @@ def program(
     default_config: str | None = None,
 ) -> None:
     """Parse, connect to Ray, run the job, print the last line, exit."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--config", required=default_config is None, default=default_config, help="YAML file of the run (see jobs/configs)"
+        "--config",
+        required=default_config is None,
+        default=default_config,
+        help="YAML file of the run (see jobs/configs)",
     )
     parser.add_argument("--force", action="store_true", help="run even where the output is up to date")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
     if add_flags is not None:
         add_flags(parser)
-    args = parser.parse_intermixed_args()
-    sys.exit(_run(job, args))
+    sys.exit(_run(job, parser))
 
 
-def _run(job: Job, args: argparse.Namespace) -> int:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; {self.prog} --help tells how to call it")
+
+
+def _run(job: Job, parser: argparse.ArgumentParser) -> int:
     try:
+        args = parser.parse_intermixed_args()
         config = load_config(args.config, args.overrides)
         connect(config)
         told = job(config, args)
-    except Cllm4RecError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        print(json.dumps({"ok": False, "error": str(error)}), flush=True)
-        return error.exit_status
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on where it stopped", file=sys.stderr, flush=True)
-        print(json.dumps({"ok": False, "error": "interrupted"}), flush=True)
-        return 130
+        return _fail("interrupted; the same command goes on where it stopped", 130)
+    except Exception as error:
+        foreseen = _foreseen(error)
+        if foreseen is not None:
+            return _fail(str(foreseen).partition("\n")[0], foreseen.exit_status)
+        traceback.print_exc()
+        return _fail(f"{type(error).__name__}: {error}".partition("\n")[0], 1)
     print(json.dumps({"ok": True, "output_dir": config.output_dir, **told}, default=str), flush=True)
     return 0
 
 
+def _fail(sentence: str, exit_status: int) -> int:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    print(json.dumps({"ok": False, "error": sentence}), flush=True)
+    return exit_status
+
+
+def _foreseen(error: BaseException) -> Cllm4RecError | None:
+    """Our own error behind what was raised, if there is one; Ray's wrappers (with a `cause`) look like ours."""
+    ours = [one for one in causes(error) if isinstance(one, Cllm4RecError) and not hasattr(one, "cause")]
+    if is_full_disk(error) and not any(isinstance(one, ResourceError) for one in ours):
+        return ResourceError("a disk is full; free some space and run the same command again")
+    return ours[0] if ours else None
+
+
 def connect(config: Config) -> None:
-    """Join the cluster this job was submitted to, or start a local Ray with what the config needs.
+    """Join the cluster this job was submitted to (RAY_ADDRESS), or start a local Ray with what the config needs.
 
     Raises ResourceError where a named cluster does not answer.
     """
-    # Before Ray is imported: quiet, and DeepSpeed on the CPU where no GPU is asked for.
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    workers_env = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    if not config.cluster.use_gpu:
-        workers_env["DS_ACCELERATOR"] = "cpu"
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import ray
 
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
+    # "local": without a word, Ray would join any cluster that happens to run on this machine.
+    local = {"address": "local", "num_cpus": _local_cpus(config), "include_dashboard": False}
+    workers_env = {name: os.environ[name] for name in ENVIRONMENT}
+    if not config.cluster.use_gpu:
+        workers_env["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for a GPU of the node
     try:
-        if address:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": workers_env})
-        else:
-            # Logical CPUs: the workers hold theirs for a whole stage and Ray Data needs some to read with meanwhile.
-            cpus = max(os.cpu_count() or 1, config.cluster.num_workers * config.cluster.cpus_per_worker + 2)
-            ray.init(
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"env_vars": workers_env},
-            )
+        ray.init(
+            **({"address": address} if address else local),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": workers_env},
+        )
     except ConnectionError as error:
-        raise ResourceError(f"no Ray cluster answers at {address} ({error}); start one or unset RAY_ADDRESS") from None
+        reason = str(error).partition("\n")[0]
+        raise ResourceError(f"no Ray cluster answers at {address} ({reason}); start one or unset RAY_ADDRESS") from None
     say(f"ray: {'cluster ' + address if address else 'local'}, {ray.cluster_resources().get('CPU', 0):g} CPUs, "
         f"{ray.cluster_resources().get('GPU', 0):g} GPUs")  # fmt: skip
+
+
+def _local_cpus(config: Config) -> int:
+    """Logical CPUs of a local Ray: this machine's, and two more where the workers take all of them.
+
+    Workers hold theirs for a whole stage, and Ray Data needs some to read with meanwhile.
+    """
+    cores = os.cpu_count() or 1
+    processes = max(config.cluster.num_workers, config.score.num_actors, config.serve.min_replicas)
+    return max(cores, min(cores, processes * config.cluster.cpus_per_worker) + 2)

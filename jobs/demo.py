@@ -9,6 +9,7 @@ jobs/configs/demo.yaml. About 5 minutes on 2 cores; CLLM4Rec should end above po
 from __future__ import annotations
 
 import argparse
+import posixpath
 from typing import Any
 
 from cllm4rec.artifacts import exists
@@ -20,8 +21,9 @@ from jobs.progress import say
 
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    raw = config.directory("raw")
-    if not exists(f"{raw}/reviews.json.gz"):
+    reviews = str(config.data.interactions.path)
+    raw = posixpath.dirname(reviews)
+    if not exists(reviews):  # the last of the three files to get its name
         say(f"demo: writing the sample world to {raw}")
         sample_world(raw)
     return pipeline.run(config, args)

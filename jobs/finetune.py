@@ -1,6 +1,6 @@
 """Recommendation-oriented finetuning → `model/`, the directory that is evaluated, scored and served.
 
-    python -m jobs.finetune --config jobs/configs/demo.yaml finetune.epochs=30
+python -m jobs.finetune --config jobs/configs/demo.yaml finetune.epochs=30
 """
 
 from jobs.cli import main

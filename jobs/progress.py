@@ -16,7 +16,9 @@ from typing import Any
 from tqdm import tqdm
 
 from cllm4rec import artifacts
+from cllm4rec.errors import ArtifactError
 
+_METRICS = "metrics.jsonl"
 _POLL_S = 0.5
 _COUNT_S = 5.0
 
@@ -28,14 +30,18 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def watched(run_dir: str, forget: bool) -> Iterator[None]:
-    """Show the epochs of a training run in `run_dir` until the block ends; `forget` drops an interrupted run first."""
+def watched(run_dir: str, final_dir: str, forget: bool) -> Iterator[None]:
+    """Show the epochs of a training run in `run_dir` until the block ends; `forget` drops an interrupted run first.
+
+    `final_dir` is where the file lies once the stage is done: the last epochs are read there.
+    """
     if forget:
         artifacts.remove_directory(run_dir)
-    follower = _Follower(artifacts.join(run_dir, "metrics.jsonl"))
+    follower = _Follower(artifacts.join(run_dir, _METRICS))
     follower.start()
     try:
         yield
+        follower.stop(artifacts.join(final_dir, _METRICS))
     finally:
         follower.stop()
 
@@ -54,47 +60,58 @@ def counted(count: Callable[[], int], total: int, unit: str) -> Iterator[None]:
 
 
 def _show_count(count: Callable[[], int], total: int, unit: str, done: threading.Event) -> None:
-    started, first = time.monotonic(), count()
-    with tqdm(total=total, initial=first, unit=unit, desc="  score", disable=not sys.stdout.isatty()) as bar:
+    started, first, is_terminal = time.monotonic(), count(), sys.stdout.isatty()
+    with tqdm(total=total, initial=first, unit=unit, desc="  score", disable=not is_terminal) as bar:
         while not done.wait(_COUNT_S):
             number = count()
             bar.update(number - bar.n)
             rate = (number - first) / (time.monotonic() - started)
-            if bar.disable and rate:
+            if rate > 0 and not is_terminal:
                 say(f"  {number:,} of {total:,} {unit}, {rate:,.0f} {unit}/s, {(total - number) / rate:.0f} s left")
 
 
 class _Follower(threading.Thread):
+    """Shows what is added to a file of JSON lines from now on; a run that is resumed cuts the file and goes on."""
+
     def __init__(self, uri: str) -> None:
         super().__init__(daemon=True)
         self._uri = uri
         self._done = threading.Event()
-        self._num_read = self._num_lines()
         self._bar: Any = None
+        lines = self._read(uri)
+        self._num_read, self._last = len(lines), lines[-1] if lines else b""
 
-    def stop(self) -> None:
+    def stop(self, final_uri: str | None = None) -> None:
+        """End; with `final_uri`, show first what came last and was moved there."""
         self._done.set()
-        self.join()
+        if self.is_alive():
+            self.join()
+        if final_uri is not None:
+            self._show_new(final_uri)
         self._close()
 
     def run(self) -> None:
         while not self._done.wait(_POLL_S):
-            self._show_new()
+            self._show_new(self._uri)
 
-    def _num_lines(self) -> int:
-        return len(self._lines())
+    @staticmethod
+    def _read(uri: str) -> list[bytes]:
+        """Whole lines: the last may be half written."""
+        content = artifacts.read_bytes(uri) if artifacts.exists(uri) else b""
+        return content[: content.rfind(b"\n") + 1].splitlines()
 
-    def _lines(self) -> list[bytes]:
-        return artifacts.read_bytes(self._uri).splitlines() if artifacts.exists(self._uri) else []
-
-    def _show_new(self) -> None:
-        with contextlib.suppress(OSError, artifacts.ArtifactError):  # the file is moved away when the stage is done
-            lines = self._lines()
-            if len(lines) < self._num_read:  # a resumed run cut the file back to its checkpoint
-                self._num_read = next((n for n, line in enumerate(lines) if b'"resumed"' in line), len(lines))
-            for line in lines[self._num_read :]:
-                self._show(json.loads(line))
-            self._num_read = len(lines)
+    def _show_new(self, uri: str) -> None:
+        lines: list[bytes] = []
+        with contextlib.suppress(OSError, ArtifactError):  # the file is moved away when the stage is done
+            lines = self._read(uri)
+        if not lines:
+            return
+        is_cut = self._num_read > 0 and lines[self._num_read - 1 : self._num_read] != [self._last]
+        if is_cut:
+            self._num_read = max((n for n, line in enumerate(lines) if b'"resumed"' in line), default=0)
+        for line in lines[self._num_read :]:
+            self._show(json.loads(line))
+        self._num_read, self._last = len(lines), lines[-1]
 
     def _show(self, entry: dict[str, Any]) -> None:
         if entry["event"] == "resumed":
@@ -114,7 +131,9 @@ class _Follower(threading.Thread):
             say(f"  {entry['stage']} {entry['epoch']}/{entry['epochs']}: {facts}, {rates}, at most {left_s:.0f} s left")
         else:
             if self._bar is None:
-                self._bar = tqdm(total=entry["epochs"], initial=entry["epoch"] - 1, desc=f"  {entry['stage']}", unit="epoch")
+                self._bar = tqdm(
+                    total=entry["epochs"], initial=entry["epoch"] - 1, desc=f"  {entry['stage']}", unit="epoch"
+                )
             self._bar.set_postfix_str(f"{facts}, {rates}")
             self._bar.update(entry["epoch"] - self._bar.n)
         if is_last:

@@ -2,7 +2,7 @@
 
     python -m jobs.score --config jobs/configs/demo.yaml score.k=20
 
-An interrupted run goes on with the users it has not scored. Lists that fail the audit are not published (exit status 3).
+An interrupted run goes on with the users it has not scored. Lists that fail the audit are not published (status 3).
 """
 
 from jobs.cli import main

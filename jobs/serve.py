@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
+import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -18,11 +21,15 @@ from typing import Any
 
 import httpx
 
+from cllm4rec.artifacts import read_manifest, verify_files
 from cllm4rec.catalog import Catalog
 from cllm4rec.config import Config
 from cllm4rec.errors import ResourceError
 from jobs.cli import program
 from jobs.progress import say
+from jobs.resources import wait_for
+
+_APPLICATION = "cllm4rec"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,15 +49,27 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def serving(config: Config) -> Iterator[str]:
-    """The endpoint is up within the block; gives its URL. Raises ResourceError where the port is taken."""
+    """The endpoint is up within the block; gives its URL.
+
+    Raises ArtifactError where the model is missing or damaged; ResourceError where the port is taken, the cluster too
+    small or already serving something, or the replicas do not start.
+    """
     from ray import serve as ray_serve
 
     from serve.app import build, http_options
 
     _refuse_a_taken_port(config)
+    _refuse_a_running_serve()
+    verify_files(config.directory("model"), read_manifest(config.directory("model"), "model"))
+    application = build(_arguments(config))
+    _wait_for_replicas(config)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # this process's; replicas write theirs to their own files
     ray_serve.start(http_options=http_options(config.serve))
     try:
-        ray_serve.run(build(_arguments(config)), name="cllm4rec", route_prefix="/")
+        try:
+            ray_serve.run(application, name=_APPLICATION, route_prefix="/")
+        except RuntimeError as error:
+            raise ResourceError(f"the endpoint does not start: {_why(error)}") from error
         yield f"http://{config.serve.host}:{config.serve.port}"
     finally:
         ray_serve.shutdown()
@@ -76,9 +95,33 @@ def _arguments(config: Config) -> dict[str, Any]:
     }
 
 
-def _key_header() -> dict[str, str]:
-    import os
+def _wait_for_replicas(config: Config) -> None:
+    cluster, num_replicas = config.cluster, config.serve.min_replicas
+    needed = {"CPU": num_replicas * cluster.cpus_per_worker} | ({"GPU": num_replicas} if cluster.use_gpu else {})
+    remedy = "lower serve.min_replicas or cluster.cpus_per_worker, or add nodes"
+    wait_for(needed, cluster.start_timeout_s, "serve", remedy)
 
+
+def _refuse_a_running_serve() -> None:
+    """A cluster has one Serve, and ours stops it in the end: that must not take somebody's endpoint away."""
+    from ray import serve as ray_serve
+
+    running = ", ".join(ray_serve.status().applications)
+    if running:
+        raise ResourceError(
+            f"Ray Serve already runs {running} on this cluster; give it the new model with `serve deploy` (see "
+            "serve/config.yaml), or end it first with `serve shutdown`"
+        )
+
+
+def _why(error: RuntimeError) -> str:
+    """What a replica failed by: its own error's sentence where there is one in what Serve tells."""
+    told = f"{error}"
+    ours = re.findall(r"cllm4rec\.errors\.\w+: (.+)", told)
+    return str(ours[-1] if ours else told.strip().splitlines()[-1])
+
+
+def _key_header() -> dict[str, str]:
     keys = os.environ.get("CLLM4REC_API_KEYS", "").split(",")
     return {"X-API-Key": keys[0].strip()} if keys[0].strip() else {}
 

@@ -12,7 +12,7 @@ from cllm4rec.config import Config
 from cllm4rec.data.prepare import prepare, prepare_inputs
 from cllm4rec.evaluation.protocol import Validation
 from cllm4rec.evaluation.stage import evaluate, evaluate_inputs
-from cllm4rec.scoring.batch import is_published, num_staged, plan_score, score
+from cllm4rec.scoring.batch import forget_staged, is_published, num_staged, plan_score, score
 from cllm4rec.training.fits import (
     backbone_inputs,
     finetune_inputs,
@@ -23,11 +23,12 @@ from cllm4rec.training.fits import (
     run_directory,
 )
 from jobs.progress import counted, say, watched
+from jobs.resources import wait_for
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`run` writes what `directory` names and returns what to tell; `is_done` says that it would write the same again."""
+    """`run` writes what `directory` names and returns what to tell; `is_done`: it would write the same again."""
 
     name: str
     directory: str
@@ -55,7 +56,7 @@ def _training(
     """A stage whose epochs are shown while it runs."""
 
     def make(config: Config, force: bool) -> Manifest:
-        with watched(run_directory(config, name), forget=force):
+        with watched(run_directory(config, name), config.directory(directory), forget=force):
             return fit(config, Validation)
 
     return _artifact(name, directory, inputs, make)
@@ -63,6 +64,14 @@ def _training(
 
 def _score(config: Config, force: bool) -> dict[str, Any]:
     plan = plan_score(config, force)
+    if force:
+        forget_staged(plan)
+    cluster, num_actors = config.cluster, config.score.num_actors
+    # One CPU more than the actors hold, to read with.
+    needed = {"CPU": num_actors * cluster.cpus_per_worker + 1} | ({"GPU": num_actors} if cluster.use_gpu else {})
+    wait_for(
+        needed, cluster.start_timeout_s, "score", "lower score.num_actors or cluster.cpus_per_worker, or add nodes"
+    )
     with counted(lambda: num_staged(plan), plan.num_users, "users"):
         return score(plan)
 
@@ -89,5 +98,3 @@ def run_stage(stage: Stage, config: Config, force: bool) -> dict[str, Any]:
     seconds = round(time.monotonic() - started, 1)
     say(f"{stage.name}: done in {seconds:g} s")
     return {"directory": directory, "skipped": False, "seconds": seconds, "counts": told}
-
-

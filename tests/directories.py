@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 
-from cllm4rec.artifacts import write_directory
+from cllm4rec.artifacts import read_manifest, write_directory
 from cllm4rec.config import BackboneSize
 from cllm4rec.data.documents import Prompts
-from cllm4rec.data.prepared import Language, write_table
+from cllm4rec.data.prepared import Language, bucket_name, bucket_of, write_table
 from cllm4rec.data.world import parity_world
 from cllm4rec.model.backbone import build_backbone, save_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
@@ -19,14 +19,17 @@ from cllm4rec.model.store import ModelFacts, write_model
 NUM_WORDS, MAX_TOKENS, WIDTH = 300, 64, 32
 
 
-def write_prepared(folder: Path) -> str:
+def write_prepared(folder: Path, num_buckets: int = 1) -> str:
     world = parity_world()
     with write_directory(str(folder), kind="prepared", inputs={}, config={}) as draft:
         world.catalog.save(draft.uri)
+        draft.counts["users"] = world.num_users
         Language(Prompts.tokenise(lambda text: [len(text), len(text) + 1]), NUM_WORDS).save(draft.uri)
         splits = {name: getattr(world.histories, name).to_arrow() for name in ("train", "validation", "test")}
         rows = pa.table({"user": world.histories.user, "user_id": list(world.catalog.user_ids), **splits})
-        write_table(rows, draft.path("histories", "bucket-00000.parquet"))
+        bucket_B = bucket_of(world.histories.user, world.num_users, num_buckets)
+        for bucket in range(num_buckets):
+            write_table(rows.filter(pa.array(bucket_B == bucket)), draft.path("histories", bucket_name(bucket)))
     return str(folder)
 
 
@@ -41,7 +44,8 @@ def write_random_model(folder: Path, prepared_dir: str, seed: int) -> str:
     facts = ModelFacts(
         NUM_WORDS, world.num_users, world.num_items, WIDTH, MAX_TOKENS, prompt="recommendation", bf16=False
     )
-    with write_directory(str(folder / "model"), kind="model", inputs={}, config={}) as draft:
+    inputs = {"prepared": read_manifest(prepared_dir, "prepared").digest}
+    with write_directory(str(folder / "model"), kind="model", inputs=inputs, config={}) as draft:
         tables = {name: table.data for name, table in model.tables().items()}
         write_model(draft, tables, facts, prepared_dir=prepared_dir, backbone_dir=str(folder / "backbone"))
     return str(folder / "model")

@@ -12,6 +12,7 @@ import abc
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,61 +121,97 @@ class EncoderDecoder(Backbone):
 
 def build_backbone(size: BackboneSize, num_words: int, max_tokens: int, seed: int) -> Backbone:
     """A fresh language model of the given size, the same for the same seed."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if size.architecture == "t5":
-            return EncoderDecoder(
-                T5ForConditionalGeneration(
-                    T5Config(
-                        vocab_size=num_words,
-                        d_model=size.width,
-                        d_kv=size.width // size.heads,
-                        d_ff=4 * size.width,
-                        num_layers=size.layers,
-                        num_heads=size.heads,
-                        dropout_rate=0.0,
-                        decoder_start_token_id=0,
-                    )
-                ),
-                max_tokens,
-            )
-        if size.architecture == "llama":
-            return Decoder(
-                LlamaForCausalLM(
-                    LlamaConfig(
-                        vocab_size=num_words,
-                        hidden_size=size.width,
-                        intermediate_size=4 * size.width,
-                        num_hidden_layers=size.layers,
-                        num_attention_heads=size.heads,
-                        max_position_embeddings=max_tokens,
-                        tie_word_embeddings=True,
-                        **_NO_SPECIAL_TOKENS,
-                    )
-                ),
-                max_tokens,
-            )
-        return Decoder(
-            GPT2LMHeadModel(
-                GPT2Config(
-                    vocab_size=num_words,
-                    n_positions=max_tokens,
-                    n_embd=size.width,
-                    n_layer=size.layers,
-                    n_head=size.heads,
-                    activation_function="gelu_pytorch_tanh",
-                    **_NO_GPT2_DROPOUT,
-                    **_NO_SPECIAL_TOKENS,
-                )
-            ),
-            max_tokens,
+        model = _BUILDERS[size.architecture](size, num_words, max_tokens)
+    if size.copying_heads:
+        start_with_copying_heads(model)
+    return EncoderDecoder(model, max_tokens) if size.architecture == "t5" else Decoder(model, max_tokens)
+
+
+def start_with_copying_heads(model: nn.Module) -> None:
+    """Make every attention pass on the mean of what it sees, unmixed: value and output projections become the identity.
+
+    Heads whose value-output product has positive eigenvalues copy what they attend to; pretrained models grow them
+    (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits). Random ones scramble a history instead, and
+    the frozen tied head cannot undo it: on the sample world that cost a seventh of Recall@20 (DECISIONS.md).
+    """
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("attn.c_attn.weight"):  # GPT-2 keeps query, key and value side by side
+                weight[:, -len(weight) :] = torch.eye(len(weight))
+            elif name.endswith(_VALUE_AND_OUTPUT):
+                weight.copy_(torch.eye(len(weight)))
+
+
+_VALUE_AND_OUTPUT = (
+    "attn.c_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    "Attention.v.weight",
+    "Attention.o.weight",
+)
+
+
+def _gpt2(size: BackboneSize, num_words: int, max_tokens: int) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model: nn.Module = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=num_words,
+            n_positions=max_tokens,
+            n_embd=size.width,
+            n_layer=size.layers,
+            n_head=size.heads,
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
         )
+    )
+    return model
 
 
-_NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None}
-_NO_GPT2_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+def _llama(size: BackboneSize, num_words: int, max_tokens: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model: nn.Module = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=num_words,
+            hidden_size=size.width,
+            intermediate_size=4 * size.width,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            max_position_embeddings=max_tokens,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    return model
+
+
+def _t5(size: BackboneSize, num_words: int, max_tokens: int) -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model: nn.Module = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=num_words,
+            d_model=size.width,
+            d_kv=size.width // size.heads,
+            d_ff=4 * size.width,
+            num_layers=size.layers,
+            num_heads=size.heads,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    )
+    return model
+
+
+_BUILDERS: dict[str, Callable[[BackboneSize, int, int], nn.Module]] = {"gpt2": _gpt2, "llama": _llama, "t5": _t5}
 
 
 def pretrained_backbone(name: str, revision: str | None, max_tokens: int) -> Backbone:

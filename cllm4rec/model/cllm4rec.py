@@ -47,7 +47,7 @@ class CLLM4Rec(nn.Module):
         super().__init__()
         self.tokens = tokens
         generator = torch.Generator().manual_seed(seed)
-        spread = float(backbone.word_embeddings.float().std()) if std is None else std
+        spread = float(backbone.word_embeddings.detach().float().std()) if std is None else std
         for kind, num_rows in (("users", tokens.num_users), ("items", tokens.num_items)):
             fresh = torch.randn(num_rows, backbone.width, generator=generator) * spread
             for side in ("collaborative", "content"):

@@ -1,12 +1,12 @@
 """A trained model as a directory: safetensors and JSON, every file under a sha256, nothing that could run.
 
-    pretrained/ and model/
-      tables.safetensors             the four ID tables, float32
-      model.json                     sizes, longest prompt, the prompt it is asked by, precision
-      users.parquet, items.parquet   the Catalog
-      tokenizer/, prompts.json       as prepared
-      backbone/                      reference.json (name, revision, digest), or its own safetensors
-      metrics.jsonl                  every step and epoch of its training
+pretrained/ and model/
+  tables.safetensors             the four ID tables, float32
+  model.json                     sizes, longest prompt, the prompt it is asked by, precision
+  users.parquet, items.parquet   the Catalog
+  tokenizer/, prompts.json       as prepared
+  backbone/                      reference.json (name, revision, digest), or its own safetensors
+  metrics.jsonl                  every step and epoch of its training
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import dataclasses
 from typing import Literal
 
 import torch
-from safetensors.torch import load as load_tensors
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from cllm4rec import artifacts
@@ -28,6 +29,9 @@ from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
 from cllm4rec.model.ranking import Ranker
 
 Prompt = Literal["interactions", "recommendation"]
+
+_BACKBONE_FILES = (".safetensors", ".json")
+"""What `backbone/` may hold: `from_pretrained` would also take a pickle."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +75,7 @@ def write_model(
 def load_tables(directory: str, kind: str) -> dict[str, Tensor]:
     """The four tables of a finished directory, after its digests are checked."""
     artifacts.verify_files(directory, artifacts.read_manifest(directory, kind))
-    tables: dict[str, Tensor] = load_tensors(artifacts.read_bytes(artifacts.join(directory, "tables.safetensors")))
-    return tables
+    return _read_tables(directory)
 
 
 def load_model(directory: str, kind: str = "model", device: str | None = None) -> StoredModel:
@@ -82,15 +85,18 @@ def load_model(directory: str, kind: str = "model", device: str | None = None) -
     """
     manifest = artifacts.read_manifest(directory, kind)
     artifacts.verify_files(directory, manifest)
-    facts = ModelFacts(**artifacts.read_json(artifacts.join(directory, "model.json")))
+    facts = _read_facts(directory)
     catalog, language = Catalog.load(directory), Language.load(directory)
     _check_sizes(directory, facts, catalog, language)
+    _refuse_pickles(directory)
     backbone = load_backbone(artifacts.join(directory, "backbone"), facts.max_tokens)
     model = CLLM4Rec(backbone, catalog.tokens(facts.num_words), std=0.0)
-    tables = load_tensors(artifacts.read_bytes(artifacts.join(directory, "tables.safetensors")))
+    tables = _read_tables(directory)
     for name, table in model.tables().items():
         if name not in tables or tables[name].shape != table.shape:
-            raise ArtifactError(f"{directory}/tables.safetensors has no {name} of shape {tuple(table.shape)}; train again")
+            raise ArtifactError(
+                f"{directory}/tables.safetensors has no {name} of shape {tuple(table.shape)}; train again"
+            )
         table.data = tables[name]
     model.train_only(())
     model.eval()
@@ -98,6 +104,30 @@ def load_model(directory: str, kind: str = "model", device: str | None = None) -
         model.use_bf16()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return StoredModel(Ranker(model, language.prompts, facts.max_tokens, facts.prompt), catalog, language, manifest)
+
+
+def _read_tables(directory: str) -> dict[str, Tensor]:
+    try:
+        tables: dict[str, Tensor] = load(artifacts.read_bytes(artifacts.join(directory, "tables.safetensors")))
+    except SafetensorError:
+        raise ArtifactError(f"{directory}/tables.safetensors is no safetensors file; train again") from None
+    return tables
+
+
+def _read_facts(directory: str) -> ModelFacts:
+    try:
+        return ModelFacts(**artifacts.read_json(artifacts.join(directory, "model.json")))
+    except TypeError:
+        raise ArtifactError(f"{directory}/model.json is not what this code writes; train again") from None
+
+
+def _refuse_pickles(directory: str) -> None:
+    for name in artifacts.list_files(artifacts.join(directory, "backbone")):
+        if not name.endswith(_BACKBONE_FILES):
+            raise ArtifactError(
+                f"{directory}/backbone/{name} is neither safetensors nor JSON and could run code when loaded; remove "
+                "it or copy the directory again"
+            )
 
 
 def _check_sizes(directory: str, facts: ModelFacts, catalog: Catalog, language: Language) -> None:

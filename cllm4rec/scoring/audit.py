@@ -28,8 +28,8 @@ class Audit:
     """Checks tables of user_id, item_ids, scores one after the other, then the whole.
 
     `seen` holds the item indices no user may be recommended, a row a user index. A list may be shorter than `k` only
-    where fewer items remain for its user. Raises AuditError naming the check, how many users it caught and three of them
-    by hash.
+    where fewer items remain for its user. Raises AuditError naming the check, how many users it caught and three of
+    them by hash.
     """
 
     catalog: Catalog
@@ -77,7 +77,9 @@ class Audit:
         seen = self.seen.take(users)
         is_seen = np.isin(keys, seen.rows * num_items + seen.values)
         self._refuse_entries(is_seen, entries, user_ids, "is recommended an item of their history")
-        self._refuse_entries(np.isin(entries.values, self.rules.deny), entries, user_ids, "is recommended a denied item")
+        self._refuse_entries(
+            np.isin(entries.values, self.rules.deny), entries, user_ids, "is recommended a denied item"
+        )
 
     def _check_scores(self, scores: Ragged, user_ids: npt.NDArray[np.object_]) -> None:
         self._refuse_entries(~np.isfinite(scores.values), scores, user_ids, "has a score that is not finite")
@@ -88,7 +90,9 @@ class Audit:
     def _check_lengths(self, entries: Ragged, users: npt.NDArray[np.int64], user_ids: npt.NDArray[np.object_]) -> None:
         blocked = merged_lengths(self.seen.take(users), self.rules, self.catalog.num_items)
         expected = np.minimum(self.k, self.catalog.num_items - blocked)
-        self._refuse(entries.lengths != expected, user_ids, f"has a list of another length than min({self.k}, what remains)")
+        self._refuse(
+            entries.lengths != expected, user_ids, f"has a list of another length than min({self.k}, what remains)"
+        )
         self.num_short += int((expected < self.k).sum())
 
     def _refuse_entries(self, is_bad: BoolArray, lists: Ragged, user_ids: npt.NDArray[np.object_], what: str) -> None:
@@ -100,8 +104,8 @@ class Audit:
         if caught.any():
             examples = ", ".join(hashed(user_id) for user_id in user_ids[np.flatnonzero(caught)[:3]])
             raise AuditError(
-                f"the audit refuses the lists: {int(caught.sum())} users of which each {what} (for example {examples}); "
-                "nothing was published"
+                f"the audit refuses the lists: {int(caught.sum())} users of whom each {what} (such as {examples}); "
+                "nothing was published: correct the cause and run the same command with --force"
             )
 
 
@@ -112,9 +116,9 @@ def merged_lengths(seen: Ragged, rules: Rules, num_items: int) -> npt.NDArray[np
     return np.bincount(keys // num_items, minlength=len(seen))
 
 
-def hashed(user_id: str) -> str:
+def hashed(user_id: object) -> str:
     """What a report calls a user: enough to find one again, not to read an id off."""
-    return hashlib.sha256(user_id.encode()).hexdigest()[:12]
+    return hashlib.sha256(str(user_id).encode()).hexdigest()[:12]
 
 
 def _ragged(column: pa.ChunkedArray) -> Ragged:

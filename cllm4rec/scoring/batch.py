@@ -7,6 +7,7 @@ A run that was killed goes on with the users it has not scored. Nothing is visib
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
@@ -23,16 +25,20 @@ from cllm4rec.catalog import Catalog
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import SPLITS, Histories, bucket_paths, read_tables
 from cllm4rec.data.ragged import Ragged
+from cllm4rec.data.staging import quiet_data_context
 from cllm4rec.errors import ArtifactError
 from cllm4rec.scoring.audit import Audit
-from cllm4rec.scoring.publish import SCHEMA, publish, published_attempt
-from cllm4rec.scoring.rules import Rules, read_rules
+from cllm4rec.scoring.publish import SCHEMA, current_run, publish, published_attempt
+from cllm4rec.scoring.rules import Rules, read_deny_list, read_rules
 from cllm4rec.scoring.scorer import Scorer
+
+
+_MOST_USERS_PER_FILE = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
 class ScorePlan:
-    """One scoring run. `run_id` names its inputs: model, data, rules, k and date."""
+    """One scoring run. `run_id` names its inputs: model, data, rules, k and date; `attempt` counts its publications."""
 
     config: Config
     run_id: str
@@ -44,19 +50,23 @@ class ScorePlan:
 
 
 def plan_score(config: Config, force: bool = False) -> ScorePlan:
-    """What `score` would do; with `force` a published run is planned once more. Raises ArtifactError where a stage is missing."""
+    """What `score` would do: the run that readers see already; a new attempt with `force` or where they see another.
+
+    Raises ArtifactError where a stage is missing, DataError where the deny list is.
+    """
     model = read_manifest(config.directory("model"), "model")
     prepared = read_manifest(config.directory("prepared"), "prepared")
-    if model.inputs["prepared"] != prepared.digest:
+    if model.inputs.get("prepared") != prepared.digest:
         raise ArtifactError(
             f"{config.directory('model')} was trained on other data than {config.directory('prepared')} holds; run the "
             "training stages again"
         )
     run_date = config.score.run_date or datetime.now(UTC).date().isoformat()
-    deny = artifacts.digest_of_file(config.score.deny_items) if config.score.deny_items else None
+    deny = sorted(set(read_deny_list(config.score.deny_items)))
     run_id = digest_of([model.digest, prepared.digest, config.score.k, deny, run_date])[:16]
     attempt = published_attempt(config.directory("dump"), run_id)
-    attempt = attempt + 1 if force or attempt == 0 else attempt
+    if force or current_run(config.directory("dump")) != run_id:
+        attempt += 1
     name = f"{run_id}-{attempt}"
     return ScorePlan(
         config=config,
@@ -71,16 +81,21 @@ def plan_score(config: Config, force: bool = False) -> ScorePlan:
 
 
 def is_published(config: Config) -> bool:
-    plan = plan_score(config)
-    return published_attempt(config.directory("dump"), plan.run_id) > 0
+    """Whether readers see the lists this config would give."""
+    return current_run(config.directory("dump")) == plan_score(config).run_id
 
 
 def score(plan: ScorePlan) -> dict[str, Any]:
-    """Score, audit, publish; returns the report. Raises AuditError, and publishes nothing, where a promise is broken."""
+    """Score, audit, publish; returns the report. Raises AuditError, and publishes nothing, where a promise is broken;
+    ArtifactError where the model is damaged.
+    """
     config = plan.config
     started = time.monotonic()
+    # Here, where an error is one sentence, and not in every actor first.
+    artifacts.verify_files(config.directory("model"), read_manifest(config.directory("model"), "model"))
     rules, num_unknown_denied = read_rules(config.score.deny_items, Catalog.load(config.directory("model")))
-    _write_lists(plan, rules)
+    if published_attempt(config.directory("dump"), plan.run_id) < plan.attempt:  # else its files are read by others
+        _write_lists(plan, rules)
     scored_s = time.monotonic() - started
     staged = [name for name in artifacts.list_files(plan.staging) if name.endswith(".parquet")]
     counts = audit_staged(plan, staged, rules)
@@ -105,14 +120,21 @@ def score(plan: ScorePlan) -> dict[str, Any]:
     }
 
 
+def forget_staged(plan: ScorePlan) -> None:
+    """Drop what an interrupted or refused run of this plan has staged, so that everybody is scored anew."""
+    if published_attempt(plan.config.directory("dump"), plan.run_id) < plan.attempt:
+        artifacts.remove_directory(plan.staging)
+        artifacts.remove_directory(plan.checkpoint_dir)
+
+
 def num_staged(plan: ScorePlan) -> int:
     """Users whose lists are staged so far, for a progress line."""
-    import pyarrow.parquet as pq
-
     fs, path = artifacts.filesystem(plan.staging)
-    if not fs.exists(path):
-        return 0
-    return sum(pq.read_metadata(fs.open(file)).num_rows for file in fs.find(path) if file.endswith(".parquet"))
+    num_rows = 0
+    for file in fs.find(path) if fs.exists(path) else []:
+        with contextlib.suppress(OSError, pa.ArrowInvalid), fs.open(file) as stream:  # one that is being written
+            num_rows += pq.read_metadata(stream).num_rows
+    return num_rows
 
 
 def model_version(config: Config) -> str:
@@ -126,7 +148,8 @@ class ScoreUsers:
         import torch
 
         torch.set_num_threads(num_threads)
-        self.scorer, self.k, self.rules, self.run_date = Scorer.load(model_dir), k, rules, run_date
+        self.scorer, self.rules, self.run_date = Scorer.load(model_dir), rules, run_date
+        self.k = min(k, self.scorer.catalog.num_items)
 
     def __call__(self, users: pa.Table) -> pa.Table:
         item_BK, score_BK = self.scorer.top_k(users["user"].to_numpy(), known_items(users), self.k, self.rules)
@@ -160,6 +183,13 @@ def audit_staged(plan: ScorePlan, staged: list[str], rules: Rules) -> dict[str, 
     return audit.finish()
 
 
+def _users_per_file(plan: ScorePlan) -> int:
+    """At least a batch; so many that every actor gets some sixteen, and at most what is soon scored again."""
+    score = plan.config.score
+    share = -(-plan.num_users // (16 * score.num_actors))
+    return max(score.batch_users, min(share, _MOST_USERS_PER_FILE))
+
+
 def _write_lists(plan: ScorePlan, rules: Rules) -> None:
     config, cluster = plan.config, plan.config.cluster
     if not artifacts.exists(plan.staging):
@@ -170,17 +200,15 @@ def _write_lists(plan: ScorePlan, rules: Rules) -> None:
     staging_fs, staging = artifacts.filesystem(plan.staging)
     paths = bucket_paths(config.directory("prepared"), "histories")
     source_fs, _ = artifacts.filesystem(paths[0])
-    context = ray.data.DataContext.get_current()
-    before, context.checkpoint_config = (
-        context.checkpoint_config,
-        CheckpointConfig(
+    with quiet_data_context():
+        ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
             id_column="user_id",
             checkpoint_path=artifacts.absolute(plan.checkpoint_dir),
             delete_checkpoint_on_success=False,
-        ),
-    )
-    try:
-        ray.data.read_parquet([artifacts.filesystem(path)[1] for path in paths], filesystem=source_fs).map_batches(
+        )
+        users = ray.data.read_parquet([artifacts.filesystem(path)[1] for path in paths], filesystem=source_fs)
+        # Ray reads small files as one block, which would be one actor's, and nothing staged until its last user.
+        users.repartition(target_num_rows_per_block=_users_per_file(plan)).map_batches(
             ScoreUsers,
             fn_constructor_args=(
                 artifacts.absolute(config.directory("model")),
@@ -195,5 +223,3 @@ def _write_lists(plan: ScorePlan, rules: Rules) -> None:
             num_cpus=cluster.cpus_per_worker,
             num_gpus=1 if cluster.use_gpu else 0,
         ).write_parquet(staging, filesystem=staging_fs)
-    finally:
-        context.checkpoint_config = before

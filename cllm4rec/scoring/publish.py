@@ -1,19 +1,21 @@
 """The `dump/` table: files that were staged inside it become visible in one Delta commit, or not at all.
 
-Readers open the table (`deltalake`, pandas, Polars, DuckDB, Spark); staged files of an unpublished run are not part of it.
+Readers open the table (`deltalake`, pandas, Polars, DuckDB, Spark); staged files of an unpublished run are not in it.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction
-from deltalake.exceptions import CommitFailedError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction
 
 from cllm4rec import artifacts
+from cllm4rec.errors import ArtifactError, ResourceError
 
 SCHEMA = pa.schema(
     [
@@ -26,45 +28,80 @@ SCHEMA = pa.schema(
 )
 """One row a user, best item first: the contract of the table."""
 
+# Every publication takes the next number of this application, so that of two at once Delta refuses one. Without it two
+# overwrites of an empty table both go through, and every user is in it twice.
+_TURN = "publish"
+_MOST_TRIES = 20
+_PAUSE_S = 0.1
+
 
 def published_attempt(dump_dir: str, run_id: str) -> int:
     """How often a run was published: 0 where never (or where there is no table)."""
-    try:
-        return DeltaTable(artifacts.absolute(dump_dir)).transaction_version(run_id) or 0
-    except TableNotFoundError:
-        return 0
+    table = _open(dump_dir)
+    return 0 if table is None else table.transaction_version(run_id) or 0
+
+
+def current_run(dump_dir: str) -> str | None:
+    """The run whose lists readers see; None where nothing was published."""
+    table = _open(dump_dir)
+    commits = [] if table is None else table.history()
+    run_ids: list[str] = [commit["run_id"] for commit in commits if "run_id" in commit]
+    return run_ids[0] if run_ids else None
 
 
 def publish(dump_dir: str, staged: list[str], run_id: str, attempt: int, facts: dict[str, Any]) -> int:
-    """Make the staged files (paths below `dump_dir`) the whole content of the table; returns the new version.
+    """Make the staged files (paths below `dump_dir`) the whole content of the table; returns the version with them.
 
-    Publishing the same attempt of a run again does nothing. The old version stays readable by its number.
+    Publishing the same attempt of a run again does nothing. The old version stays readable by its number. `facts` are
+    written to the commit.
     """
-    location = artifacts.absolute(dump_dir)
-    DeltaTable.create(location, schema=SCHEMA, mode="ignore", name="recommendations")
-    table = DeltaTable(location)
-    if (table.transaction_version(run_id) or 0) >= attempt:
-        return int(table.version())
-    fs, root = artifacts.filesystem(dump_dir)
-    actions = [_add(fs, root, name) for name in staged]
+    properties = {name: str(value) for name, value in facts.items()} | {"run_id": run_id}
+    for _ in range(_MOST_TRIES):
+        try:
+            table = _open_or_create(dump_dir)
+            if (table.transaction_version(run_id) or 0) >= attempt:
+                return _version_of(table, run_id)
+            turn = (table.transaction_version(_TURN) or 0) + 1
+            table.create_write_transaction(
+                _add_actions(dump_dir, staged),
+                mode="overwrite",
+                schema=SCHEMA,
+                commit_properties=CommitProperties(
+                    custom_metadata=properties,
+                    app_transactions=[Transaction(run_id, attempt), Transaction(_TURN, turn)],
+                ),
+            )
+        except CommitFailedError:
+            time.sleep(_PAUSE_S)  # somebody else was first: look again at what is there
+    raise ResourceError(f"{dump_dir} is being published to by others all the time; run the same command again")
+
+
+def _open(dump_dir: str) -> DeltaTable | None:
     try:
-        table.create_write_transaction(
-            actions,
-            mode="overwrite",
-            schema=SCHEMA,
-            commit_properties=CommitProperties(
-                custom_metadata={name: str(value) for name, value in facts.items()},
-                app_transactions=[Transaction(run_id, attempt)],
-            ),
-        )
-    except CommitFailedError:
-        table = DeltaTable(location)
-        if (table.transaction_version(run_id) or 0) < attempt:
-            raise
-    return int(DeltaTable(location).version())
+        return DeltaTable(artifacts.absolute(dump_dir))
+    except TableNotFoundError:
+        return None
+    except DeltaError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"the table {dump_dir} cannot be read ({reason}); restore it or move it away") from None
 
 
-def _add(fs: Any, root: str, name: str) -> AddAction:
-    info = fs.info(f"{root}/{name}")
-    modified_ms = int(float(info.get("mtime", 0)) * 1000) if isinstance(info.get("mtime", 0), int | float) else 0
-    return AddAction(name, int(info["size"]), {}, modified_ms, True, json.dumps({}))
+def _open_or_create(dump_dir: str) -> DeltaTable:
+    table = _open(dump_dir)
+    if table is not None:
+        return table
+    DeltaTable.create(artifacts.absolute(dump_dir), schema=SCHEMA, mode="ignore", name="recommendations")
+    return DeltaTable(artifacts.absolute(dump_dir))
+
+
+def _version_of(table: DeltaTable, run_id: str) -> int:
+    """The version in which a run was last published; the newest where the log no longer goes back that far."""
+    found = (commit["version"] for commit in table.history() if commit.get("run_id") == run_id)
+    return int(next(found, table.version()))
+
+
+def _add_actions(dump_dir: str, staged: list[str]) -> list[AddAction]:
+    fs, root = artifacts.filesystem(dump_dir)
+    sizes = {name: int(fs.size(f"{root}/{name}")) for name in staged}
+    now_ms = int(time.time() * 1000)
+    return [AddAction(name, size, {}, now_ms, True, json.dumps({})) for name, size in sizes.items()]

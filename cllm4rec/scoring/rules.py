@@ -30,13 +30,20 @@ def read_rules(deny_items: str | None, catalog: Catalog) -> tuple[Rules, int]:
 
     Raises DataError where the file is missing or not UTF-8.
     """
+    indices = np.array([catalog.item_index(item_id) for item_id in read_deny_list(deny_items)], np.int64)
+    return Rules(np.unique(indices[indices >= 0])), int((indices < 0).sum())
+
+
+def read_deny_list(deny_items: str | None) -> list[str]:
+    """The item ids of a deny list; none without a file. Raises as `read_rules`."""
     if deny_items is None:
-        return Rules(), 0
+        return []
     try:
         lines = artifacts.read_bytes(deny_items).decode("utf-8").splitlines()
     except ArtifactError:
-        raise DataError(f"the deny list {deny_items} does not exist; correct score.deny_items or set it to null") from None
+        raise DataError(
+            f"the deny list {deny_items} does not exist; correct score.deny_items or set it to null"
+        ) from None
     except UnicodeDecodeError:
         raise DataError(f"the deny list {deny_items} is not UTF-8; write one item id a line") from None
-    indices = np.array([catalog.item_index(line.strip()) for line in lines if line.strip()], np.int64)
-    return Rules(np.unique(indices[indices >= 0])), int((indices < 0).sum())
+    return [line.strip() for line in lines if line.strip()]

@@ -42,18 +42,19 @@ class Scorer:
     ) -> tuple[IntArray, FloatArray]:
         """The k best unseen, allowed items of each user, best first, ties by lower item index.
 
-        users: B rows of the user tables, -1 where unknown at training. histories: item indices, a row a user, read as the
-        prompt and left out of the answer (their order and repeats do not matter). rules: what nobody is recommended.
-        exclude: further item indices left out, a row a user. An unknown user without a history gets the popular items,
-        scored by their share of all training interactions; everyone else's scores are logits.
-        Returns (B, K) item indices, -1 where fewer than k remain, and scores, -inf there. The same for one user or many.
+        users: B rows of the user tables, -1 where unknown at training. histories: item indices, a row a user, read as
+        the prompt and left out of the answer; order and repeats do not matter, but where a history outgrows the prompt
+        its last items are read. rules: what nobody is recommended. exclude: more item indices left out, a row a user.
+        An unknown user without a history gets the popular items, scored by their share of all training interactions;
+        everyone else's scores are logits.
+        Returns (B, K) item indices, -1 where fewer than k remain, and scores, -inf there; the same for one or many.
         """
         rows = np.asarray(users, np.int64)
         hidden = merged(histories, (rules or Rules()).denied(len(rows)), *([exclude] if exclude is not None else []))
         items = np.full((len(rows), k), -1, np.int64)
         scores = np.full((len(rows), k), -np.inf, np.float32)
         is_cold = self.is_cold(rows, histories)
-        for row in np.flatnonzero(is_cold):
+        for row in np.flatnonzero(is_cold).tolist():
             allowed = self._popular[~np.isin(self._popular, hidden[row])][:k]
             items[row, : len(allowed)], scores[row, : len(allowed)] = allowed, self._share[allowed]
         warm = np.flatnonzero(~is_cold)
@@ -63,4 +64,5 @@ class Scorer:
     @staticmethod
     def is_cold(users: IntArray, histories: Ragged) -> npt.NDArray[np.bool_]:
         """Whom nothing is known of: unknown at training and without a history."""
-        return (users < 0) & (histories.lengths == 0)
+        cold: npt.NDArray[np.bool_] = (users < 0) & (histories.lengths == 0)
+        return cold

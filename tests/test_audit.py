@@ -1,0 +1,121 @@
+"""Each promise about the lists, broken once: the audit names it and the users it caught, by hash."""
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cllm4rec.catalog import Catalog
+from cllm4rec.data.ragged import Ragged
+from cllm4rec.errors import AuditError
+from cllm4rec.scoring.audit import Audit, hashed, merged_lengths
+from cllm4rec.scoring.publish import SCHEMA
+from cllm4rec.scoring.rules import Rules
+
+CATALOG = Catalog(["ann", "bob", "cyd"], [f"i{item}" for item in range(6)])
+SEEN = Ragged.from_lists([[0], [1, 1], [0, 1, 2, 3]])
+RULES = Rules(np.array([5]))
+GOOD = {
+    "ann": (["i1", "i2", "i3"], [3.0, 2.0, 2.0]),
+    "bob": (["i0", "i2", "i4"], [0.5, 0.0, -1.0]),
+    "cyd": (["i4"], [1.0]),  # nothing else remains
+}
+
+
+def table(lists):
+    users, (items, scores) = list(lists), zip(*lists.values(), strict=True)
+    return pa.table([users, items, scores, ["2026-11-20"] * len(users), ["m"] * len(users)], schema=SCHEMA)
+
+
+def audit(*tables, k=3):
+    checked = Audit(CATALOG, SEEN, RULES, k)
+    for part in tables:
+        checked.add(part)
+    return checked.finish()
+
+
+def changed(user, items=None, scores=None):
+    before = GOOD[user]
+    return table({**GOOD, user: (items or before[0], scores or before[1])})
+
+
+def test_lists_as_promised_pass_in_one_table_or_several():
+    assert audit(table(GOOD)) == {"users": 3, "short_lists": 1}
+    parts = [table({user: GOOD[user]}) for user in ("cyd", "ann", "bob")]
+    assert audit(*parts) == {"users": 3, "short_lists": 1}
+    assert audit(pa.concat_tables(parts).slice(0, 3)) == {"users": 3, "short_lists": 1}
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (table({user: GOOD[user] for user in ("ann", "cyd")}), "has no list"),
+        (pa.concat_tables([table(GOOD), table({"bob": GOOD["bob"]})]), "has more than one list"),
+        (table({**GOOD, "dan": GOOD["ann"]}), "is not a user of the catalogue"),
+        (changed("bob", ["i0", "i1", "i4"]), "is recommended an item of their history"),
+        (changed("bob", ["i0", "i2", "i0"]), "is recommended an item twice"),
+        (changed("bob", ["i0", "i2", "i5"]), "is recommended a denied item"),
+        (changed("bob", ["i0", "i2", "ghost"]), "is recommended an item outside the catalogue"),
+        (changed("bob", scores=[0.5, float("nan"), 0.0]), "has a score that is not finite"),
+        (changed("bob", scores=[float("inf"), 1.0, 0.0]), "has a score that is not finite"),
+        (changed("bob", scores=[0.5, 0.0, 0.1]), "has scores that rise"),
+        (changed("bob", ["i0", "i2"], [0.5, 0.0]), r"has a list of another length than min\(3, what remains\)"),
+        (
+            changed("bob", ["i0", "i2", "i3", "i4"], [4.0, 3.0, 2.0, 1.0]),
+            r"has a list of another length than min\(3, what remains\)",
+        ),
+        (changed("bob", scores=[0.5, 0.0]), "has lists of items and scores of different lengths"),
+    ],
+)
+def test_each_broken_promise_is_refused_with_its_reason(bad, reason):
+    with pytest.raises(AuditError, match=rf"1 users of whom each {reason} \(such as [0-9a-f]{{12}}\); nothing was"):
+        audit(bad)
+
+
+def test_an_empty_table_is_refused():
+    """What a checkpoint that speaks of other files would make a resumed run write."""
+    with pytest.raises(AuditError, match="3 users of whom each has no list"):
+        audit(table(GOOD).slice(0, 0))
+    with pytest.raises(AuditError, match="3 users of whom each has no list"):
+        audit()
+
+
+def test_a_row_without_a_user_or_a_list_is_refused():
+    loose = pa.schema([field.with_nullable(True) for field in SCHEMA])
+    rows = table(GOOD).to_pylist()
+    for name, reason in (
+        ("user_id", "not a user"),
+        ("item_ids", "of different lengths"),
+        ("scores", "different lengths"),
+    ):
+        broken = pa.Table.from_pylist([rows[0], {**rows[1], name: None}, rows[2]], schema=loose)
+        with pytest.raises(AuditError, match=reason):
+            audit(broken)
+
+
+def test_users_are_named_by_hash_only():
+    with pytest.raises(AuditError) as caught:
+        audit(table({"ann": GOOD["ann"]}))
+    assert hashed("bob") in str(caught.value)
+    assert hashed("cyd") in str(caught.value)
+    assert "bob" not in str(caught.value)
+
+
+def test_many_caught_users_are_counted_and_three_named():
+    many = Catalog([f"u{user}" for user in range(50)], ["i0", "i1"])
+    checked = Audit(many, Ragged.from_lists([[]] * 50), Rules(), 1)
+    with pytest.raises(AuditError, match=r"50 users .* \(such as \w+, \w+, \w+\); "):
+        checked.finish()
+
+
+def test_seen_and_denied_items_are_counted_once():
+    overlapping = dataclasses.replace(RULES, deny=np.array([0, 5]))
+    assert merged_lengths(SEEN, overlapping, 6).tolist() == [2, 3, 5]
+    assert merged_lengths(SEEN, Rules(), 6).tolist() == [1, 1, 4]
+
+
+def test_a_user_for_whom_nothing_remains_has_an_empty_list():
+    everything = Audit(CATALOG, Ragged.from_lists([range(6), [], []]), Rules(), 1)
+    everything.add(table({"ann": ([], []), "bob": (["i0"], [1.0]), "cyd": (["i0"], [1.0])}))
+    assert everything.finish() == {"users": 3, "short_lists": 1}

@@ -1,0 +1,238 @@
+"""The schema of a run: what is wrong is refused in a sentence that names the key, and nothing is read by chance."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from cllm4rec.config import BackboneSize, load_config, parse_config
+from cllm4rec.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
+MINIMAL = {"output_dir": "runs/x", "data": {"interactions": {"path": "reviews.json"}}}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_text(*overrides, text=None, **sections):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump({**MINIMAL, **sections}) if text is None else text)
+        return load_config(path, overrides)
+
+    return load_text
+
+
+def refused(load, *overrides, **sections):
+    with pytest.raises(ConfigError) as caught:
+        load(*overrides, **sections)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).removeprefix("the config is refused: ")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_repository_loads(path):
+    config = load_config(path)
+    assert parse_config(config.model_dump()) == config
+
+
+def test_a_minimal_file_is_a_whole_run(load):
+    config = load()
+    assert (config.data.core, config.training.engine, config.model.backbone) == (5, "deepspeed", BackboneSize())
+    assert config.directory("model") == "runs/x/model"
+    assert load("output_dir=s3://bucket/run/").directory("model") == "s3://bucket/run/model"
+
+
+def test_a_config_is_frozen(load):
+    with pytest.raises(ValidationError, match="frozen"):
+        load().pretrain.epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("pretrain.epoch=3", "pretrain.epoch is no setting"),
+        ("pretrane.epochs=3", "pretrane is no setting"),
+        ("data.interactions={format: yelp}", "data.interactions.path is missing"),
+        ("pretrain.epochs=-1", "pretrain.epochs is -1 and should be greater than or equal to 0"),
+        ("pretrain.epochs=many", 'pretrain.epochs is "many" and should be a valid integer'),
+        ("pretrain.epochs=", "pretrain.epochs is null and should be a valid integer"),
+        ("training.zero_stage=4", "training.zero_stage is 4 and should be 0, 1, 2 or 3"),
+        ("data.interactions.format=xml", "data.interactions.format is \"xml\" and should be 'amazon2014', "),
+        ("data.interactions.path=[a, 3]", "data.interactions.path.1 is 3 and should be a valid string"),
+        ("model.revision=1234567", "model.revision is 1234567 and should be a valid string"),
+        ("pretrain.learning_rate=.nan", "pretrain.learning_rate is NaN and should be a finite number"),
+        ("data.min_rating=.inf", "data.min_rating is Infinity and should be a finite number"),
+        ("output_dir=''", 'output_dir is "" and should have at least 1 character'),
+        ("pretrain=20", "pretrain is 20 and should be a valid dictionary"),
+    ],
+)
+def test_a_wrong_setting_is_named(load, override, sentence):
+    assert refused(load, override).startswith(sentence)
+
+
+def test_what_no_file_may_leave_out_is_named(load):
+    assert refused(load, text="seed: 1\n") == "output_dir is missing; data is missing"
+
+
+@pytest.mark.parametrize(
+    ("backbone", "sentence"),
+    [
+        ("{layers: 0}", "model.backbone.layers is 0 and should be greater than or equal to 1"),
+        ("{depth: 3}", "model.backbone.depth is no setting"),
+        ("{heads: 3}", "model.backbone.width 128 does not divide by 3 heads"),
+        ("5", "model.backbone is 5 and should be a valid string or be a valid dictionary"),
+    ],
+)
+def test_a_wrong_backbone_is_told_without_the_branches_of_the_union(load, backbone, sentence):
+    assert refused(load, f"model.backbone={backbone}") == sentence
+
+
+def test_a_name_or_a_size_makes_a_backbone(load):
+    assert load("model.backbone=gpt2").model.backbone == "gpt2"
+    assert load("model.backbone={architecture: t5, layers: 3}").model.backbone == BackboneSize(
+        architecture="t5", layers=3
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["training.micro_batch_tokens=1000"],
+            "training.micro_batch_tokens 1000 does not divide into rows of model.max_tokens 256; use 768 or 1024",
+        ),
+        (
+            ["training.micro_batch_tokens=100"],
+            "training.micro_batch_tokens 100 does not divide into rows of model.max_tokens 256; use 256 or 512",
+        ),
+        (
+            ["training.global_batch_tokens=100000", "cluster.num_workers=8"],
+            "training.global_batch_tokens 100000 does not divide by 8 workers × training.micro_batch_tokens 4096; "
+            "use 98304 or 131072",
+        ),
+        (
+            ["data.split.validation=0.6", "data.split.test=0.4"],
+            "data.split.validation 0.6 and data.split.test 0.4 leave nothing to train on; make them sum to less than 1",
+        ),
+        (
+            ["serve.min_replicas=3", "serve.max_replicas=2"],
+            "serve.min_replicas 3 is above serve.max_replicas 2; raise that",
+        ),
+        (
+            ["data.max_text_tokens=250"],
+            "data.max_text_tokens 250 leaves no room for the prompt in rows of model.max_tokens 256; use at most 240",
+        ),
+        (
+            ["finetune.mask_fraction=[0.9, 0.1]"],
+            "finetune.mask_fraction [0.9, 0.1] is no range; write the smaller share first",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_told_with_their_numbers(load, overrides, sentence):
+    assert refused(load, *overrides) == sentence
+
+
+def test_alternating_steps_need_the_torch_engine(load):
+    assert "needs training.engine: torch" in refused(load, "pretrain.alternate=true")
+    assert load("pretrain.alternate=true", "training.engine=torch").pretrain.alternate
+
+
+def test_what_is_read_may_not_be_recommended(load):
+    assert "set evaluate.mask to train+validation" in refused(
+        load, "evaluate.read=train+validation", "evaluate.mask=train"
+    )
+
+
+def test_several_mistakes_are_told_at_once(load):
+    assert refused(load, "score.k=0", "pretrain.epoch=3") == (
+        "pretrain.epoch is no setting; score.k is 0 and should be greater than or equal to 1"
+    )
+
+
+# Values as people write them
+
+
+def test_overrides_replace_what_the_file_says(load):
+    config = load("pretrain.epochs=3", "data.min_rating=null", "data.items.path=books.json", pretrain={"epochs": 9})
+    assert (config.pretrain.epochs, config.data.min_rating, config.data.items.path) == (3, None, "books.json")
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1E-4", "0.0001", "1.0e-4"])
+def test_numbers_with_an_exponent_are_numbers(load, written):
+    """YAML 1.1 reads 1e-4 as a string."""
+    assert load(f"finetune.learning_rate={written}").finetune.learning_rate == 1e-4
+    text = f"{yaml.safe_dump(MINIMAL)}finetune: {{learning_rate: {written}, mask_fraction: {written}}}\n"
+    assert load(text=text).finetune.mask_fraction == 1e-4
+
+
+def test_a_commit_that_looks_like_a_number_stays_text(load):
+    assert load("model.revision=12e4567").model.revision == "12e4567"
+
+
+def test_a_date_stays_text(load):
+    assert load("score.run_date=2026-11-20").score.run_date == "2026-11-20"
+    assert load(text=f"{yaml.safe_dump(MINIMAL)}score: {{run_date: 2026-11-20}}\n").score.run_date == "2026-11-20"
+
+
+def test_a_section_left_empty_can_be_overridden(load):
+    text = f"{yaml.safe_dump(MINIMAL)}pretrain:\n  # epochs: 20\n"
+    assert load("pretrain.epochs=3", text=text).pretrain.epochs == 3
+    assert refused(load, text=text) == "pretrain is null and should be a valid dictionary"
+
+
+def test_mask_fraction_is_a_share_or_a_range(load):
+    assert load("finetune.mask_fraction=0.3").finetune.mask_range == (0.3, 0.3)
+    assert load("finetune.mask_fraction=[0.1, 0.9]").finetune.mask_range == (0.1, 0.9)
+
+
+def test_accumulation_follows_from_the_sizes_of_batches(load):
+    sizes = ["training.micro_batch_tokens=512", "cluster.num_workers=4"]
+    assert load(*sizes, "training.global_batch_tokens=8192").accumulation == 4
+    assert load(*sizes).accumulation == 1
+
+
+@pytest.mark.parametrize("override", ["epochs", "=3", ""])
+def test_an_override_without_a_key_or_a_value_is_refused(load, override):
+    assert "is not of the form section.key=value" in refused(load, override)
+
+
+def test_an_override_through_a_value_is_refused(load):
+    assert "goes through 'epochs', which is a value" in refused(load, "pretrain.epochs.x=1", pretrain={"epochs": 3})
+
+
+def test_an_override_that_is_no_yaml_is_refused(load):
+    assert "is not valid YAML" in refused(load, "pretrain.epochs={")
+
+
+# The file itself
+
+
+def test_a_key_that_stands_twice_is_refused(load):
+    assert "'output_dir' stands twice" in refused(load, text=f"{yaml.safe_dump(MINIMAL)}output_dir: elsewhere\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"a: [", "is not valid YAML"),
+        (b"just words", "holds no sections"),
+        (b"", "holds no sections"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path, content, sentence):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=sentence):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot read the config .*run\.yaml: No such file"):
+        load_config(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
+
+
+def test_python_objects_in_a_file_are_not_made(load):
+    assert "is not valid YAML" in refused(load, text="output_dir: !!python/object/apply:os.getcwd []\n")
