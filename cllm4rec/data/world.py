@@ -36,10 +36,10 @@ USERS_PER_CHUNK = 10_000
 FIRST_DAY = 1_356_998_400
 """Unix seconds of the first day of the sample world; it lasts two years and new items appear in its last fifth."""
 DAYS = 730
-NEW_ITEM_FRACTION = 0.1
+NEW_ITEM_FRACTION = 0.15
 NEW_ITEM_INTERACTIONS = (5, 8)
-DRAWS = (13, 22)
-"""Least and most items a user takes up; repeats are dropped, which leaves 12 to 20 for most."""
+DRAWS = (8, 14)
+"""Least and most items a user takes up; above the threshold 7 to 8 are left, as in the Amazon sets (Beauty has 8.9)."""
 
 
 @dataclasses.dataclass(frozen=True)
