@@ -88,7 +88,8 @@ class BackboneSize(_Section):
     heads: Positive = 4
     vocab_size: Annotated[int, Field(ge=257)] = 4096
     copying_heads: bool = Field(
-        True, description="attention begins by passing on what it sees, as heads of a pretrained model do; false: random"
+        True,
+        description="attention begins by passing on what it sees, as heads of a pretrained model do; false: random",
     )
 
     @model_validator(mode="after")

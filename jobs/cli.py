@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from cllm4rec.errors import Cllm4RecError, ConfigError, ResourceError, causes, i
 from jobs import ENVIRONMENT
 from jobs.progress import say
 from jobs.stages import Stage, run_stage
+
+_CONNECT_TIMEOUT_S = 20.0
 
 Job = Callable[[Config, argparse.Namespace], dict[str, Any]]
 
@@ -100,6 +103,8 @@ def connect(config: Config) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _refuse_a_silent_cluster(address)
     # "local": without a word, Ray would join any cluster that happens to run on this machine.
     local = {"address": "local", "num_cpus": _local_cpus(config), "include_dashboard": False}
     workers_env = {name: os.environ[name] for name in ENVIRONMENT}
@@ -113,10 +118,24 @@ def connect(config: Config) -> None:
             runtime_env={"env_vars": workers_env},
         )
     except ConnectionError as error:
-        reason = str(error).partition("\n")[0]
-        raise ResourceError(f"no Ray cluster answers at {address} ({reason}); start one or unset RAY_ADDRESS") from None
+        raise _no_cluster(address, error) from None
     say(f"ray: {'cluster ' + address if address else 'local'}, {ray.cluster_resources().get('CPU', 0):g} CPUs, "
         f"{ray.cluster_resources().get('GPU', 0):g} GPUs")  # fmt: skip
+
+
+def _refuse_a_silent_cluster(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if host and port.isdigit():  # else "auto" or the like, which Ray looks up
+        try:
+            socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise _no_cluster(address, error) from None
+
+
+def _no_cluster(address: str | None, error: OSError) -> ResourceError:
+    reason = str(error).partition("\n")[0]
+    return ResourceError(f"no Ray cluster answers at {address} ({reason}); correct RAY_ADDRESS or unset it")
 
 
 def _local_cpus(config: Config) -> int:

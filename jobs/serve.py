@@ -69,7 +69,9 @@ def serving(config: Config) -> Iterator[str]:
         try:
             ray_serve.run(application, name=_APPLICATION, route_prefix="/")
         except RuntimeError as error:
-            raise ResourceError(f"the endpoint does not start: {_why(error)}") from error
+            deployments = [one for app in ray_serve.status().applications.values() for one in app.deployments.values()]
+            told = "\n".join([str(error), *(deployment.message for deployment in deployments)])
+            raise ResourceError(f"the endpoint does not start: {_why(told)}") from error
         yield f"http://{config.serve.host}:{config.serve.port}"
     finally:
         ray_serve.shutdown()
@@ -114,9 +116,8 @@ def _refuse_a_running_serve() -> None:
         )
 
 
-def _why(error: RuntimeError) -> str:
-    """What a replica failed by: its own error's sentence where there is one in what Serve tells."""
-    told = f"{error}"
+def _why(told: str) -> str:
+    """What a replica failed by, out of Serve's words and its traceback: our own error's sentence where there is one."""
     ours = re.findall(r"cllm4rec\.errors\.\w+: (.+)", told)
     return str(ours[-1] if ours else told.strip().splitlines()[-1])
 

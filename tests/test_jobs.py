@@ -183,6 +183,18 @@ def test_a_local_ray_has_this_machine_and_what_reading_needs(monkeypatch):
         assert cli._local_cpus(config) == cpus
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "http://127.0.0.1:{port}"])
+def test_a_cluster_that_does_not_answer_is_told_at_once(monkeypatch, address):
+    """Ray itself tries for some minutes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", address.format(port=probe.getsockname()[1]))
+    started = time.monotonic()
+    with pytest.raises(ResourceError, match=r"no Ray cluster answers at .*; correct RAY_ADDRESS or unset it"):
+        cli.connect(CONFIG)
+    assert time.monotonic() - started < 30
+
+
 # Stages
 
 
@@ -344,14 +356,14 @@ def test_more_replicas_than_the_cluster_holds_are_refused(served, monkeypatch):
 
 
 def test_why_a_replica_did_not_start_is_its_own_sentence():
-    told = RuntimeError(
+    told = (
         "Deploying application cllm4rec failed: The deployment failed to start 3 times in a row. Error:\n"
         "ray::ServeReplica:cllm4rec:Recommend.initialize_and_get_metadata()\n  File x, line 3\n"
         "cllm4rec.errors.ArtifactError: model was not trained on prepared; serve a model with its directory\n"
         "The above exception was the direct cause of the following exception:\nRuntimeError: Traceback\n"
     )
     assert serve._why(told) == "model was not trained on prepared; serve a model with its directory"
-    assert serve._why(RuntimeError("first line\nlast line\n")) == "last line"
+    assert serve._why("first line\nlast line\n") == "last line"
 
 
 # Progress

@@ -62,7 +62,9 @@ def test_packed_rows_equal_one_document_at_a_time(architecture):
 def test_one_pass_over_all_kinds_equals_a_pass_for_each_kind(architecture):
     model, some = model_of(architecture), documents()
     together, _ = total_and_gradients(model, [some])
-    apart, _ = total_and_gradients(model, [some.take(np.flatnonzero(some.kind == kind)) for kind in np.unique(some.kind)])
+    apart, _ = total_and_gradients(
+        model, [some.take(np.flatnonzero(some.kind == kind)) for kind in np.unique(some.kind)]
+    )
     assert together == pytest.approx(apart, rel=1e-5)
 
 
@@ -141,7 +143,9 @@ def test_a_pretrained_llama_predicts_stories_better_than_chance(shared_dir):
     space = TokenSpace(512, 1, 1)
     text = parity().prompts
     story = text.item_texts(space, np.array([0]), Ragged.from_lists([words[1:]]))
-    plain = Documents(story.kind, story.user, story.item, Ragged.from_lists([words[:1]], np.int32), story.main, story.target)
+    plain = Documents(
+        story.kind, story.user, story.item, Ragged.from_lists([words[:1]], np.int32), story.main, story.target
+    )
     batch = next(iter(packer_for(backbone, space, 256, 128).batches(Documents.concat([plain, plain]))))
     with torch.no_grad():
         found = CLLM4Rec(backbone, space, std=0.1)(TensorBatch.of(batch, CPU), 0.0).words.item()

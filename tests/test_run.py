@@ -21,7 +21,13 @@ def train(some_stages, shard=None, **changes):
     world, log = parity(), []
     options = {name: changes.pop(name) for name in ("save", "resumed") if name in changes}
     weights = run(
-        world.make_model, world.prompts, some_stages, shard or world.shard(), settings(**changes), log=log.append, **options
+        world.make_model,
+        world.prompts,
+        some_stages,
+        shard or world.shard(),
+        settings(**changes),
+        log=log.append,
+        **options,
     )
     return weights, log
 
@@ -47,16 +53,16 @@ def test_resumed_run_matches_uninterrupted_run(stop_after, tmp_path):
     whole, _ = train(stages(epochs=3))
     seen: list[Checkpoint] = []
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def save(checkpoint):
         seen.append(copied(checkpoint))
         if len(seen) == stop_after:
             write_checkpoint(tmp_path, checkpoint, "this run")
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(stages(epochs=3), save=save)
     resumed, log = train(stages(epochs=3), resumed=read_checkpoint(tmp_path, "this run"))
     assert sum(entry["event"] == "epoch" for entry in log) == 6 - stop_after
@@ -202,5 +208,3 @@ def test_putting_weights_back_gives_the_same_lists():
     model = parity().make_model()
     put_weights(model, {name: table.detach() for name, table in ranker.model.tables().items()})
     assert recall_at_1(Ranker(model, ranker.prompts, ranker.max_tokens)) == 1.0
-
-

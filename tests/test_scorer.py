@@ -7,6 +7,7 @@ import pytest
 import torch
 from parity import ARCHITECTURES, MAX_TOKENS, parity, recall_at_1, scorer, trained
 
+from cllm4rec.catalog import Catalog
 from cllm4rec.data.ragged import Ragged
 from cllm4rec.model import ranking
 from cllm4rec.model.ranking import Ranker, merged
@@ -104,17 +105,27 @@ def test_where_fewer_than_k_remain_the_list_ends():
 # Cold start
 
 
+COUNTS = np.arange(20) * 7 % 5  # many ties
+
+
+def with_popularity():
+    catalog = WORLD.catalog
+    counted = Catalog(list(catalog.user_ids), list(catalog.item_ids), item_counts=COUNTS.tolist())
+    return Scorer(trained(), counted, "counted")
+
+
 def test_an_unknown_user_without_history_gets_popular_items():
-    counts = WORLD.catalog.item_counts
-    items, scores = scorer().top_k([-1], Ragged.from_lists([[]]), 20)
-    expected = sorted(range(20), key=lambda item: (-counts[item], item))
+    items, scores = with_popularity().top_k([-1], Ragged.from_lists([[]]), 20)
+    expected = sorted(range(20), key=lambda item: (-COUNTS[item], item))
     assert items[0].tolist() == expected
-    assert scores[0].tolist() == (counts[expected] / counts.sum()).astype(np.float32).tolist()
+    assert scores[0].tolist() == (COUNTS[expected] / COUNTS.sum()).astype(np.float32).tolist()
 
 
 def test_rules_hold_for_popular_items_too():
-    items, scores = scorer().top_k([-1], Ragged.from_lists([[]]), 20, Rules(np.array([2])), Ragged.from_lists([[5, 6]]))
-    assert sorted(lists(items, scores)[0][0]) == sorted(set(range(20)) - {2, 5, 6})
+    exclude = Ragged.from_lists([[5, 6]])
+    items, _ = with_popularity().top_k([-1], Ragged.from_lists([[]]), 18, Rules(np.array([2])), exclude)
+    expected = [item for item in sorted(range(20), key=lambda item: (-COUNTS[item], item)) if item not in (2, 5, 6)]
+    assert items[0].tolist() == [*expected, -1]
 
 
 def test_a_history_or_a_row_makes_nobody_cold():

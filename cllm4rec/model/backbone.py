@@ -39,7 +39,9 @@ class Backbone(nn.Module, abc.ABC):
         self.model = model
         limit = getattr(model.config, "n_positions", None) or getattr(model.config, "max_position_embeddings", None)
         if limit is not None and limit < max_tokens and not self.pairs:
-            raise ConfigError(f"model.max_tokens {max_tokens} is more than the {limit} positions of the backbone; lower it")
+            raise ConfigError(
+                f"model.max_tokens {max_tokens} is more than the {limit} positions of the backbone; lower it"
+            )
 
     @property
     def width(self) -> int:

@@ -95,7 +95,9 @@ class CLLM4Rec(nn.Module):
         """Hidden states of every slot of the last grid, (S, K), in the backbone's precision."""
         embeddings = tuple(self._embed(grid) for grid in batch.grids)
         precision = (
-            torch.autocast(embeddings[0].device.type, dtype=torch.bfloat16) if self.autocast else contextlib.nullcontext()
+            torch.autocast(embeddings[0].device.type, dtype=torch.bfloat16)
+            if self.autocast
+            else contextlib.nullcontext()
         )
         with precision:
             hidden_RTK = self.backbone(embeddings, batch.grids)

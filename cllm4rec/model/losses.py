@@ -34,7 +34,9 @@ class _TiedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden_PK.device)
         chunk = max(1, _MAX_LOGITS // len(table_JK))
         times_P = torch.bincount(target_rows_E, minlength=len(hidden_PK)).float()
-        bounds = torch.searchsorted(target_rows_E, torch.arange(0, len(hidden_PK) + chunk, chunk, device=target_rows_E.device))
+        bounds = torch.searchsorted(
+            target_rows_E, torch.arange(0, len(hidden_PK) + chunk, chunk, device=target_rows_E.device)
+        )
         for number, begin in enumerate(range(0, len(hidden_PK), chunk)):
             end = min(begin + chunk, len(hidden_PK))
             targets = slice(int(bounds[number]), int(bounds[number + 1]))

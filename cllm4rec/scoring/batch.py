@@ -32,7 +32,6 @@ from cllm4rec.scoring.publish import SCHEMA, current_run, publish, published_att
 from cllm4rec.scoring.rules import Rules, read_deny_list, read_rules
 from cllm4rec.scoring.scorer import Scorer
 
-
 _MOST_USERS_PER_FILE = 65_536
 
 

@@ -5,6 +5,7 @@ Readers open the table (`deltalake`, pandas, Polars, DuckDB, Spark); staged file
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -60,7 +61,7 @@ def publish(dump_dir: str, staged: list[str], run_id: str, attempt: int, facts: 
         try:
             table = _open_or_create(dump_dir)
             if (table.transaction_version(run_id) or 0) >= attempt:
-                return _version_of(table, run_id)
+                return _version_of(dump_dir, run_id, attempt)
             turn = (table.transaction_version(_TURN) or 0) + 1
             table.create_write_transaction(
                 _add_actions(dump_dir, staged),
@@ -94,10 +95,17 @@ def _open_or_create(dump_dir: str) -> DeltaTable:
     return DeltaTable(artifacts.absolute(dump_dir))
 
 
-def _version_of(table: DeltaTable, run_id: str) -> int:
-    """The version in which a run was last published; the newest where the log no longer goes back that far."""
-    found = (commit["version"] for commit in table.history() if commit.get("run_id") == run_id)
-    return int(next(found, table.version()))
+def _version_of(dump_dir: str, run_id: str, attempt: int) -> int:
+    """The version in which an attempt was published, or the oldest that is still kept after it.
+
+    Not out of `history()`: while others commit, it numbers its entries wrongly.
+    """
+    location = artifacts.absolute(dump_dir)
+    version = int(DeltaTable(location).version())
+    with contextlib.suppress(DeltaError):  # the log is cleaned up from its old end
+        while version and (DeltaTable(location, version=version - 1).transaction_version(run_id) or 0) >= attempt:
+            version -= 1
+    return version
 
 
 def _add_actions(dump_dir: str, staged: list[str]) -> list[AddAction]:

@@ -1,9 +1,9 @@
 """Training checkpoints: safetensors and JSON with a sha256 of each, so that a damaged or foreign one is never resumed.
 
-    <checkpoint>/state.safetensors   trained parameters, Adam's moments, step; empty between two stages
-                 best.safetensors    all parameters trained so far, those of this stage at its best epoch
-                 progress.json       where the run stands
-                 checkpoint.json     sha256 of the three, fingerprint of data and config; written last
+<checkpoint>/state.safetensors   trained parameters, Adam's moments, step; empty between two stages
+             best.safetensors    all parameters trained so far, those of this stage at its best epoch
+             progress.json       where the run stands
+             checkpoint.json     sha256 of the three, fingerprint of data and config; written last
 """
 
 from __future__ import annotations

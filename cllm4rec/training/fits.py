@@ -62,7 +62,9 @@ def fit_backbone(config: Config, make_validation: MakeValidation) -> Manifest:
             save_reference(backbone, config.model, draft.uri)
         else:
             # Not strict: tied heads and buffers are no parameters of their own.
-            backbone.load_state_dict({name.removeprefix("backbone."): value for name, value in weights.items()}, strict=False)
+            backbone.load_state_dict(
+                {name.removeprefix("backbone."): value for name, value in weights.items()}, strict=False
+            )
             save_backbone(backbone, draft.uri)
         draft.counts["parameters"] = sum(weight.numel() for weight in backbone.parameters())
         _copy_metrics(config, "backbone", draft.uri)
@@ -106,7 +108,9 @@ def _train(
     )
     weights = fit(job, config.cluster, run_directory(config, name))
     if frozen and load_backbone(backbone_dir, config.model.max_tokens).digest() != before:
-        raise ArtifactError(f"the frozen backbone in {backbone_dir} changed during {name}; run the backbone stage with --force")
+        raise ArtifactError(
+            f"the frozen backbone in {backbone_dir} changed during {name}; run the backbone stage with --force"
+        )
     return weights
 
 
@@ -114,7 +118,9 @@ def _fresh_tables(config: Config) -> dict[str, Tensor]:
     """The tables before any training: what a stage of 0 epochs leaves."""
     _, _, tokens = load_space(config.directory("prepared"))
     backbone = load_backbone(config.directory("backbone"), config.model.max_tokens)
-    return {name: table.data for name, table in fresh_model(config.model, backbone, tokens, config.seed).tables().items()}
+    return {
+        name: table.data for name, table in fresh_model(config.model, backbone, tokens, config.seed).tables().items()
+    }
 
 
 def _write_model(

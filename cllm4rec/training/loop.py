@@ -95,7 +95,9 @@ def fit(job: Job, cluster: ClusterConfig, run_dir: str) -> dict[str, Tensor]:
     try:
         result = trainer.fit()
     except Exception as error:
-        raise TrainingError(f"training stopped: {_cause(error)}; run the same command again to go on from the last checkpoint") from error
+        raise TrainingError(
+            f"training stopped: {_cause(error)}; run the same command again to go on from the last checkpoint"
+        ) from error
     if artifacts.exists(artifacts.join(directory, _ERROR)):
         raise TrainingError(artifacts.read_bytes(artifacts.join(directory, _ERROR)).decode())
     with result.checkpoint.as_directory() as folder:
@@ -117,7 +119,8 @@ class WholeBuckets(ray.train.DataConfig):  # type: ignore[misc]
         self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
     ) -> list[dict[str, Any]]:
         return [
-            {name: _read(self._files[name][rank::world_size]).iterator() for name in datasets} for rank in range(world_size)
+            {name: _read(self._files[name][rank::world_size]).iterator() for name in datasets}
+            for rank in range(world_size)
         ]
 
 

@@ -118,4 +118,3 @@ def finetune_stages(config: Config) -> list[Stage]:
 def without_ids(texts: Documents, maker: Maker) -> Documents:
     """Text documents whose prompts keep their words and lose their IDs: what a language model alone can learn from."""
     return dataclasses.replace(texts, prompt=texts.prompt.where(maker.tokens.is_word(texts.prompt.values)))
-

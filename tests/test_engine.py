@@ -1,0 +1,149 @@
+"""DeepSpeed at every ZeRO stage on two workers against one process of plain torch with the same documents."""
+
+import dataclasses
+import datetime
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+from parity import MAX_TOKENS, parity, settings, stages
+
+from cllm4rec.data.documents import Documents, Kind
+from cllm4rec.evaluation.protocol import Validation
+from cllm4rec.training.checkpoints import Checkpoint
+from cllm4rec.training.run import Shard, run
+from cllm4rec.training.stages import Stage
+
+pytestmark = pytest.mark.ray
+ZERO_STAGES = (0, 1, 2, 3)
+EPOCHS = 3
+NUM_WORKERS = 2
+# Every epoch is one step of all documents, so that how they are divided cannot matter.
+STAGE = dataclasses.replace(stages()[1], epochs=EPOCHS, collaborative_from_content=False)
+BACKBONE_STAGE = Stage("backbone", ("backbone",), ("plain_texts",), 1, 1e-3)
+CLIPPED = {"accumulation": 2, "gradient_clipping": 5.0}
+
+
+def shard_of(rank: int, num_workers: int) -> Shard:
+    """Three users in four belong to worker 0, so that worker 1 runs out of documents first."""
+    world = parity()
+    documents, histories = world.documents, world.world.histories
+    few = Documents.concat(
+        [documents.of_kinds([Kind.INTERACTIONS]), documents.of_kinds([Kind.REVIEW]).take(np.arange(0, 320, 4))]
+    )
+    if num_workers == 1:
+        return Shard(few, Validation(histories))
+    mine = np.isin(np.arange(40) % 4, [0, 1, 2] if rank == 0 else [3])
+    return Shard(few.take(np.flatnonzero(mine[few.user])), Validation(histories.take(np.flatnonzero(mine))))
+
+
+def train(rank=0, num_workers=1, stage=STAGE, resumed=None, micro_batch_rows=None, **changes):
+    """Weights, checkpoints after each epoch and log of a run."""
+    saved, log = [], []
+
+    def save(checkpoint: Checkpoint) -> None:
+        saved.append(dataclasses.replace(checkpoint, progress=dataclasses.replace(checkpoint.progress)))
+
+    weights = run(
+        parity().make_model,
+        parity().prompts,
+        [stage],
+        shard_of(rank, num_workers),
+        settings(micro_batch_tokens=(micro_batch_rows or 100) * MAX_TOKENS, **changes),
+        log=log.append,
+        save=save,
+        resumed=None
+        if resumed is None
+        else dataclasses.replace(resumed, progress=dataclasses.replace(resumed.progress)),
+    )
+    return {"weights": weights, "saved": saved, "log": log}
+
+
+def work(rank, port, folder):
+    """One of two workers: all stages in one process, for importing DeepSpeed takes longest."""
+    torch.set_num_threads(1)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=NUM_WORKERS,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    start = torch.load(folder / "start.pt", weights_only=False)
+    results = {}
+    for zero_stage in ZERO_STAGES:
+        chosen = {"rank": rank, "num_workers": NUM_WORKERS, "engine": "deepspeed", "zero_stage": zero_stage}
+        results[zero_stage, "clipped"] = train(**chosen, **CLIPPED, micro_batch_rows=24)
+        whole = results[zero_stage, "whole"] = train(**chosen)
+        results[zero_stage, "resumed"] = train(**chosen, resumed=whole["saved"][0])
+        results[zero_stage, "from torch"] = train(**chosen, resumed=start)
+        results[zero_stage, "backbone"] = train(**chosen, stage=BACKBONE_STAGE)
+    torch.save(results, folder / f"worker-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    torch.set_num_threads(1)
+    return {
+        "whole": train(),
+        "clipped": train(**CLIPPED | {"accumulation": 1}),
+        "backbone": train(stage=BACKBONE_STAGE),
+    }
+
+
+@pytest.fixture(scope="module")
+def workers(plain, tmp_path_factory):
+    """What each of two workers came to, by ZeRO stage and variant."""
+    folder = tmp_path_factory.mktemp("workers")
+    torch.save(plain["whole"]["saved"][0], folder / "start.pt")
+    torch.multiprocessing.spawn(work, (free_port(), folder), nprocs=NUM_WORKERS)
+    return [torch.load(folder / f"worker-{rank}.pt", weights_only=False) for rank in range(NUM_WORKERS)]
+
+
+def distance(left, right) -> float:
+    assert set(left) == set(right)
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def steps(result) -> list[dict]:
+    return [entry for entry in result["log"] if entry["event"] == "step"]
+
+
+def epochs(result) -> list[dict]:
+    return [entry for entry in result["log"] if entry["event"] == "epoch"]
+
+
+def test_x(workers, plain):
+    for zero_stage in ZERO_STAGES:
+        for name in ("whole", "clipped", "backbone", "resumed", "from torch"):
+            reference = plain.get(name, plain["whole"])
+            result = workers[0][zero_stage, name]
+            print(
+                zero_stage,
+                name,
+                distance(result["weights"], reference["weights"]),
+                len(steps(result)),
+                len(steps(reference)),
+                distance(result["weights"], workers[1][zero_stage, name]["weights"]),
+                [a["loss"] for a in steps(result)],
+                [a["loss"] for a in steps(reference)],
+            )
+        print(
+            "resumed",
+            distance(workers[0][zero_stage, "resumed"]["weights"], workers[0][zero_stage, "whole"]["weights"]),
+        )
+        print(
+            "portable",
+            distance(train(resumed=workers[0][zero_stage, "whole"]["saved"][0])["weights"], plain["whole"]["weights"]),
+        )
+        print(epochs(workers[0][zero_stage, "whole"]), epochs(plain["whole"]))
