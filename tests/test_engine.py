@@ -23,7 +23,7 @@ NUM_WORKERS = 2
 # Every epoch is one step of all documents, so that how they are divided cannot matter.
 STAGE = dataclasses.replace(stages()[1], epochs=EPOCHS, collaborative_from_content=False)
 BACKBONE_STAGE = Stage("backbone", ("backbone",), ("plain_texts",), 1, 1e-3)
-CLIPPED = {"accumulation": 2, "gradient_clipping": 5.0}
+CLIPPED = {"accumulation": 2, "gradient_clipping": 0.05}
 
 
 def shard_of(rank: int, num_workers: int) -> Shard:
@@ -123,27 +123,37 @@ def epochs(result) -> list[dict]:
     return [entry for entry in result["log"] if entry["event"] == "epoch"]
 
 
-def test_x(workers, plain):
-    for zero_stage in ZERO_STAGES:
-        for name in ("whole", "clipped", "backbone", "resumed", "from torch"):
-            reference = plain.get(name, plain["whole"])
-            result = workers[0][zero_stage, name]
-            print(
-                zero_stage,
-                name,
-                distance(result["weights"], reference["weights"]),
-                len(steps(result)),
-                len(steps(reference)),
-                distance(result["weights"], workers[1][zero_stage, name]["weights"]),
-                [a["loss"] for a in steps(result)],
-                [a["loss"] for a in steps(reference)],
-            )
-        print(
-            "resumed",
-            distance(workers[0][zero_stage, "resumed"]["weights"], workers[0][zero_stage, "whole"]["weights"]),
-        )
-        print(
-            "portable",
-            distance(train(resumed=workers[0][zero_stage, "whole"]["saved"][0])["weights"], plain["whole"]["weights"]),
-        )
-        print(epochs(workers[0][zero_stage, "whole"]), epochs(plain["whole"]))
+@pytest.mark.parametrize("variant", ["whole", "clipped", "backbone"])
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES)
+def test_two_workers_take_the_steps_of_one(plain, workers, zero_stage, variant):
+    result = workers[0][zero_stage, variant]
+    assert distance(result["weights"], plain[variant]["weights"]) < 1e-5
+    assert distance(result["weights"], workers[1][zero_stage, variant]["weights"]) == 0
+    assert [entry["documents"] for entry in steps(result)] == [entry["documents"] for entry in steps(plain[variant])]
+    losses = [entry["loss"] for entry in steps(result)]
+    assert losses == pytest.approx([entry["loss"] for entry in steps(plain[variant])], rel=1e-5)
+
+
+def test_clipping_changes_the_steps(plain):
+    assert distance(plain["clipped"]["weights"], plain["whole"]["weights"]) > 1e-3
+
+
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES)
+def test_validation_users_of_all_workers_count(plain, workers, zero_stage):
+    metrics = [entry["validation_ndcg@100"] for entry in epochs(workers[0][zero_stage, "whole"])]
+    assert metrics == pytest.approx([entry["validation_ndcg@100"] for entry in epochs(plain["whole"])], abs=1e-3)
+
+
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES)
+def test_a_resumed_worker_matches_an_uninterrupted_one(workers, zero_stage):
+    for worker in workers:
+        assert len(epochs(worker[zero_stage, "resumed"])) == EPOCHS - 1
+        assert distance(worker[zero_stage, "resumed"]["weights"], worker[zero_stage, "whole"]["weights"]) == 0
+
+
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES)
+def test_a_checkpoint_goes_on_with_another_engine_and_number_of_workers(plain, workers, zero_stage):
+    from_torch = workers[0][zero_stage, "from torch"]
+    assert distance(from_torch["weights"], plain["whole"]["weights"]) < 1e-5
+    to_torch = train(resumed=workers[0][zero_stage, "whole"]["saved"][0])
+    assert distance(to_torch["weights"], plain["whole"]["weights"]) < 1e-5

@@ -209,7 +209,7 @@ def _documents(kind: Kind, user: Any, item: Any, prompt: Ragged, main: Ragged, t
 
 
 def _user_tokens(tokens: TokenSpace, user: npt.NDArray[Any], hidden: npt.NDArray[np.bool_] | None) -> npt.NDArray[Any]:
-    return tokens.user_token(user if hidden is None else np.where(hidden, -1, user))
+    return np.asarray(tokens.user_token(user if hidden is None else np.where(hidden, -1, user)))
 
 
 def _column(values: npt.NDArray[Any]) -> Ragged:

@@ -50,7 +50,8 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     @property
     def word_embeddings(self) -> nn.Parameter:
@@ -225,7 +226,7 @@ def pretrained_backbone(name: str, revision: str | None, max_tokens: int) -> Bac
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same function, faster
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_pretrained(name, revision=revision, config=config, dtype=torch.float32)
+        model = auto.from_pretrained(name, revision=revision, config=config, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(

@@ -100,7 +100,7 @@ class CLLM4Rec(nn.Module):
             else contextlib.nullcontext()
         )
         with precision:
-            hidden_RTK = self.backbone(embeddings, batch.grids)
+            hidden_RTK: Tensor = self.backbone(embeddings, batch.grids)
         return hidden_RTK.flatten(0, 1)
 
     def _embed(self, grid: TensorGrid) -> Tensor:

@@ -61,5 +61,5 @@ def _grid(grid: Grid, device: torch.device) -> TensorGrid:
     return TensorGrid(_tensor(grid.segment_RT, device), _tensor(grid.position_RT, device), reads)
 
 
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:  # type: ignore[type-arg]
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

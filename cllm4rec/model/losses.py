@@ -21,7 +21,7 @@ def tied_cross_entropy(hidden_PK: Tensor, table_JK: Tensor, target_rows_E: Tenso
     Gradients are made in the forward pass, chunk by chunk, so no more than a chunk of logits ever exists. A table
     that needs no gradient (the frozen word embeddings) costs no product for it.
     """
-    loss: Tensor = _TiedCrossEntropy.apply(hidden_PK, table_JK, target_rows_E, targets_E)
+    loss: Tensor = _TiedCrossEntropy.apply(hidden_PK, table_JK, target_rows_E, targets_E)  # type: ignore[no-untyped-call]
     return loss
 
 

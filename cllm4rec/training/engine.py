@@ -87,7 +87,7 @@ class TorchEngine(Engine):
         return self.module(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        torch.autograd.backward(loss)
 
     def step(self) -> None:
         if self.num_workers > 1:
@@ -132,9 +132,23 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over workers and micro batches; the loop has already divided by what it should.
-        self.engine.backward(loss * (self.num_workers * self.settings.accumulation))
+        loss = loss * (self.num_workers * self.settings.accumulation)
+        self.engine.backward(self._in_one_order(loss) if self.settings.zero_stage == 2 else loss)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
+
+    def _in_one_order(self, loss: Tensor) -> Tensor:
+        """A loss with the same gradients, made in the order of the parameters.
+
+        ZeRO-2 adds gradients over workers in the order in which backward makes them. That order depends on what a batch
+        holds (a blank one looks nothing up), and where it differs DeepSpeed adds one parameter's gradient to another's.
+        """
+        weights = list(self.trained.values())
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        ordered: Tensor = sum(
+            ((weight * grad).sum() for weight, grad in zip(weights, gradients, strict=True)), loss.new_zeros(())
+        )
+        return ordered
 
     def step(self) -> None:
         self.engine.step()
