@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -107,7 +108,7 @@ class TorchEngine(Engine):
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed inside a Ray Train worker: ZeRO stages 0 to 3, accumulation and clipping, in float32 for the tables.
+    """DeepSpeed inside a Ray Train worker: ZeRO stages 0, 1 and 3 (2 runs as 1), accumulation and clipping, in float32 for the tables.
 
     The backbone's bfloat16 is the module's own affair, so DeepSpeed's bf16 mode, which would round the tables, stays off.
     """
@@ -117,6 +118,12 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         self._deepspeed = deepspeed
+        if settings.zero_stage == 2:
+            warnings.warn(
+                "training.zero_stage 2 runs as 1: DeepSpeed's stage 2 mixes up gradients where workers' batches differ in "
+                "what they hold; set 1, or 3 to shard gradients too",
+                stacklevel=2,
+            )
         self._shapes = {name: weight.shape for name, weight in self.trained.items()}
         self.engine, _, _, _ = deepspeed.initialize(
             model=module,
@@ -132,23 +139,9 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over workers and micro batches; the loop has already divided by what it should.
-        loss = loss * (self.num_workers * self.settings.accumulation)
-        self.engine.backward(self._in_one_order(loss) if self.settings.zero_stage == 2 else loss)
+        self.engine.backward(loss * (self.num_workers * self.settings.accumulation))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
-
-    def _in_one_order(self, loss: Tensor) -> Tensor:
-        """A loss with the same gradients, made in the order of the parameters.
-
-        ZeRO-2 adds gradients over workers in the order in which backward makes them. That order depends on what a batch
-        holds (a blank one looks nothing up), and where it differs DeepSpeed adds one parameter's gradient to another's.
-        """
-        weights = list(self.trained.values())
-        gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-        ordered: Tensor = sum(
-            ((weight * grad).sum() for weight, grad in zip(weights, gradients, strict=True)), loss.new_zeros(())
-        )
-        return ordered
 
     def step(self) -> None:
         self.engine.step()
@@ -218,7 +211,9 @@ class DeepSpeedEngine(Engine):
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": settings.accumulation,
             "gradient_clipping": settings.gradient_clipping or 0.0,
-            "zero_optimization": {"stage": settings.zero_stage},
+            # ZeRO-2 adds gradients over workers in the order in which backward makes them. It depends on what a batch
+            # holds (a blank one looks nothing up), and where it differs one parameter's gradient is added to another's.
+            "zero_optimization": {"stage": 1 if settings.zero_stage == 2 else settings.zero_stage},
             "zero_allow_untested_optimizer": True,
         }
 

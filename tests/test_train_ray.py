@@ -1,0 +1,106 @@
+"""Training on a real Ray: a worker killed in mid-run changes nothing, and a cluster that is too small is named."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+import torch
+from directories import NUM_WORDS, write_prepared
+from parity import MAX_TOKENS, settings
+
+from cllm4rec.config import BackboneSize, ClusterConfig, ModelConfig
+from cllm4rec.data.documents import Documents
+from cllm4rec.data.prepared import Histories, bucket_name, bucket_of, load_space, write_table
+from cllm4rec.data.world import parity_world
+from cllm4rec.errors import ResourceError
+from cllm4rec.evaluation.protocol import Validation
+from cllm4rec.training.loop import METRICS, Job, fit, wait_for_resources
+from cllm4rec.training.stages import COLLABORATIVE, Stage
+
+pytestmark = pytest.mark.ray
+EPOCHS, KILL_AFTER = 12, 2
+
+
+def job(prepared_dir: str, name: str) -> Job:
+    stage = Stage(
+        "finetune", COLLABORATIVE, ("recommendations",), EPOCHS, 1e-2, validate="recommendation", patience=EPOCHS
+    )
+    size = BackboneSize(layers=1, width=32, heads=2, vocab_size=NUM_WORDS)
+    return Job(
+        prepared_dir=prepared_dir,
+        backbone_dir=None,
+        start_dir=None,
+        model=ModelConfig(backbone=size, max_tokens=MAX_TOKENS),
+        stages=[stage],
+        settings=settings(engine="deepspeed", zero_stage=1),
+        make_validation=Validation,
+        fingerprint=name * 16,
+    )
+
+
+def write_documents(prepared_dir: str) -> None:
+    """Interaction documents in two buckets, one for each worker."""
+    world = parity_world()
+    _, language, tokens = load_space(prepared_dir)
+    documents: Documents = language.prompts.interactions(tokens, world.histories.user, world.histories.train)
+    rows, bucket_D = documents.to_arrow(), bucket_of(documents.user, world.num_users, 2)
+    for bucket in range(2):
+        write_table(rows.filter(pa.array(np.equal(bucket_D, bucket))), f"{prepared_dir}/documents/{bucket_name(bucket)}")
+
+
+def num_epochs(metrics: Path) -> int:
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return sum(json.loads(line)["event"] == "epoch" for line in lines)
+
+
+def kill_a_worker(run_dir: Path, killed: dict[str, int]) -> None:
+    """SIGKILL one training worker of this process's own Ray once some epochs are done and a checkpoint stands."""
+    while num_epochs(run_dir / METRICS) < KILL_AFTER or not list(run_dir.glob("run-*/checkpoint_*")):
+        time.sleep(0.02)
+    workers = [
+        process for process in psutil.Process().children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]  # fmt: skip
+    os.kill(workers[-1].pid, signal.SIGKILL)
+    killed |= {"workers": len(workers), "epochs": num_epochs(run_dir / METRICS)}
+
+
+@pytest.fixture(scope="module")
+def prepared_dir(tmp_path_factory) -> str:
+    directory = write_prepared(tmp_path_factory.mktemp("world") / "prepared", num_buckets=2)
+    write_documents(directory)
+    assert len(Histories.load(directory).user) == 40
+    return directory
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_run_whose_worker_was_killed_ends_with_the_same_bits(prepared_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    cluster = ClusterConfig(num_workers=2, threads_per_worker=1, max_failures=2)
+    whole = fit(job(prepared_dir, "a"), cluster, str(tmp_path / "whole"))
+    killed: dict[str, int] = {}
+    killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "hurt", killed), daemon=True)
+    killer.start()
+    hurt = fit(job(prepared_dir, "b"), cluster, str(tmp_path / "hurt"))
+    killer.join(timeout=1)
+    assert killed["workers"] == 2
+    assert KILL_AFTER <= killed["epochs"] < EPOCHS
+    assert '"resumed"' in (tmp_path / "hurt" / METRICS).read_text()
+    assert num_epochs(tmp_path / "hurt" / METRICS) == EPOCHS
+    assert set(whole) == set(hurt) == set(COLLABORATIVE)
+    assert all(torch.equal(whole[name], hurt[name]) for name in whole)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_cluster_that_is_too_small_is_refused_with_what_was_asked_and_what_exists():
+    began = time.monotonic()
+    with pytest.raises(ResourceError, match="asks for 65 CPUs .* the cluster has 4;"):
+        wait_for_resources(ClusterConfig(num_workers=64, start_timeout_s=1))
+    assert time.monotonic() - began < 5
