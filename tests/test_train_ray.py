@@ -52,7 +52,9 @@ def write_documents(prepared_dir: str) -> None:
     documents: Documents = language.prompts.interactions(tokens, world.histories.user, world.histories.train)
     rows, bucket_D = documents.to_arrow(), bucket_of(documents.user, world.num_users, 2)
     for bucket in range(2):
-        write_table(rows.filter(pa.array(np.equal(bucket_D, bucket))), f"{prepared_dir}/documents/{bucket_name(bucket)}")
+        write_table(
+            rows.filter(pa.array(np.equal(bucket_D, bucket))), f"{prepared_dir}/documents/{bucket_name(bucket)}"
+        )
 
 
 def num_epochs(metrics: Path) -> int:
@@ -101,6 +103,6 @@ def test_a_run_whose_worker_was_killed_ends_with_the_same_bits(prepared_dir, tmp
 @pytest.mark.usefixtures("ray_local")
 def test_a_cluster_that_is_too_small_is_refused_with_what_was_asked_and_what_exists():
     began = time.monotonic()
-    with pytest.raises(ResourceError, match="asks for 65 CPUs .* the cluster has 4;"):
+    with pytest.raises(ResourceError, match=r"asks for 65 CPUs .* the cluster has 4;"):
         wait_for_resources(ClusterConfig(num_workers=64, start_timeout_s=1))
     assert time.monotonic() - began < 5

@@ -92,14 +92,17 @@ def fit(job: Job, cluster: ClusterConfig, run_dir: str) -> dict[str, Tensor]:
         datasets={table: _read(paths) for table, paths in files.items()},
         dataset_config=WholeBuckets(files),
     )
+    error_file = artifacts.join(directory, _ERROR)
     try:
         result = trainer.fit()
     except Exception as error:
+        if artifacts.exists(error_file):
+            raise ResourceError(artifacts.read_bytes(error_file).decode()) from None
         raise TrainingError(
             f"training stopped: {_cause(error)}; run the same command again to go on from the last checkpoint"
         ) from error
-    if artifacts.exists(artifacts.join(directory, _ERROR)):
-        raise TrainingError(artifacts.read_bytes(artifacts.join(directory, _ERROR)).decode())
+    if artifacts.exists(error_file):
+        raise TrainingError(artifacts.read_bytes(error_file).decode())
     with result.checkpoint.as_directory() as folder:
         return read_checkpoint(folder, job.fingerprint).best
 
@@ -154,6 +157,9 @@ def _read(paths: list[str]) -> Any:
 def _work(config: dict[str, Any]) -> None:
     """One worker, from its shard to its last report."""
     job: Job = config["job"]
+    error_file = artifacts.join(config["run_dir"], _ERROR)
+    if artifacts.exists(error_file):
+        return  # Ray tries once more what cannot succeed
     torch.set_num_threads(config["threads"])
     # Bit-for-bit resumption; a GPU kernel without a deterministic form warns and runs.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -179,10 +185,14 @@ def _work(config: dict[str, Any]) -> None:
         _, language, _ = load_space(job.prepared_dir)
         make_model = functools.partial(_model, job)
         run(make_model, language.prompts, job.stages, shard, job.settings, log=log, save=save, resumed=resumed)
-    except (TrainingError, ResourceError) as error:
-        # The same data and settings would fail the same way: do not let Ray try again.
+    except TrainingError as error:
+        # All workers see the same sum and stop together; the same data and settings would fail again, so Ray is not told.
         if is_first:
-            artifacts.write_bytes(artifacts.join(config["run_dir"], _ERROR), str(error).encode())
+            artifacts.write_bytes(error_file, str(error).encode())
+    except ResourceError as error:
+        # One worker's affair: the others are waiting for it, so the group has to be brought down.
+        artifacts.write_bytes(error_file, str(error).encode())
+        raise
     finally:
         log.flush()
 
