@@ -95,7 +95,9 @@ def run(
         if stages[number].epochs:
             model = make_model()
             put_weights(model, checkpoint.best)
-            checkpoint = _run_stage(make_model, model, prompts, stages, number, shard, settings, log, save, checkpoint)
+            checkpoint = _run_stage(
+                make_model, model, prompts, stages[number], number, shard, settings, log, save, checkpoint
+            )
     return checkpoint.best
 
 
@@ -103,7 +105,7 @@ def _run_stage(
     make_model: Callable[[], CLLM4Rec],
     model: CLLM4Rec,
     prompts: Prompts,
-    stages: list[Stage],
+    stage: Stage,
     number: int,
     shard: Shard,
     settings: RunSettings,
@@ -111,7 +113,6 @@ def _run_stage(
     save: Callable[[Checkpoint], None],
     checkpoint: Checkpoint,
 ) -> Checkpoint:
-    stage = stages[number]
     maker = Maker(prompts, model.tokens, settings.max_tokens, settings.seed)
     packer = packer_for(model.backbone, model.tokens, settings.micro_batch_tokens, settings.max_tokens)
     device = model.collaborative_items.device
