@@ -62,9 +62,14 @@ def num_epochs(metrics: Path) -> int:
     return sum(json.loads(line)["event"] == "epoch" for line in lines)
 
 
+def has_registered_checkpoint(run_dir: Path) -> bool:
+    """True once Ray would resume from a checkpoint: a directory alone is not known to it yet."""
+    return any('"checkpoint_' in path.read_text() for path in run_dir.glob("run-*/checkpoint_manager_snapshot.json"))
+
+
 def kill_a_worker(run_dir: Path, killed: dict[str, int]) -> None:
     """SIGKILL one training worker of this process's own Ray once some epochs are done and a checkpoint stands."""
-    while num_epochs(run_dir / METRICS) < KILL_AFTER or not list(run_dir.glob("run-*/checkpoint_*")):
+    while num_epochs(run_dir / METRICS) < KILL_AFTER or not has_registered_checkpoint(run_dir):
         time.sleep(0.02)
     workers = [
         process for process in psutil.Process().children(recursive=True)

@@ -42,6 +42,8 @@ METRICS = "metrics.jsonl"
 _ERROR = "error.txt"
 # What a barrier may take: the slowest worker's validation and checkpoint, with much to spare.
 _COLLECTIVE_TIMEOUT_S = 1800
+# A report waits until Ray's controller has taken the one before: at Ray's 2 s no epoch could be shorter than that.
+_POLL_INTERVAL_S = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,7 @@ def fit(job: Job, cluster: ClusterConfig, run_dir: str) -> dict[str, Tensor]:
     wait_for_resources(cluster)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(_COLLECTIVE_TIMEOUT_S)
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(_POLL_INTERVAL_S)
     directory = artifacts.absolute(run_dir)
     artifacts.remove_file(artifacts.join(directory, _ERROR))
     files = {table: bucket_paths(job.prepared_dir, table) for table in ("documents", "histories")}
