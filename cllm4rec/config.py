@@ -7,6 +7,7 @@ What can be derived (accumulation, directories, rows of a micro batch) is a prop
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import re
@@ -38,7 +39,7 @@ class Columns(_Section):
 
 
 Format = Literal[
-    "amazon2014", "amazon2018", "amazon2023", "yelp", "movielens", "recbole", "jsonl", "csv", "tsv", "parquet"
+    "amazon2014", "amazon2018", "amazon2023", "yelp", "movielens", "recbole", "jsonl", "csv", "tsv", "parquet", "delta"
 ]
 
 
@@ -187,12 +188,60 @@ class EvaluateConfig(_Section):
         return self
 
 
+class RulesConfig(_Section):
+    """What may be recommended beside the scores; files are CSV, Parquet or YAML (see `cllm4rec.scoring.rules`)."""
+
+    deny: str | None = Field(None, description="items nobody is recommended: column item_id")
+    allow: str | None = Field(None, description="nothing but these items is recommended: column item_id")
+    categories: str | None = Field(None, description="columns item_id, category; an item may stand in several")
+    max_per_category: Positive | None = Field(None, description="most items of one category in a list")
+    min_support: Annotated[int, Field(ge=0)] = Field(
+        0, description="items with fewer distinct users in training are not recommended"
+    )
+    availability: str | None = Field(
+        None, description="columns item_id, first_date, last_date (inclusive, empty: open); compared with the run date"
+    )
+    boost: str | None = Field(None, description="columns item_id, boost: added to the item's score")
+
+    @model_validator(mode="after")
+    def _caps_have_categories(self) -> Self:
+        if self.max_per_category is not None and self.categories is None:
+            raise ValueError("score.rules.max_per_category needs score.rules.categories; name a file of categories")
+        return self
+
+
 class ScoreConfig(_Section):
     k: Positive = 20
     num_actors: Positive = 1
     batch_users: Positive = Field(512, description="users handed to an actor at once")
-    deny_items: str | None = Field(None, description="a text file with one item id a line that nobody is recommended")
-    run_date: str | None = Field(None, description="written to every row; null: today (UTC)")
+    rules: RulesConfig = RulesConfig()
+
+
+class DriftLimits(_Section):
+    """How far a nightly table may be from the one published before (see `cllm4rec.scoring.drift`)."""
+
+    max_users_gone: Fraction = Field(0.1, description="share of the last table's users who are in the new one no more")
+    max_top10_changed: Fraction = Field(1.0, description="share of users whose ten best items are another set")
+    max_coverage_drop: Fraction = Field(0.5, description="by what share fewer different items may be recommended")
+    max_lift_ratio: Annotated[float, Field(ge=1)] = Field(
+        2.0, description="the popularity lift may grow or shrink by this factor"
+    )
+    max_score_shift: Fraction = Field(1.0, description="Kolmogorov-Smirnov distance of the scores' distributions")
+    sample_users: Positive = Field(100_000, description="users compared; all where there are fewer")
+
+
+class NightlyConfig(_Section):
+    events: Source | None = Field(None, description="interactions since training, in the shape of data.interactions")
+    drift: DriftLimits = DriftLimits()
+
+
+class PromoteConfig(_Section):
+    metric: Literal["recall@20", "recall@40", "ndcg@100"] = "recall@20"
+    max_loss: Fraction = Field(
+        0.01, description="the paired interval of new less current must not reach below minus this"
+    )
+    above_popularity: bool = Field(True, description="refuse a model that is not better than popularity")
+    keep: Positive = Field(3, description="models kept for a rollback, the current one included")
 
 
 class ServeConfig(_Section):
@@ -232,6 +281,7 @@ class Config(_Section):
 
     output_dir: Annotated[str, Field(min_length=1)]
     seed: int = 0
+    run_date: datetime.date | None = Field(None, description="written to every row of the table; null: today (UTC)")
     data: DataConfig
     model: ModelConfig = ModelConfig()
     backbone: BackboneStage = BackboneStage()
@@ -240,6 +290,8 @@ class Config(_Section):
     training: TrainingConfig = TrainingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     score: ScoreConfig = ScoreConfig()
+    nightly: NightlyConfig = NightlyConfig()
+    promote: PromoteConfig = PromoteConfig()
     serve: ServeConfig = ServeConfig()
     cluster: ClusterConfig = ClusterConfig()
 

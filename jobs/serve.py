@@ -91,7 +91,7 @@ def _arguments(config: Config) -> dict[str, Any]:
         **config.serve.model_dump(),
         "model_dir": config.directory("model"),
         "prepared_dir": config.directory("prepared"),
-        "deny_items": config.score.deny_items,
+        "deny_items": config.score.rules.deny,
         "cpus_per_replica": config.cluster.cpus_per_worker,
         "use_gpu": config.cluster.use_gpu,
     }

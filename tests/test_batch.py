@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def config_of(folder: Path, name: str, **settings: Any) -> Config:
+def config_of(folder: Path, name: str, run_date: str = "2026-11-20", **settings: Any) -> Config:
     """A run with a dump and runs/ of its own, on the shared directories."""
     (folder / name).mkdir(exist_ok=True)
     for directory in ("prepared", "model"):
@@ -51,7 +51,8 @@ def config_of(folder: Path, name: str, **settings: Any) -> Config:
         {
             "output_dir": str(folder / name),
             "data": {"interactions": {"path": "unread"}},
-            "score": {"k": 5, "batch_users": 4, "run_date": "2026-11-20", **settings},
+            "run_date": run_date,
+            "score": {"k": 5, "batch_users": 4, **settings},
         }
     )
 
@@ -69,7 +70,7 @@ def expected(config: Config) -> dict[str, tuple[list[str], list[float]]]:
     scorer = Scorer.load(config.directory("model"))
     histories = Histories.load(config.directory("prepared"))
     known = histories.together("train", "validation", "test")
-    rules, _ = read_rules(config.score.deny_items, scorer.catalog)
+    rules, _ = read_rules(config.score.rules.deny, scorer.catalog)
     lists = {}
     for user in histories.user:
         items, scores = scorer.top_k([user], known.take(np.array([user])), config.score.k, rules)
@@ -93,7 +94,7 @@ def test_a_run_is_named_after_all_its_inputs(folder, tmp_path):
     others = [
         config_of(folder, "plans", k=6),
         config_of(folder, "plans", run_date="2026-11-21"),
-        config_of(folder, "plans", deny_items=str(tmp_path / "deny.txt")),
+        config_of(folder, "plans", rules={"deny": str(tmp_path / "deny.txt")}),
     ]
     plans = [plan, *map(plan_score, others)]
     assert len({one.run_id for one in plans}) == len({one.checkpoint_dir for one in plans}) == 4
@@ -132,7 +133,7 @@ def test_nothing_staged_is_never_what_was_promised(folder):
 @pytest.mark.ray
 def test_every_user_is_published_once_or_nobody(ray_local, folder, tmp_path, monkeypatch):
     (tmp_path / "deny.txt").write_text("item-03\nitem-04\nghost\n")
-    config = config_of(folder, "whole", k=1000, deny_items=str(tmp_path / "deny.txt"))
+    config = config_of(folder, "whole", k=1000, rules={"deny": str(tmp_path / "deny.txt")})
     report = score(plan_score(config))
     assert published(config) == expected(config)
     assert (report["users"], report["short_lists"], report["denied_items"]) == (NUM_USERS, NUM_USERS, 2)

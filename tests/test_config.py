@@ -171,8 +171,14 @@ def test_a_commit_that_looks_like_a_number_stays_text(load):
 
 
 def test_a_date_stays_text(load):
-    assert load("score.run_date=2026-11-20").score.run_date == "2026-11-20"
-    assert load(text=f"{yaml.safe_dump(MINIMAL)}score: {{run_date: 2026-11-20}}\n").score.run_date == "2026-11-20"
+    assert load("model.revision=2026-11-20").model.revision == "2026-11-20"
+    assert load(text=f"{yaml.safe_dump(MINIMAL)}model: {{revision: 2026-11-20}}\n").model.revision == "2026-11-20"
+
+
+def test_a_run_date_is_a_day(load):
+    assert str(load("run_date=2026-11-20").run_date) == "2026-11-20"
+    with pytest.raises(ConfigError, match="run_date"):
+        load("run_date=yesterday")
 
 
 def test_a_section_left_empty_can_be_overridden(load):

@@ -34,7 +34,7 @@ def test_every_user_is_denied_the_same():
 
 
 def test_a_deny_list_that_cannot_be_read_is_told_in_a_sentence(tmp_path):
-    with pytest.raises(DataError, match=r"deny list .*nothing\.txt does not exist; correct score\.deny_items"):
+    with pytest.raises(DataError, match=r"deny list .*nothing\.txt does not exist; correct score\.rules\.deny"):
         read_rules(str(tmp_path / "nothing.txt"), CATALOG)
     with pytest.raises(DataError, match="not UTF-8; write one item id a line"):
         read(tmp_path, b"\xff\xfe")

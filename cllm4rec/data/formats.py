@@ -66,6 +66,7 @@ FORMATS: dict[str, Format] = {
     "csv": Format("csv", delimiter=","),
     "tsv": Format("plain", delimiter="\t"),
     "parquet": Format("parquet"),
+    "delta": Format("parquet"),
 }
 MOVIELENS_NAMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("interactions", "\t"): ("user", "item", "rating", "timestamp"),

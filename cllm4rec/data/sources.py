@@ -51,10 +51,25 @@ def inspect(source: Source, role: Role, min_rating: float | None) -> Layout:
 def source_files(source: Source, role: Role) -> list[str]:
     """A source's files as absolute paths or URIs, globs expanded and sorted. Raises DataError where one is missing."""
     patterns = [source.path] if isinstance(source.path, str) else source.path
-    files = [file for pattern in patterns for file in _expand(pattern, role)]
+    expand = _delta_files if source.format == "delta" else _expand
+    files = [file for pattern in patterns for file in expand(pattern, role)]
     if not files:
         raise ConfigError(f"data.{role}.path is an empty list; name at least one file")
     return list(dict.fromkeys(files))
+
+
+def _delta_files(table: str, role: Role) -> list[str]:
+    """The Parquet files of a Delta table's newest version."""
+    from deltalake import DeltaTable
+    from deltalake.exceptions import DeltaError
+
+    try:
+        files = [str(file) for file in DeltaTable(absolute(table)).file_uris()]
+    except DeltaError:
+        raise DataError(f"data.{role}.path {table} is no Delta table that can be read; check the path") from None
+    if not files:
+        raise DataError(f"data.{role}.path {table} is a Delta table without rows; check the path")
+    return sorted(files)
 
 
 def _expand(pattern: str, role: Role) -> list[str]:

@@ -60,8 +60,8 @@ def plan_score(config: Config, force: bool = False) -> ScorePlan:
             f"{config.directory('model')} was trained on other data than {config.directory('prepared')} holds; run the "
             "training stages again"
         )
-    run_date = config.score.run_date or datetime.now(UTC).date().isoformat()
-    deny = sorted(set(read_deny_list(config.score.deny_items)))
+    run_date = str(config.run_date or datetime.now(UTC).date())
+    deny = sorted(set(read_deny_list(config.score.rules.deny)))
     run_id = digest_of([model.digest, prepared.digest, config.score.k, deny, run_date])[:16]
     attempt = published_attempt(config.directory("dump"), run_id)
     if force or current_run(config.directory("dump")) != run_id:
@@ -92,7 +92,7 @@ def score(plan: ScorePlan) -> dict[str, Any]:
     started = time.monotonic()
     # Here, where an error is one sentence, and not in every actor first.
     artifacts.verify_files(config.directory("model"), read_manifest(config.directory("model"), "model"))
-    rules, num_unknown_denied = read_rules(config.score.deny_items, Catalog.load(config.directory("model")))
+    rules, num_unknown_denied = read_rules(config.score.rules.deny, Catalog.load(config.directory("model")))
     if published_attempt(config.directory("dump"), plan.run_id) < plan.attempt:  # else its files are read by others
         _write_lists(plan, rules)
     scored_s = time.monotonic() - started

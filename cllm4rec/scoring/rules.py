@@ -42,7 +42,7 @@ def read_deny_list(deny_items: str | None) -> list[str]:
         lines = artifacts.read_bytes(deny_items).decode("utf-8").splitlines()
     except ArtifactError:
         raise DataError(
-            f"the deny list {deny_items} does not exist; correct score.deny_items or set it to null"
+            f"the deny list {deny_items} does not exist; correct score.rules.deny or set it to null"
         ) from None
     except UnicodeDecodeError:
         raise DataError(f"the deny list {deny_items} is not UTF-8; write one item id a line") from None
