@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -108,7 +107,7 @@ class TorchEngine(Engine):
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed inside a Ray Train worker: ZeRO stages 0, 1 and 3 (2 runs as 1), accumulation and clipping, in float32 for the tables.
+    """DeepSpeed inside a Ray Train worker: ZeRO stages 0 to 3, accumulation and clipping, in float32 for the tables.
 
     The backbone's bfloat16 is the module's own affair, so DeepSpeed's bf16 mode, which would round the tables, stays off.
     """
@@ -118,15 +117,9 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         self._deepspeed = deepspeed
-        if settings.zero_stage == 2:
-            warnings.warn(
-                "training.zero_stage 2 runs as 1: DeepSpeed's stage 2 mixes up gradients where workers' batches differ in "
-                "what they hold; set 1, or 3 to shard gradients too",
-                stacklevel=2,
-            )
         self._shapes = {name: weight.shape for name, weight in self.trained.items()}
         self.engine, _, _, _ = deepspeed.initialize(
-            model=module,
+            model=_GradientsTogether(module) if settings.zero_stage == 2 else module,
             optimizer=torch.optim.Adam(self.trained.values(), lr=settings.learning_rate),
             config=self._config(),
             dist_init_required=False,
@@ -211,12 +204,38 @@ class DeepSpeedEngine(Engine):
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": settings.accumulation,
             "gradient_clipping": settings.gradient_clipping or 0.0,
-            # ZeRO-2 with accumulation and a blank batch on one worker left the tables 0.05 off a plain torch step
-            # (DECISIONS.md); the likely cause is that it reduces gradients in the order backward makes them, which then
-            # differs between workers. Four tables gain nothing from stage 2 over stage 1.
-            "zero_optimization": {"stage": 1 if settings.zero_stage == 2 else settings.zero_stage},
+            "zero_optimization": {"stage": settings.zero_stage},
             "zero_allow_untested_optimizer": True,
         }
+
+
+class _GradientsTogether(nn.Module):
+    """A module whose parameters all get their gradients in one step at the end of backward, in one order.
+
+    ZeRO-2 reduces gradients in the order in which backward makes them, and takes it to be the same on all workers. Here
+    it follows what a batch holds: a worker that ran out of texts, or of documents, would add up others' gradients.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any) -> Any:
+        trained = {name: weight for name, weight in self.module.named_parameters() if weight.requires_grad}
+        handed_on = _HandOn.apply(*trained.values())  # type: ignore[no-untyped-call]
+        return torch.func.functional_call(self.module, dict(zip(trained, handed_on, strict=True)), inputs)
+
+
+class _HandOn(torch.autograd.Function):
+    """The identity on several tensors. Its backward runs once, when the gradients of all of them are known."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
 
 
 def make_engine(module: nn.Module, settings: EngineSettings) -> Engine:
