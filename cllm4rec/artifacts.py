@@ -125,6 +125,27 @@ def write_json(uri: str, value: Any) -> None:
     write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True, default=str) + "\n").encode())
 
 
+def replace_json(uri: str, value: Any) -> None:
+    """Put a small file in place of another at once: a reader finds the old one or the new one whole, a crash too."""
+    content = (json.dumps(value, indent=2, sort_keys=True, default=str) + "\n").encode()
+    fs, path = filesystem(uri)
+    fs.makedirs(fs._parent(path), exist_ok=True)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, content)  # an object appears whole
+        return
+    draft = f"{path}.partial"
+    with open(draft, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(draft, path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, survives a loss of power
+    finally:
+        os.close(folder)
+
+
 def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
@@ -225,6 +246,16 @@ def is_current(uri: str, kind: str, inputs: Mapping[str, str]) -> bool:
         return read_manifest(uri, kind).inputs == dict(inputs)
     except ArtifactError:
         return False
+
+
+def settle(uri: str) -> None:
+    """Clean up after interrupted writers: what was set aside gets its name again if that is free, drafts go.
+
+    Only where no writer is at work.
+    """
+    _bring_back(uri)
+    for leftover in (_old(uri), f"{uri.rstrip('/')}.partial"):
+        remove_directory(leftover)
 
 
 def _manifest(draft: Draft, kind: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ hidden.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,8 +77,14 @@ class Catalog:
         self.item_counts = np.asarray(
             item_counts if item_counts is not None else np.zeros(len(self.item_ids)), np.int64
         )
-        self._user_index = {user_id: index for index, user_id in enumerate(self.user_ids)}
-        self._item_index = {item_id: index for index, item_id in enumerate(self.item_ids)}
+
+    @functools.cached_property
+    def _user_index(self) -> dict[str, int]:
+        return {user_id: index for index, user_id in enumerate(self.user_ids)}
+
+    @functools.cached_property
+    def _item_index(self) -> dict[str, int]:
+        return {item_id: index for index, item_id in enumerate(self.item_ids)}
 
     @property
     def num_users(self) -> int:
@@ -115,17 +122,33 @@ class Catalog:
         users, items = _read(directory, "users"), _read(directory, "items")
         return cls(users["id"], items["id"], users["text"], items["text"], items["num_train"])
 
+    @classmethod
+    def load_items(cls, directory: str) -> Catalog:
+        """The same without its users, whose number has no bound. Raises as `load`."""
+        items = _read(directory, "items")
+        return cls([], items["id"], [], items["text"], items["num_train"])
+
+
+def read_ids(directory: str, name: str) -> pa.Array:
+    """The ids of `users` or `items` of a catalog by index, as Arrow strings. Raises ArtifactError as `Catalog.load`."""
+    ids: pa.Array = _read_table(directory, name).column("id").combine_chunks()
+    return ids
+
 
 def _read(directory: str, name: str) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = _read_table(directory, name).to_pydict()
+    return columns
+
+
+def _read_table(directory: str, name: str) -> pa.Table:
     uri = join(directory, f"{name}.parquet")
     fs, path = filesystem(uri)
     try:
         with fs.open(path, "rb") as stream:
-            columns: dict[str, list[Any]] = pq.read_table(stream).sort_by("index").to_pydict()
+            return pq.read_table(stream).sort_by("index")
     except (OSError, pa.ArrowInvalid) as error:
         what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         raise ArtifactError(f"{uri} is {what}; run the stage that writes it with --force") from None
-    return columns
 
 
 def _table(ids: npt.NDArray[Any], texts: list[str]) -> pa.Table:

@@ -331,7 +331,7 @@ class Config(_Section):
         return 1 if total is None else total // (self.training.micro_batch_tokens * self.cluster.num_workers)
 
     def directory(self, name: str) -> str:
-        """URI of a stage's directory: `prepared`, `backbone`, `pretrained`, `model`, `evaluation`, `dump` or `runs`."""
+        """URI of a stage's directory: `prepared`, `backbone`, `pretrained`, `model`, `evaluation`, `dump`, `nightly` or `runs`."""
         return f"{self.output_dir.rstrip('/')}/{name}"
 
 

@@ -7,12 +7,15 @@ Cllm4RecError
 ├── ResourceError      the cluster or the disk has less than was asked for
 ├── TrainingError      a training run cannot go on (NaN, a worker lost too often)
 └── AuditError         the recommendation lists are not what was promised; nothing was published
+    └── PromotionError a new model is not good enough; the present one stays
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 # What Arrow, safetensors, Delta and Ray say instead of giving an errno.
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "OutOfDiskError")
@@ -22,6 +25,8 @@ class Cllm4RecError(Exception):
     """Base of all errors a caller can act on; the jobs print it as one line and exit with `exit_status`."""
 
     exit_status = 1
+    told: Mapping[str, Any] = MappingProxyType({})
+    """What the job's last line of JSON holds beside the sentence."""
 
 
 class ConfigError(Cllm4RecError, ValueError):
@@ -46,6 +51,12 @@ class TrainingError(Cllm4RecError):
 
 class AuditError(Cllm4RecError):
     exit_status = 3
+
+
+class PromotionError(AuditError):
+    def __init__(self, sentence: str, told: Mapping[str, Any] | None = None) -> None:
+        super().__init__(sentence)
+        self.told = told or {}
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from cllm4rec.config import Config, load_config
@@ -23,8 +23,11 @@ from jobs.progress import say
 from jobs.stages import Stage, run_stage
 
 _CONNECT_TIMEOUT_S = 20.0
+_AFTER_VERB = "section.key=value after these replace settings of the file; --config stands before the verb"
 
 Job = Callable[[Config, argparse.Namespace], dict[str, Any]]
+AddVerb = Callable[[str, str], argparse.ArgumentParser]
+"""Name of a verb and a line of help → its parser, for operands and flags."""
 
 
 def main(stage: Stage, description: str | None) -> None:
@@ -38,8 +41,13 @@ def program(
     job: Job,
     add_flags: Callable[[argparse.ArgumentParser], None] | None = None,
     default_config: str | None = None,
+    needs_ray: bool = True,
+    add_verbs: Callable[[AddVerb], None] | None = None,
 ) -> None:
-    """Parse, connect to Ray, run the job, print the last line, exit."""
+    """Parse, connect to Ray where the job needs it, run the job, print the last line, exit.
+
+    With `add_verbs` the job does several things (`args.verb`), and overrides stand after the verb and its operands.
+    """
     parser = _Parser(
         prog=f"python -m {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,38 +58,59 @@ def program(
         help="YAML file of the run (see jobs/configs)",
     )
     parser.add_argument("--force", action="store_true", help="run even where the output is up to date")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    if add_verbs is None:
+        parser.add_argument(
+            "overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's"
+        )
+    else:
+        parser.has_verbs = True
+        verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+        add_verbs(lambda verb, what: verbs.add_parser(verb, help=what, description=what, epilog=_AFTER_VERB))
     if add_flags is not None:
         add_flags(parser)
-    sys.exit(_run(job, parser))
+    sys.exit(_run(job, parser, needs_ray))
 
 
 class _Parser(argparse.ArgumentParser):
+    has_verbs = False
+
+    def parse(self) -> argparse.Namespace:
+        if not self.has_verbs:
+            return self.parse_intermixed_args()
+        # argparse knows verbs or lets overrides stand anywhere, not both: here they are what the verb does not take.
+        args, words = self.parse_known_args()
+        flags = [word for word in words if word.startswith("-")]
+        if flags:
+            self.error(f"unrecognized arguments: {' '.join(flags)}")
+        args.overrides = words
+        return args
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; {self.prog} --help tells how to call it")
 
 
-def _run(job: Job, parser: argparse.ArgumentParser) -> int:
+def _run(job: Job, parser: _Parser, needs_ray: bool = True) -> int:
     try:
-        args = parser.parse_intermixed_args()
+        args = parser.parse()
         config = load_config(args.config, args.overrides)
-        connect(config)
+        if needs_ray:
+            connect(config)
         told = job(config, args)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command goes on where it stopped", 130)
     except Exception as error:
         foreseen = _foreseen(error)
         if foreseen is not None:
-            return _fail(str(foreseen).partition("\n")[0], foreseen.exit_status)
+            return _fail(str(foreseen).partition("\n")[0], foreseen.exit_status, foreseen.told)
         traceback.print_exc()
         return _fail(f"{type(error).__name__}: {error}".partition("\n")[0], 1)
     print(json.dumps({"ok": True, "output_dir": config.output_dir, **told}, default=str), flush=True)
     return 0
 
 
-def _fail(sentence: str, exit_status: int) -> int:
+def _fail(sentence: str, exit_status: int, told: Mapping[str, Any] | None = None) -> int:
     print(f"error: {sentence}", file=sys.stderr, flush=True)
-    print(json.dumps({"ok": False, "error": sentence}), flush=True)
+    print(json.dumps({"ok": False, "error": sentence, **(told or {})}, default=str), flush=True)
     return exit_status
 
 

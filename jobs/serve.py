@@ -1,10 +1,11 @@
-"""The live endpoint around `model/`: Ray Serve, autoscaled, until interrupted.
+"""The live endpoint around the current model: Ray Serve, autoscaled, until interrupted.
 
     python -m jobs.serve --config jobs/configs/demo.yaml serve.port=8000
     curl localhost:8000/v1/recommend -H 'content-type: application/json' -d '{"user_id": "u00001", "k": 5}'
 
-Answers what the nightly table holds, for users of the catalogue and for anyone with a history. With --check it asks
-itself one question over HTTP, prints the answer and stops.
+Answers what the nightly table holds, for users of the catalogue and for anyone with a history; `model/` answers until a
+model is promoted, and what jobs.promote makes current answers a few seconds later. With --check it asks itself one
+question over HTTP, prints the answer and stops.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from cllm4rec.artifacts import read_manifest, verify_files
 from cllm4rec.catalog import Catalog
 from cllm4rec.config import Config
 from cllm4rec.errors import ResourceError
+from cllm4rec.registry import current_model
 from jobs.cli import program
 from jobs.progress import say
 from jobs.resources import wait_for
@@ -60,7 +62,8 @@ def serving(config: Config) -> Iterator[str]:
 
     _refuse_a_taken_port(config)
     _refuse_a_running_serve()
-    verify_files(config.directory("model"), read_manifest(config.directory("model"), "model"))
+    model_dir = current_model(config)
+    verify_files(model_dir, read_manifest(model_dir, "model"))
     application = build(_arguments(config))
     _wait_for_replicas(config)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # this process's; replicas write theirs to their own files
@@ -79,7 +82,7 @@ def serving(config: Config) -> Iterator[str]:
 
 def check(config: Config) -> dict[str, Any]:
     """Start, ask for the first user of the catalogue over HTTP, stop; returns question and answer."""
-    question = {"user_id": str(Catalog.load(config.directory("model")).user_ids[0]), "k": 5}
+    question = {"user_id": str(Catalog.load(current_model(config)).user_ids[0]), "k": 5}
     with serving(config) as url:
         answer = httpx.post(f"{url}/v1/recommend", json=question, timeout=60, headers=_key_header())
         answer.raise_for_status()
@@ -89,9 +92,8 @@ def check(config: Config) -> dict[str, Any]:
 def _arguments(config: Config) -> dict[str, Any]:
     return {
         **config.serve.model_dump(),
-        "model_dir": config.directory("model"),
-        "prepared_dir": config.directory("prepared"),
-        "deny_items": config.score.rules.deny,
+        "output_dir": config.output_dir,
+        "rules": config.score.rules.model_dump(),
         "cpus_per_replica": config.cluster.cpus_per_worker,
         "use_gpu": config.cluster.use_gpu,
     }

@@ -12,7 +12,8 @@ from cllm4rec.config import Config
 from cllm4rec.data.prepare import prepare, prepare_inputs
 from cllm4rec.evaluation.protocol import Validation
 from cllm4rec.evaluation.stage import evaluate, evaluate_inputs
-from cllm4rec.scoring.batch import forget_staged, is_published, num_staged, plan_score, score
+from cllm4rec.scoring.batch import forget_staged, score
+from cllm4rec.scoring.plan import ScorePlan, is_published, plan_score
 from cllm4rec.training.fits import (
     backbone_inputs,
     finetune_inputs,
@@ -63,7 +64,12 @@ def _training(
 
 
 def _score(config: Config, force: bool) -> dict[str, Any]:
-    plan = plan_score(config, force)
+    return run_score(plan_score(config, force), force)
+
+
+def run_score(plan: ScorePlan, force: bool, accept_drift: bool = False) -> dict[str, Any]:
+    """Wait for the actors' resources, then score; `force` drops what an interrupted run of this plan has staged."""
+    config = plan.config
     if force:
         forget_staged(plan)
     cluster, num_actors = config.cluster, config.score.num_actors
@@ -72,8 +78,7 @@ def _score(config: Config, force: bool) -> dict[str, Any]:
     wait_for(
         needed, cluster.start_timeout_s, "score", "lower score.num_actors or cluster.cpus_per_worker, or add nodes"
     )
-    with counted(lambda: num_staged(plan), plan.num_users, "users"):
-        return score(plan)
+    return score(plan, counted, accept_drift)
 
 
 PREPARE = _artifact("prepare", "prepared", prepare_inputs, lambda config, _: prepare(config))

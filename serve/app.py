@@ -4,8 +4,10 @@
     curl localhost:8000/v1/recommend -H 'content-type: application/json' -d '{"user_id": "A2IBPI20UZIR0U", "k": 10}'
 
 Overload is shed: a replica works on two batches' worth of requests, `max_queued_requests` wait at each proxy, and
-the rest get 429 with Retry-After. To swap the model of a running application without a restart, give the
-deployment's `user_config` another model_dir and prepared_dir (see serve/config.yaml) and `serve deploy` it.
+the rest get 429 with Retry-After. A model is swapped while requests go on. An application that was given an output_dir
+answers with the promoted model and takes the next one by itself a few seconds after `jobs.promote`. One that was given
+a model_dir and a prepared_dir keeps them until the deployment's `user_config` names others (see serve/config.yaml) and
+is deployed with `serve deploy`.
 """
 
 from __future__ import annotations
@@ -13,16 +15,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from typing import Any
+import time
+from typing import Any, Self
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ray import serve as ray_serve
 from ray.serve.config import BackpressureConfig
 
-from cllm4rec.artifacts import absolute, read_manifest
-from cllm4rec.config import Positive, ServeConfig
+from cllm4rec.artifacts import absolute, join, read_manifest
+from cllm4rec.config import Positive, RulesConfig, ServeConfig
 from cllm4rec.errors import Cllm4RecError, ConfigError
+from cllm4rec.registry import current_model_in
+from cllm4rec.scoring.rule_files import FILES
 from serve.batching import Batcher
 from serve.recommend import Recommender
 from serve.schemas import Ready, RecommendRequest, RecommendResponse
@@ -31,26 +36,55 @@ from serve.web import API_KEYS_VARIABLE, api_keys_of, create_app
 # Serve's own logger: what it gets is in the replica's log file. Directories and versions only, never a request.
 log = logging.getLogger("ray.serve")
 
+WATCH_S = 2.0
+"""How often a replica looks whether another model was promoted."""
+_RETRY_S = 60.0
+"""How long a promoted model that could not be loaded is left alone before it is tried again."""
 
-class Artefacts(BaseModel):
-    """The deployment's user_config: which model answers, and the prepared directory it was trained on."""
+
+class Places(BaseModel):
+    """Where the model is: `output_dir` of a run, to follow its promotions, or two directories that stay."""
+
+    output_dir: str | None = Field(None, description="answers with the current model of this run, whichever that is")
+    model_dir: str | None = None
+    prepared_dir: str | None = Field(None, description="histories; erased users are looked up beside it")
+
+    @model_validator(mode="after")
+    def _says_one_place(self) -> Self:
+        given = (self.output_dir is not None, self.model_dir is not None, self.prepared_dir is not None)
+        if given not in ((True, False, False), (False, True, True)):
+            raise ValueError("give either output_dir, or model_dir and prepared_dir")
+        return self
+
+    def directories(self) -> tuple[str, str]:
+        """Model and prepared directory as they are now. Raises ArtifactError where the run's pointer is damaged."""
+        if self.output_dir is not None:
+            return current_model_in(self.output_dir), join(self.output_dir, "prepared")
+        assert self.model_dir is not None
+        assert self.prepared_dir is not None
+        return self.model_dir, self.prepared_dir
+
+
+class Artefacts(Places):
+    """The deployment's user_config: which model answers, from which histories, and what it may recommend."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    model_dir: str
-    prepared_dir: str
-    deny_items: str | None = None
+    rules: RulesConfig = RulesConfig()
+
+    def resolved(self) -> Self:
+        """The same with two directories named. Raises as `directories`."""
+        model_dir, prepared_dir = self.directories()
+        return self.model_copy(update={"output_dir": None, "model_dir": model_dir, "prepared_dir": prepared_dir})
 
     def load(self) -> Recommender:
-        return Recommender.load(self.model_dir, self.prepared_dir, self.deny_items)
+        return Recommender.load(*self.directories(), self.rules)
 
 
-class ServeArgs(ServeConfig):
+class ServeArgs(ServeConfig, Places):
     """What `build` takes: the artefacts, a run's `serve` section, and what a replica is given."""
 
-    model_dir: str
-    prepared_dir: str
-    deny_items: str | None = Field(None, description="a text file with one item id a line that nobody is recommended")
+    rules: RulesConfig = Field(RulesConfig(), description="a run's score.rules; availability is that of today (UTC)")
     cpus_per_replica: Positive = Field(1, description="also its torch threads")
     use_gpu: bool = False
     require_api_keys: bool = Field(False, description="refuse to start where CLLM4REC_API_KEYS is not set")
@@ -62,8 +96,10 @@ class RecommendReplica:
     def __init__(self, max_batch_size: int, batch_wait_timeout_s: float, require_api_keys: bool) -> None:
         self._api_keys = api_keys_of(os.environ, required=require_api_keys)
         self._recommender: Recommender | None = None
+        self._model_dir, self._tried, self._last_reason = "", ("", 0.0), ""
         self._swapping = asyncio.Lock()
         self._swap: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
         self._recommend = Batcher(self._answer, max_batch_size, batch_wait_timeout_s)
         log.info("The endpoint asks for keys: %s", "yes" if self._api_keys else f"no ({API_KEYS_VARIABLE} is not set)")
 
@@ -78,11 +114,14 @@ class RecommendReplica:
         the load is done.
         """
         artefacts = Artefacts.model_validate(user_config)
+        if self._following is not None:
+            self._following.cancel()
         if self._recommender is None:
-            self._recommender = await asyncio.to_thread(artefacts.load)
-            log.info("Serving model %s from %s", self._recommender.model_version, artefacts.model_dir)
+            await self._take(await asyncio.to_thread(artefacts.resolved))
         else:
             self._swap = asyncio.create_task(self._swap_to(artefacts))
+        if artefacts.output_dir is not None:
+            self._following = asyncio.create_task(self._follow(artefacts))
 
     def check_health(self) -> None:
         if self._recommender is None:
@@ -90,15 +129,43 @@ class RecommendReplica:
 
     async def _swap_to(self, artefacts: Artefacts) -> None:
         async with self._swapping:  # first come, first served: the last one asked for stays
+            self._last_reason = ""
             try:
-                recommender = await asyncio.to_thread(artefacts.load)
+                await self._take(await asyncio.to_thread(artefacts.resolved))
             except Exception as error:
-                # Raised to Serve, this would stop the replica, and a good model with it.
-                reason = str(error) if isinstance(error, Cllm4RecError) else repr(error)
-                log.error("The model at %s is not taken, the old one stays: %s", artefacts.model_dir, reason)
-                return
-            self._recommender = recommender
-            log.info("Swapped to model %s from %s", recommender.model_version, artefacts.model_dir)
+                self._keep_the_old(error)
+
+    async def _follow(self, artefacts: Artefacts) -> None:
+        """Take every model that is promoted from now on, beside the requests."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            async with self._swapping:
+                try:
+                    wanted = await asyncio.to_thread(artefacts.resolved)
+                    if self._is_news(wanted):
+                        await self._take(wanted)
+                except Exception as error:
+                    self._keep_the_old(error)
+
+    def _is_news(self, wanted: Artefacts) -> bool:
+        tried, at = self._tried
+        is_left_alone = wanted.model_dir == tried and time.monotonic() - at < _RETRY_S
+        return wanted.model_dir != self._model_dir and not is_left_alone
+
+    async def _take(self, artefacts: Artefacts) -> None:
+        """Load, then swap: between the two the old model answers."""
+        self._tried = (artefacts.model_dir or "", time.monotonic())
+        recommender = await asyncio.to_thread(artefacts.load)
+        verb = "Serving" if self._recommender is None else "Swapped to"
+        self._recommender, self._model_dir, self._last_reason = recommender, artefacts.model_dir or "", ""
+        log.info("%s model %s from %s", verb, recommender.model_version, artefacts.model_dir)
+
+    def _keep_the_old(self, error: Exception) -> None:
+        """Raised to Serve, an error would stop the replica, and a good model with it. Said once, however often tried."""
+        reason = str(error) if isinstance(error, Cllm4RecError) else repr(error)
+        if reason != self._last_reason:
+            log.error("Another model is not taken, the old one stays: %s", reason)
+        self._last_reason = reason
 
     def _ready(self) -> Ready | None:
         return None if self._recommender is None else Ready(model_version=self._recommender.model_version)
@@ -110,15 +177,16 @@ class RecommendReplica:
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The Serve Application for `serve run` and `jobs.serve`: `model_dir`, `prepared_dir` and any field of ServeArgs.
+    """The Serve Application for `serve run` and `jobs.serve`: where the model is, and any other field of ServeArgs.
 
     Raises ConfigError on an unknown or wrong setting, ArtifactError where a directory is not there, before any replica
     starts. `host`, `port` and `request_timeout_s` belong to Serve's proxies, not to an application: pass
     `http_options(...)` to `ray.serve.start`, or write `http_options` in the Serve YAML.
     """
     settings = _parse(args)
-    read_manifest(settings.model_dir, "model")
-    read_manifest(settings.prepared_dir, "prepared")
+    model_dir, prepared_dir = settings.directories()
+    read_manifest(model_dir, "model")
+    read_manifest(prepared_dir, "prepared")
     deployment = ray_serve.deployment(
         ray_serve.ingress()(RecommendReplica),
         name="Recommend",
@@ -156,10 +224,14 @@ def _parse(args: dict[str, Any]) -> ServeArgs:
         raise ConfigError(f"the arguments of the Serve application are refused: {problems}") from None
 
 
-def _artefacts(settings: ServeArgs) -> dict[str, str | None]:
+def _artefacts(settings: ServeArgs) -> dict[str, Any]:
     # Replicas run in another working directory, maybe on another machine.
-    paths = {"model_dir": settings.model_dir, "prepared_dir": settings.prepared_dir, "deny_items": settings.deny_items}
-    return {name: None if path is None else absolute(path) for name, path in paths.items()}
+    places = settings.model_dump(include=set(Places.model_fields), exclude_none=True)
+    rules = settings.rules.model_dump(exclude_none=True)
+    return {
+        **{name: absolute(path) for name, path in places.items()},
+        "rules": {**rules, **{name: absolute(rules[name]) for name in FILES if name in rules}},
+    }
 
 
 def _replicas(settings: ServeArgs) -> dict[str, Any]:

@@ -9,18 +9,20 @@ Shapes: B requests of one batch, K the largest k among them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import datetime
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cllm4rec.catalog import Catalog
-from cllm4rec.data.prepared import Histories
+from cllm4rec.config import RulesConfig
 from cllm4rec.data.ragged import Ragged
-from cllm4rec.errors import ArtifactError
-from cllm4rec.scoring.rules import Rules, read_rules
+from cllm4rec.scoring.known import Known, histories_of
+from cllm4rec.scoring.rules import RuleBook, Rules
 from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.tombstones import Tombstones
+from serve.erased import ErasedUsers
 from serve.schemas import MAX_TEXT_CHARS, RecommendedItem, RecommendRequest, RecommendResponse
 
 
@@ -37,26 +39,29 @@ class _Question:
 class Recommender:
     """Answers requests with a Scorer and what is known of its users.
 
-    `known` holds the item indices of every catalogue user, a row a user index: train, validation and test alike, for in
-    production all that has been seen is history.
+    `known` holds the item indices of every user: train, validation and test alike, for in production all that has been
+    seen is history. Whom `erased` tells is known no more: neither their embedding nor their history is used.
     """
 
-    def __init__(self, scorer: Scorer, known: Ragged, rules: Rules | None = None) -> None:
-        assert len(known) == scorer.catalog.num_users
-        self.scorer, self.known, self.rules = scorer, known, rules or Rules()
+    def __init__(
+        self, scorer: Scorer, known: Known, rules: RuleBook | None = None, erased: Callable[[], Tombstones] = Tombstones
+    ) -> None:
+        assert len(known.items) == scorer.catalog.num_users + len(known.new_users)
+        self.scorer, self.known, self.rules, self.erased = scorer, known, rules, erased
+        self._day, self._rules_of_day = datetime.date.min, Rules()
 
     @classmethod
-    def load(cls, model_dir: str, prepared_dir: str, deny_items: str | None = None) -> Recommender:
-        """Read a model, the histories it is to be asked with and a deny list; every digest of the model is checked.
+    def load(cls, model_dir: str, prepared_dir: str, rules: RulesConfig | None = None) -> Recommender:
+        """Read a model, the histories it is to be asked with and the rules; every digest of the model is checked.
 
-        Raises ArtifactError where one is missing or damaged, or where they speak of different users or items.
+        The histories may be newer than the model: users and items are matched by id. Erased users are looked up beside
+        `prepared_dir`, in its output_dir. Raises ArtifactError where something is missing or damaged, or where model
+        and histories have no user or no item in common; DataError where a file of the rules does not fit.
         """
         scorer = Scorer.load(model_dir)
-        histories = Histories.load(prepared_dir)
-        _check_same_catalog(scorer.catalog, Catalog.load(prepared_dir), model_dir, prepared_dir)
-        known = histories.together("train", "validation", "test")
-        rules, _ = read_rules(deny_items, scorer.catalog)
-        return cls(scorer, _by_user(histories.user, known, scorer.catalog.num_users), rules)
+        erased = ErasedUsers(prepared_dir.rstrip("/").rpartition("/")[0] or ".")
+        book = RuleBook.read(rules or RulesConfig(), scorer.catalog)
+        return cls(scorer, histories_of(prepared_dir, scorer.catalog), book, erased.now)
 
     @property
     def model_version(self) -> str:
@@ -67,12 +72,13 @@ class Recommender:
 
         Requests with different k share the pass: it ranks as many as the greediest wants and the others are cut.
         """
-        questions = [self._question(request) for request in requests]
+        erased = self.erased()
+        questions = [self._question(request, erased) for request in requests]
         item_BK, score_BK = self.scorer.top_k(
             np.array([question.user for question in questions], np.int64),
             Ragged.from_lists(question.history for question in questions),
             max(request.k for request in requests),
-            self.rules,
+            self._todays_rules(),
             exclude=Ragged.from_lists(question.exclude for question in questions),
         )
         return [
@@ -80,14 +86,28 @@ class Recommender:
             for request, question, items, scores in zip(requests, questions, item_BK, score_BK, strict=True)
         ]
 
-    def _question(self, request: RecommendRequest) -> _Question:
-        user = -1 if request.user_id is None else self.scorer.catalog.user_index(request.user_id)
-        known = self.known[user].tolist() if user >= 0 else []
+    def _todays_rules(self) -> Rules:
+        """An endpoint lives through many days, and what is available differs from one to the next."""
+        today = _today()
+        if self.rules is not None and today != self._day:
+            self._day, self._rules_of_day = today, self.rules.on(today)
+        return self._rules_of_day
+
+    def _question(self, request: RecommendRequest, erased: Tombstones) -> _Question:
+        user, row = self._rows(request.user_id, erased)
+        known = self.known.items[row].tolist() if row >= 0 else []
         told, unknown = self._indices(request.history or [])
         exclude, unknown_exclude = self._indices(request.exclude)
         # An item is in a history once, where it first came, as in the histories the model was trained on.
         history = list(dict.fromkeys(known + told))
         return _Question(user, history, exclude, list(dict.fromkeys(unknown + unknown_exclude)))
+
+    def _rows(self, user_id: str | None, erased: Tombstones) -> tuple[int, int]:
+        """A user's row of the user tables and of `known`, each -1 where there is none."""
+        if user_id is None or erased.contains([user_id])[0]:
+            return -1, -1
+        user = self.scorer.catalog.user_index(user_id)
+        return user, self.known.new_users.get(user_id, -1) if user < 0 else user
 
     def _indices(self, item_ids: Sequence[str]) -> tuple[list[int], list[str]]:
         """Indices of the known items and ids of the unknown ones, each in the order given."""
@@ -113,20 +133,5 @@ class Recommender:
         )
 
 
-def _check_same_catalog(model: Catalog, prepared: Catalog, model_dir: str, prepared_dir: str) -> None:
-    # Histories are item indices: read with another catalogue they would be other items, and nothing would tell.
-    same_users = np.array_equal(model.user_ids, prepared.user_ids)
-    if not same_users or not np.array_equal(model.item_ids, prepared.item_ids):
-        raise ArtifactError(
-            f"{model_dir} ({model.num_users} users, {model.num_items} items) was not trained on {prepared_dir} "
-            f"({prepared.num_users} users, {prepared.num_items} items); "
-            "serve a model with the directory it was trained on"
-        )
-
-
-def _by_user(user: npt.NDArray[np.int64], rows: Ragged, num_users: int) -> Ragged:
-    """The same rows with one for every user index; a user without a row gets an empty one."""
-    places = np.full(num_users, len(rows))
-    places[user] = np.arange(len(rows))
-    with_empty = Ragged(rows.values, np.append(rows.offsets, rows.offsets[-1]))
-    return with_empty.take(places)
+def _today() -> datetime.date:
+    return datetime.datetime.now(datetime.UTC).date()

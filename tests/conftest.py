@@ -26,6 +26,7 @@ def ray_local() -> Iterator[None]:
     """One small local Ray for all tests that need one."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+    # "local": without a word, Ray would join any cluster that happens to run on this machine.
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
     yield
     ray.shutdown()

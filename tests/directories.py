@@ -11,7 +11,7 @@ from cllm4rec.artifacts import read_manifest, write_directory
 from cllm4rec.config import BackboneSize
 from cllm4rec.data.documents import Prompts
 from cllm4rec.data.prepared import Language, bucket_name, bucket_of, write_table
-from cllm4rec.data.world import parity_world
+from cllm4rec.data.world import ParityWorld, parity_world
 from cllm4rec.model.backbone import build_backbone, save_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.store import ModelFacts, write_model
@@ -19,8 +19,8 @@ from cllm4rec.model.store import ModelFacts, write_model
 NUM_WORDS, MAX_TOKENS, WIDTH = 300, 64, 32
 
 
-def write_prepared(folder: Path, num_buckets: int = 1) -> str:
-    world = parity_world()
+def write_prepared(folder: Path, num_buckets: int = 1, world: ParityWorld | None = None) -> str:
+    world = world or parity_world()
     with write_directory(str(folder), kind="prepared", inputs={}, config={}) as draft:
         world.catalog.save(draft.uri)
         draft.counts["users"] = world.num_users
@@ -33,9 +33,9 @@ def write_prepared(folder: Path, num_buckets: int = 1) -> str:
     return str(folder)
 
 
-def write_random_model(folder: Path, prepared_dir: str, seed: int) -> str:
+def write_random_model(folder: Path, prepared_dir: str, seed: int, world: ParityWorld | None = None) -> str:
     """A model nobody trained: what it answers is arbitrary, but the same wherever it is asked."""
-    world = parity_world()
+    world = world or parity_world()
     backbone = build_backbone(BackboneSize(width=WIDTH, heads=2, vocab_size=NUM_WORDS), NUM_WORDS, MAX_TOKENS, seed)
     with write_directory(str(folder / "backbone"), kind="backbone", inputs={}, config={}) as draft:
         save_backbone(backbone, draft.uri)

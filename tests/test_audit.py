@@ -1,15 +1,14 @@
 """Each promise about the lists, broken once: the audit names it and the users it caught, by hash."""
 
-import dataclasses
-
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
 from cllm4rec.catalog import Catalog
 from cllm4rec.data.ragged import Ragged
 from cllm4rec.errors import AuditError
-from cllm4rec.scoring.audit import Audit, hashed, merged_lengths
+from cllm4rec.scoring.audit import audit_bucket, hashed
 from cllm4rec.scoring.publish import SCHEMA
 from cllm4rec.scoring.rules import Rules
 
@@ -28,11 +27,9 @@ def table(lists):
     return pa.table([users, items, scores, ["2026-11-20"] * len(users), ["m"] * len(users)], schema=SCHEMA)
 
 
-def audit(*tables, k=3):
-    checked = Audit(CATALOG, SEEN, RULES, k)
-    for part in tables:
-        checked.add(part)
-    return checked.finish()
+def audit(*tables, k=3, seen=SEEN, rules=RULES):
+    expected = pa.table({"user_id": list(CATALOG.user_ids), "items": seen.to_arrow()})
+    return audit_bucket(expected, tables, pd.Index(CATALOG.item_ids), rules, k)
 
 
 def changed(user, items=None, scores=None):
@@ -52,19 +49,16 @@ def test_lists_as_promised_pass_in_one_table_or_several():
     [
         (table({user: GOOD[user] for user in ("ann", "cyd")}), "has no list"),
         (pa.concat_tables([table(GOOD), table({"bob": GOOD["bob"]})]), "has more than one list"),
-        (table({**GOOD, "dan": GOOD["ann"]}), "is not a user of the catalogue"),
+        (table({**GOOD, "dan": GOOD["ann"]}), "is not a user this run was to score, or stands in another bucket"),
         (changed("bob", ["i0", "i1", "i4"]), "is recommended an item of their history"),
         (changed("bob", ["i0", "i2", "i0"]), "is recommended an item twice"),
-        (changed("bob", ["i0", "i2", "i5"]), "is recommended a denied item"),
+        (changed("bob", ["i0", "i2", "i5"]), "is recommended a blocked item"),
         (changed("bob", ["i0", "i2", "ghost"]), "is recommended an item outside the catalogue"),
         (changed("bob", scores=[0.5, float("nan"), 0.0]), "has a score that is not finite"),
         (changed("bob", scores=[float("inf"), 1.0, 0.0]), "has a score that is not finite"),
         (changed("bob", scores=[0.5, 0.0, 0.1]), "has scores that rise"),
-        (changed("bob", ["i0", "i2"], [0.5, 0.0]), r"has a list of another length than min\(3, what remains\)"),
-        (
-            changed("bob", ["i0", "i2", "i3", "i4"], [4.0, 3.0, 2.0, 1.0]),
-            r"has a list of another length than min\(3, what remains\)",
-        ),
+        (changed("bob", ["i0", "i2"], [0.5, 0.0]), "has a list shorter than 3 though more items are allowed"),
+        (changed("bob", ["i0", "i2", "i3", "i4"], [4.0, 3.0, 2.0, 1.0]), "has a list longer than 3"),
         (changed("bob", scores=[0.5, 0.0]), "has lists of items and scores of different lengths"),
     ],
 )
@@ -103,19 +97,32 @@ def test_users_are_named_by_hash_only():
 
 
 def test_many_caught_users_are_counted_and_three_named():
-    many = Catalog([f"u{user}" for user in range(50)], ["i0", "i1"])
-    checked = Audit(many, Ragged.from_lists([[]] * 50), Rules(), 1)
+    expected = pa.table({"user_id": [f"u{user}" for user in range(50)], "items": [[0]] * 50})
     with pytest.raises(AuditError, match=r"50 users .* \(such as \w+, \w+, \w+\); "):
-        checked.finish()
+        audit_bucket(expected, [], pd.Index(["i0", "i1"]), Rules(), 1)
 
 
-def test_seen_and_denied_items_are_counted_once():
-    overlapping = dataclasses.replace(RULES, deny=np.array([0, 5]))
-    assert merged_lengths(SEEN, overlapping, 6).tolist() == [2, 3, 5]
-    assert merged_lengths(SEEN, Rules(), 6).tolist() == [1, 1, 4]
+def test_seen_and_blocked_items_are_counted_once():
+    overlapping = Rules(np.array([0, 5]))
+    with pytest.raises(AuditError, match="1 users of whom each has a list shorter than 3"):
+        audit(changed("bob", ["i2", "i4"], [0.0, -1.0]), rules=overlapping)
+    short = table({**GOOD, "bob": (["i2", "i3", "i4"], [0.0, -1.0, -2.0])})
+    assert audit(short, rules=overlapping) == {"users": 3, "short_lists": 1}
 
 
 def test_a_user_for_whom_nothing_remains_has_an_empty_list():
-    everything = Audit(CATALOG, Ragged.from_lists([range(6), [], []]), Rules(), 1)
-    everything.add(table({"ann": ([], []), "bob": (["i0"], [1.0]), "cyd": (["i0"], [1.0])}))
-    assert everything.finish() == {"users": 3, "short_lists": 1}
+    lists = table({"ann": ([], []), "bob": (["i0"], [1.0]), "cyd": (["i0"], [1.0])})
+    assert audit(lists, k=1, seen=Ragged.from_lists([range(6), [], []]), rules=Rules()) == {
+        "users": 3,
+        "short_lists": 1,
+    }
+
+
+def test_a_list_cut_short_by_a_full_category_is_right_and_one_entry_more_is_not():
+    capped = Rules(categories=Ragged.from_lists([[0], [0], [0], [0], [1], [1]]), max_per_category=1)
+    lists = {"ann": (["i1", "i4"], [2.0, 1.0]), "bob": (["i5", "i0"], [2.0, 1.0]), "cyd": (["i4"], [1.0])}
+    assert audit(table(lists), rules=capped) == {"users": 3, "short_lists": 3}
+    with pytest.raises(AuditError, match="more than 1 items of a category"):
+        audit(table({**lists, "ann": (["i1", "i4", "i2"], [2.0, 1.0, 0.0])}), rules=capped)
+    with pytest.raises(AuditError, match="shorter than 3"):
+        audit(table({**lists, "ann": (["i1"], [2.0])}), rules=capped)

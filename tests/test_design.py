@@ -17,12 +17,17 @@ MAY_IMPORT = {
     "artifacts": {"errors"},
     "config": {"errors"},
     "catalog": {"errors", "artifacts"},
-    "data": FIRST,
+    "tombstones": FIRST,
+    "registry": FIRST,
+    "data": FIRST | {"tombstones"},
     "model": FIRST | {"data"},
     "training": FIRST | {"data", "model"},
     "baselines": FIRST | {"data", "evaluation"},
-    "scoring": FIRST | {"data", "model", "training"},
+    "scoring": FIRST | {"data", "model", "training", "tombstones", "registry"},
     "evaluation": FIRST | {"data", "model", "training", "scoring", "baselines"},
+    "promotion": FIRST | {"data", "scoring", "evaluation", "registry"},
+    "redact": FIRST | {"tombstones"},
+    "erasure": FIRST | {"tombstones", "redact", "registry", "data", "scoring"},
 }
 RAY_IS_ALLOWED_IN = ("cllm4rec.data.", "cllm4rec.training.loop", "cllm4rec.scoring.batch", "jobs.", "serve.")
 

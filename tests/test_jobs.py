@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,7 +290,7 @@ def test_a_cluster_that_grows_is_waited_for(monkeypatch):
 
 def test_scoring_asks_for_its_actors_and_one_cpu_to_read_with(monkeypatch, tmp_path):
     cluster_of(monkeypatch, CPU=6.0)
-    monkeypatch.setattr(stages, "plan_score", lambda config, force: None)
+    monkeypatch.setattr(stages, "plan_score", lambda config, force: types.SimpleNamespace(config=config))
     config = parse_config(
         {**MINIMAL, "score": {"num_actors": 3}, "cluster": {"cpus_per_worker": 2, "start_timeout_s": 0.01}}
     )

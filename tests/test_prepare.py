@@ -38,6 +38,7 @@ from cllm4rec.data.staging import Rows, Staged
 from cllm4rec.data.tokenizer import Encoder
 from cllm4rec.data.world import ParityWorld, parity_world
 from cllm4rec.errors import ConfigError, DataError
+from cllm4rec.tombstones import Tombstones
 
 PROMPTS = Prompts([1], [2], [3], [4], [5], [6], [7], [8])
 
@@ -95,6 +96,21 @@ def test_the_last_rating_of_a_pair_decides_whether_it_is_liked() -> None:
     with pytest.raises(DataError, match="no interactions are left of 5: 1 were repeated pairs, 1 not rated above"):
         module._keep(staged(rows), data_config(), {})
     assert len(module._keep(staged(rows), data_config(min_rating=None), {}).facts.user) == 4
+
+
+def test_every_row_of_an_erased_user_is_left_out_and_only_their_number_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before, counts = staged([*SQUARE, ("cleo", "x", 5.0, 9), ("cleo", "y", 5.0, 9)]), dict[str, Any]()
+    items = before.rows[0].take(np.array([0])).take(np.array([0, 0]))
+    described = dataclasses.replace(items, user=np.array([-1, -1]))  # rows of items have no user
+    before = dataclasses.replace(before, rows=[*before.rows, described])
+    after = module._without_erased(before, Tombstones().with_users(["cleo", "nobody"]), counts)
+    assert [len(rows) for rows in after.rows] == [4, 2]
+    assert module._keep(after, data_config(), {}).user_ids.tolist() == ["anna", "ben"]
+    assert counts == {"erased": {"rows": 2}}
+    assert "cleo" not in capsys.readouterr().out
+    assert len(module._without_erased(before, Tombstones(), counts).rows[0]) == 6
 
 
 def test_too_many_refused_rows_stop_the_stage_and_name_the_commonest_reasons(tmp_path: Path) -> None:
@@ -177,6 +193,19 @@ def test_inputs_change_with_what_decides_the_result_and_with_nothing_else(tmp_pa
         stream.write('{"item": "new", "text": "x"}\n')
     after = prepare_inputs(config)
     assert [key for key in before if after[key] != before[key]] == ["files"]
+
+
+def test_an_erasure_is_an_input_and_none_is_none(tmp_path: Path) -> None:
+    parity_world().write(str(tmp_path))
+    config = config_of(tmp_path / "out", tmp_path)
+    before = prepare_inputs(config)
+    digests = []
+    for user_id in ("user-00", "user-01"):
+        Tombstones.load(config.output_dir).with_users([user_id]).save(config.output_dir)
+        after = prepare_inputs(config)
+        digests.append(after.pop("erased"))
+        assert after == before
+    assert len(set(digests)) == 2
 
 
 def test_a_backbone_folder_counts_as_an_input(tmp_path: Path) -> None:
@@ -280,6 +309,19 @@ def test_no_word_of_a_text_that_may_not_be_seen_is_left_anywhere(prepared: tuple
             assert CANARY not in path.read_text(encoding="utf-8"), path
     for syllable in ("xyl", "quartz"):
         assert syllable not in str(json.loads(Path(uri, "tokenizer", "tokenizer.json").read_text())["model"]["merges"])
+
+
+@pytest.mark.ray
+def test_a_user_who_was_erased_is_not_prepared_again(raw: Path, tmp_path: Path, ray_local: None) -> None:
+    config = config_of(tmp_path, raw)
+    Tombstones().with_users(["user-07"]).save(config.output_dir)
+    manifest = prepare(config)
+    uri = config.directory("prepared")
+    assert (manifest.counts["erased"], manifest.counts["users"]) == ({"rows": 11}, 39)
+    assert "user-07" not in Catalog.load(uri).user_ids
+    assert len(load_documents(uri).of_kinds([Kind.USER_TEXT])) == 39
+    assert not any("user-07" in str(pq.read_table(path).to_pylist()) for path in Path(uri).rglob("*.parquet"))
+    assert is_current(uri, "prepared", prepare_inputs(config))
 
 
 @pytest.mark.ray

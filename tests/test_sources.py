@@ -10,6 +10,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -322,3 +323,23 @@ def test_items_without_any_of_their_text_columns_are_a_mistake(tmp_path: Path) -
 def test_a_built_in_format_does_without_text_and_time(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"reviewerID": "anna", "asin": "b1", "overall": 5}\n')
     assert facts_of(read(tmp_path / "a.json", "amazon2014", Columns())) == [("anna", "b1", 5.0, 0, "")]
+
+
+def test_a_delta_table_is_its_newest_rows_wherever_it_lies(tmp_path):
+    uri = str(tmp_path / "a b" / "events")
+    rows = pa.table({"reader": ["u", "v"], "book": ["i", "j"]})
+    write_deltalake(uri, rows)
+    write_deltalake(uri, rows.slice(0, 1), mode="overwrite")
+    columns = {"user": "reader", "item": "book"}
+    layout = inspect(Source(path=uri, format="delta", columns=Columns(**columns)), "interactions", None)
+    assert [row["user"] for row in rows_of(layout)] == ["u"]
+
+
+def test_a_delta_table_that_cannot_be_read_as_files_is_refused(tmp_path):
+    source = Source(path=str(tmp_path / "nothing"), format="delta", columns=Columns(user="reader", item="book"))
+    with pytest.raises(DataError, match="is no Delta table that can be read"):
+        inspect(source, "interactions", None)
+    uri = str(tmp_path / "parted")
+    write_deltalake(uri, pa.table({"reader": ["u"], "book": ["i"], "day": ["mon"]}), partition_by=["day"])
+    with pytest.raises(DataError, match="is a partitioned Delta table"):
+        inspect(source.model_copy(update={"path": uri}), "interactions", None)

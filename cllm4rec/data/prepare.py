@@ -1,6 +1,7 @@
 """The prepare stage: raw interactions and texts → `prepared/` (see `cllm4rec.data.prepared` for what lies there).
 
-    validate → duplicates → threshold → k-core → catalog → split → tokenise the training texts → buckets → audit
+    validate → erased users → duplicates → threshold → k-core → catalog → split → tokenise the training texts → buckets →
+    audit
 
 Texts stay out of this process but for the catalogue's own and, one file at a time, those a tokenizer learns from.
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import posixpath
 from collections import Counter
 from typing import Any
 
@@ -26,7 +26,6 @@ from cllm4rec.artifacts import (
     absolute,
     digest_of,
     digest_of_file,
-    filesystem,
     join,
     list_files,
     read_manifest,
@@ -41,16 +40,14 @@ from cllm4rec.data.documents import Kind
 from cllm4rec.data.formats import ROLES, Layout, Role
 from cllm4rec.data.prepared import SPLITS, Language, num_buckets, write_table
 from cllm4rec.data.records import Limits
-from cllm4rec.data.sources import inspect, source_files
+from cllm4rec.data.sources import fingerprint, inspect, source_files
 from cllm4rec.data.split import TEST, TRAIN, hash_ids, k_core, last_of_pairs, shuffle_keys, split_rows
 from cllm4rec.data.staging import Rows, Staged, quiet_data_context, stage
 from cllm4rec.data.tokenizer import Encoder, save_tokenizer, tokenise_prompts
 from cllm4rec.errors import DataError
+from cllm4rec.tombstones import Tombstones
 
 Array = npt.NDArray[Any]
-
-MAX_DIGESTED_BYTES = 1 << 30
-"""A larger input file is told by its size and time instead of its sha256: reading it again would cost minutes."""
 
 
 def prepare(config: Config) -> Manifest:
@@ -66,6 +63,8 @@ def prepare(config: Config) -> Manifest:
         staging = absolute(draft.path("staging"))
         staged = stage(layouts, Limits.of(config.data), staging)
         _quarantine(staged, layouts, config.data, draft)
+        # Read after the inputs' digest: who is erased meanwhile is left out too, and the stage runs once more.
+        staged = _without_erased(staged, Tombstones.load(config.output_dir), draft.counts)
         kept = _keep(staged, config.data, draft.counts)
         chosen = _choose_texts(kept, staged, layouts, draft.counts)
         print(f"tokenising {len(chosen):,} texts")
@@ -84,10 +83,12 @@ def prepare_inputs(config: Config) -> dict[str, str]:
     if isinstance(backbone, str):
         tokenizer += [config.model.revision, *_tokenizer_fingerprints(backbone)]
     files = [file for role, source in _sources(config.data) for file in source_files(source, role)]
+    tombstones = Tombstones.load(config.output_dir)
     return {
         "data": digest_of(config.data.model_dump(mode="json")),
-        "files": digest_of([_fingerprint(file) for file in files]),
+        "files": digest_of([fingerprint(file) for file in files]),
         "tokenizer": digest_of(tokenizer),
+        **({"erased": tombstones.digest} if len(tombstones) else {}),
     }
 
 
@@ -97,13 +98,6 @@ def _tokenizer_fingerprints(folder: str) -> list[tuple[str, str]]:
         return []
     names = [name for name in list_files(folder) if name.endswith((".json", ".txt", ".model"))]
     return [(name, digest_of_file(join(folder, name))) for name in names]
-
-
-def _fingerprint(file: str) -> tuple[str, int, str]:
-    fs, path = filesystem(file)
-    size = int(fs.size(path))
-    content = digest_of_file(file) if size <= MAX_DIGESTED_BYTES else str(fs.modified(path))
-    return posixpath.basename(file), size, content
 
 
 def _sources(data: DataConfig) -> list[tuple[Role, Source]]:
@@ -138,6 +132,17 @@ def _commonest(refused: pa.Table, layout: Layout, most: int = 3) -> str:
         first = mine.slice(pc.index(mine["reason"], reason).as_py(), 1).to_pylist()[0]
         sentences.append(f"{reason} ({counts[reason]:,} times, first in {first['file']} line {first['line']})")
     return ", ".join(sentences)
+
+
+def _without_erased(staged: Staged, tombstones: Tombstones, counts: dict[str, Any]) -> Staged:
+    """Leave out every row of an erased user; only their number is told."""
+    erased = np.flatnonzero(tombstones.contains(staged.user_ids))
+    rows = [source.take(np.flatnonzero(~np.isin(source.user, erased))) for source in staged.rows]
+    if len(tombstones):
+        left_out = sum(map(len, staged.rows)) - sum(map(len, rows))
+        counts["erased"] = {"rows": left_out}
+        print(f"left out: {left_out:,} rows of erased users")
+    return dataclasses.replace(staged, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)

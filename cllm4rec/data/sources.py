@@ -8,8 +8,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import posixpath
 
-from cllm4rec.artifacts import absolute, filesystem
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
+
+from cllm4rec.artifacts import absolute, digest_of_file, filesystem, join
 from cllm4rec.config import Columns, Source
 from cllm4rec.data.formats import FORMATS, MOVIELENS_NAMES, Layout, Role, named_columns
 from cllm4rec.data.records import (
@@ -25,6 +29,8 @@ from cllm4rec.data.records import (
 )
 from cllm4rec.errors import ConfigError, DataError
 
+MAX_DIGESTED_BYTES = 1 << 30
+"""A larger input file is told by its size and time instead of its sha256: reading it again would cost minutes."""
 LOOK_AT_LINES = 1000
 """Records of the first file that are read to learn which columns a JSON source has."""
 
@@ -51,25 +57,41 @@ def inspect(source: Source, role: Role, min_rating: float | None) -> Layout:
 def source_files(source: Source, role: Role) -> list[str]:
     """A source's files as absolute paths or URIs, globs expanded and sorted. Raises DataError where one is missing."""
     patterns = [source.path] if isinstance(source.path, str) else source.path
-    expand = _delta_files if source.format == "delta" else _expand
+    expand = _files_of_table if source.format == "delta" else _expand
     files = [file for pattern in patterns for file in expand(pattern, role)]
     if not files:
         raise ConfigError(f"data.{role}.path is an empty list; name at least one file")
     return list(dict.fromkeys(files))
 
 
-def _delta_files(table: str, role: Role) -> list[str]:
-    """The Parquet files of a Delta table's newest version."""
-    from deltalake import DeltaTable
-    from deltalake.exceptions import DeltaError
+def fingerprint(file: str) -> tuple[str, int, str]:
+    """What tells one state of an input file from another: its name, size and sha256."""
+    fs, path = filesystem(file)
+    size = int(fs.size(path))
+    content = digest_of_file(file) if size <= MAX_DIGESTED_BYTES else str(fs.modified(path))
+    return posixpath.basename(file), size, content
 
+
+def delta_files(table: DeltaTable, uri: str) -> list[str]:
+    """URIs of the files of a Delta table's version. (`file_uris` spells a space in the table's own path as %20.)"""
+    return sorted(join(uri, fragment.path) for fragment in table.to_pyarrow_dataset().get_fragments())
+
+
+def _files_of_table(uri: str, role: Role) -> list[str]:
     try:
-        files = [str(file) for file in DeltaTable(absolute(table)).file_uris()]
-    except DeltaError:
-        raise DataError(f"data.{role}.path {table} is no Delta table that can be read; check the path") from None
+        table = DeltaTable(absolute(uri))
+        files = delta_files(table, absolute(uri))
+    except DeltaError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"data.{role}.path {uri} is no Delta table that can be read ({reason}); check the path, or write it anew "
+            "without the feature"
+        ) from None
+    if table.metadata().partition_columns:
+        raise DataError(f"data.{role}.path {uri} is a partitioned Delta table; name one without partitions")
     if not files:
-        raise DataError(f"data.{role}.path {table} is a Delta table without rows; check the path")
-    return sorted(files)
+        raise DataError(f"data.{role}.path {uri} is a Delta table without rows; check the path")
+    return files
 
 
 def _expand(pattern: str, role: Role) -> list[str]:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,13 @@ def stage(layouts: Sequence[Layout], limits: Limits, staging: str) -> Staged:
 
     Raises DataError for a file that is not what its layout says. What one row has wrong is refused, not raised.
     """
+    validate = functools.partial(_stage_block, layouts=layouts, limits=limits, staging=staging)
+    rows = records_of(layouts, limits).map_batches(validate, batch_size=None, batch_format="pyarrow")
+    return _collect(run_dataset(rows), layouts)
+
+
+def records_of(layouts: Sequence[Layout], limits: Limits) -> Any:
+    """A Ray Dataset of the records of every file, with `source` (index into layouts) and `file` (of its files)."""
     files = [
         {"source": source, "number": number, "file": file}
         for source, layout in enumerate(layouts)
@@ -96,21 +103,45 @@ def stage(layouts: Sequence[Layout], limits: Limits, staging: str) -> Staged:
     ]
     num_readers = min(len(files), int(ray.cluster_resources().get("CPU", 1)) or 1)
     read = functools.partial(_read_files, layouts=layouts, limits=limits)
-    validate = functools.partial(_stage_block, layouts=layouts, limits=limits, staging=staging)
     # Readers wait for storage and gzip: they ask for no core, so that validating always finds one, and because Ray Data
     # fuses two steps that ask for the same, which would leave a file to one core.
-    rows = (
-        ray.data.from_items(files, override_num_blocks=len(files))
-        .map_batches(read, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=num_readers))
-        .map_batches(validate, batch_size=None, batch_format="pyarrow")
+    return ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
+        read, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=num_readers)
     )
-    return _collect(run_dataset(rows), layouts)
 
 
 def run_dataset(dataset: Any) -> Iterator[pa.Table]:
     """The blocks of a Ray Data pipeline as they come. Raises a task's own error where it is ours or the disk's."""
-    try:
+    with _own_errors():
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def each(inputs: Iterable[Any], task: Callable[[Any], Any]) -> Iterator[Any]:
+    """What `task` returns for every input, run on the cluster, as it comes. Raises as `run_dataset`.
+
+    About as many run at once as there are CPUs, so the driver never holds more results than that.
+    """
+    most = 1 + int(ray.cluster_resources().get("CPU", 1))
+    shared, waiting = ray.put(task), iter(inputs)
+    running: list[Any] = []
+    with _own_errors():
+        while True:
+            running += [_call.remote(shared, one) for one in itertools.islice(waiting, most - len(running))]
+            if not running:
+                return
+            ready, running = ray.wait(running)
+            yield ray.get(ready[0])
+
+
+@ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]
+def _call(task: Callable[[Any], Any], one: Any) -> Any:
+    return task(one)
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    try:
+        yield
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, Cllm4RecError):  # Ray adds lines of advice that do not fit

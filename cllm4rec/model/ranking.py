@@ -51,18 +51,25 @@ class Ranker:
         """The k best items of each user, best first, ties by lower index; (B, k) indices and logits.
 
         users: rows, -1 where unknown. histories: item indices that are read (order does not matter). hidden_items: item
-        indices that may not be recommended, ascending within a row. Where fewer than k items remain: -1 and -inf.
+        indices that may not be recommended. Where fewer than k items remain: -1 and -inf.
         """
-        items = np.empty((len(users), k), np.int64)
-        scores = np.empty((len(users), k), np.float32)
-        hidden_BK = self._hidden(users, histories)
-        for begin in range(0, len(users), _HEAD_ROWS):
-            rows = np.arange(begin, min(begin + _HEAD_ROWS, len(users)))
-            items[rows], scores[rows] = self._best_items(hidden_BK[rows], hidden_items.take(rows), k)
+        return self.best_items(self.hidden(users, histories), hidden_items, k)
+
+    @torch.inference_mode()
+    def best_items(
+        self, hidden_BK: Tensor, hidden_items: Ragged, k: int, bias_J: Tensor | None = None
+    ) -> tuple[IntArray, FloatArray]:
+        """`top_k` from the hidden states on. bias_J: added to everyone's logits, -inf where nobody may have an item."""
+        items = np.empty((len(hidden_BK), k), np.int64)
+        scores = np.empty((len(hidden_BK), k), np.float32)
+        for begin in range(0, len(hidden_BK), _HEAD_ROWS):
+            rows = np.arange(begin, min(begin + _HEAD_ROWS, len(hidden_BK)))
+            items[rows], scores[rows] = self._best_items(hidden_BK[rows], hidden_items.take(rows), k, bias_J)
         return items, scores
 
-    def _hidden(self, users: IntArray, histories: Ragged) -> Tensor:
-        """The hidden state after each user's prompt, (B, K) in float32."""
+    @torch.inference_mode()
+    def hidden(self, users: IntArray, histories: Ragged) -> Tensor:
+        """The hidden state after each user's prompt, (B, K) in float32: what `best_items` ranks by."""
         documents = self._documents(users, histories)
         hidden_BK = torch.zeros(len(users), self.model.backbone.width, device=self.model.collaborative_items.device)
         columns = -(-documents.lengths // _COLUMNS_STEP) * _COLUMNS_STEP
@@ -108,13 +115,17 @@ class Ranker:
         prompt_width = int(documents.prompt.lengths[0])
         return packer.layout(longer, (num_rows, prompt_width, width)), every * width + documents.main.lengths
 
-    def _best_items(self, hidden_BK: Tensor, hidden_items: Ragged, k: int) -> tuple[IntArray, FloatArray]:
+    def _best_items(
+        self, hidden_BK: Tensor, hidden_items: Ragged, k: int, bias_J: Tensor | None
+    ) -> tuple[IntArray, FloatArray]:
         num_users, num_items = len(hidden_BK), self.tokens.num_items
         fixed_BK = torch.nn.functional.pad(hidden_BK, (0, 0, 0, _HEAD_ROWS - num_users))
         best: Tensor | None = None
         for begin in range(0, num_items, _HEAD_ITEMS):
             table_JK = self.model.collaborative_items[begin : begin + _HEAD_ITEMS].float()
             logits_BJ = (fixed_BK @ table_JK.T)[:num_users]
+            if bias_J is not None:
+                logits_BJ += bias_J[begin : begin + _HEAD_ITEMS]
             inside = (hidden_items.values >= begin) & (hidden_items.values < begin + _HEAD_ITEMS)
             rows = torch.from_numpy(hidden_items.rows[inside]).to(logits_BJ.device)
             columns = torch.from_numpy(hidden_items.values[inside] - begin).to(logits_BJ.device)

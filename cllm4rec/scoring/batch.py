@@ -1,16 +1,19 @@
-"""The nightly list for every user: scored by Ray Data actors into staging, audited, published in one commit.
+"""The list for every user: histories merged, scored by Ray Data actors into staging, audited, published in one commit.
 
-    plan = plan_score(config); report = score(plan)
+    plan = plan_score(config, nightly=True); facts = score(plan)
 
-A run that was killed goes on with the users it has not scored. Nothing is visible before the commit.
+A run that was killed goes on with the users it has not scored. Nothing is visible before the commit. This file hands
+work to Ray; what is done is in `histories`, `scorer`, `audit`, `drift` and `publish`. The driver keeps counts, the
+catalogue's items and a sample of the lists, however many users there are.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import time
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,124 +23,245 @@ import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
 from cllm4rec import artifacts
-from cllm4rec.artifacts import digest_of, read_manifest
+from cllm4rec.artifacts import Manifest, is_current, join, read_manifest
 from cllm4rec.catalog import Catalog
-from cllm4rec.config import Config
-from cllm4rec.data.prepared import SPLITS, Histories, bucket_paths, read_tables
+from cllm4rec.config import Source
+from cllm4rec.data.events import Places, events_digest, events_of, inspect_events, num_bytes, stage_events
+from cllm4rec.data.prepared import bucket_name, bucket_paths
 from cllm4rec.data.ragged import Ragged
-from cllm4rec.data.staging import quiet_data_context
-from cllm4rec.errors import ArtifactError
-from cllm4rec.scoring.audit import Audit
-from cllm4rec.scoring.publish import SCHEMA, current_run, publish, published_attempt
-from cllm4rec.scoring.rules import Rules, read_deny_list, read_rules
+from cllm4rec.data.records import Limits
+from cllm4rec.data.staging import each, quiet_data_context
+from cllm4rec.errors import AuditError, DataError
+from cllm4rec.scoring import drift
+from cllm4rec.scoring.audit import audit_files
+from cllm4rec.scoring.histories import Bucket, files_per_bucket, write_bucket
+from cllm4rec.scoring.lease import hold
+from cllm4rec.scoring.plan import ScorePlan
+from cllm4rec.scoring.publish import SCHEMA, current_files, publish, published_attempt
+from cllm4rec.scoring.report import DriftReport, write_report
+from cllm4rec.scoring.rules import Rules, read_rules
 from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.tombstones import Tombstones
 
 _MOST_USERS_PER_FILE = 65_536
+_BYTES_PER_NEW_BUCKET = 64 << 20
+_COUNTED = ("users", "short_lists")
+
+Progress = Callable[[Callable[[], int], int, str], contextlib.AbstractContextManager[None]]
+"""Shows how many of a total are done while a block runs."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ScorePlan:
-    """One scoring run. `run_id` names its inputs: model, data, rules, k and date; `attempt` counts its publications."""
+def score(plan: ScorePlan, progress: Progress | None = None, accept_drift: bool = False) -> dict[str, Any]:
+    """Merge histories, score, audit, publish, report; returns the facts of `report.json`.
 
-    config: Config
-    run_id: str
-    attempt: int
-    run_date: str
-    staging: str
-    checkpoint_dir: str
-    num_users: int
-
-
-def plan_score(config: Config, force: bool = False) -> ScorePlan:
-    """What `score` would do: the run that readers see already; a new attempt with `force` or where they see another.
-
-    Raises ArtifactError where a stage is missing, DataError where the deny list is.
+    Raises AuditError, and publishes nothing, where a promise is broken or where a nightly run's lists are further from
+    the last ones than `nightly.drift` allows; ArtifactError where the model is damaged; ResourceError where another run
+    is at work on the same table.
     """
-    model = read_manifest(config.directory("model"), "model")
-    prepared = read_manifest(config.directory("prepared"), "prepared")
-    if model.inputs.get("prepared") != prepared.digest:
-        raise ArtifactError(
-            f"{config.directory('model')} was trained on other data than {config.directory('prepared')} holds; run the "
-            "training stages again"
-        )
-    run_date = str(config.run_date or datetime.now(UTC).date())
-    deny = sorted(set(read_deny_list(config.score.rules.deny)))
-    run_id = digest_of([model.digest, prepared.digest, config.score.k, deny, run_date])[:16]
-    attempt = published_attempt(config.directory("dump"), run_id)
-    if force or current_run(config.directory("dump")) != run_id:
-        attempt += 1
-    name = f"{run_id}-{attempt}"
-    return ScorePlan(
-        config=config,
-        run_id=run_id,
-        attempt=attempt,
-        run_date=run_date,
-        staging=artifacts.join(config.directory("dump"), f"run={name}"),
-        # Named after the run: a checkpoint left by another one would make this one write nothing and succeed.
-        checkpoint_dir=artifacts.join(config.directory("runs"), "score", name),
-        num_users=int(prepared.counts["users"]),
-    )
+    with hold(plan.dump_dir, f"the scoring run {plan.run_id}"):
+        night = _Night(plan, accept_drift)
+        try:
+            night.run(progress)
+        except AuditError as error:
+            night.facts |= {"status": "refused", "reason": str(error)}
+            raise
+        finally:
+            if night.facts["status"] != "interrupted":
+                write_report(plan.report_dir, night.finished(), night.drift)
+    return night.facts
 
 
-def is_published(config: Config) -> bool:
-    """Whether readers see the lists this config would give."""
-    return current_run(config.directory("dump")) == plan_score(config).run_id
+class _Night:
+    """One run of a plan, from the top: what it did so far is in `facts`."""
 
+    def __init__(self, plan: ScorePlan, accept_drift: bool) -> None:
+        self.plan, self._accept_drift = plan, accept_drift
+        self.drift: DriftReport | None = None
+        self._seconds: dict[str, float] = {}
+        self.facts: dict[str, Any] = {
+            "status": "interrupted",
+            "run_id": plan.run_id,
+            "attempt": plan.attempt,
+            "run_date": str(plan.run_date),
+            "model_version": plan.model_version,
+            "model_dir": plan.model_dir,
+            "inputs": plan.inputs,
+            "seconds": self._seconds,
+        }
 
-def score(plan: ScorePlan) -> dict[str, Any]:
-    """Score, audit, publish; returns the report. Raises AuditError, and publishes nothing, where a promise is broken;
-    ArtifactError where the model is damaged.
-    """
-    config = plan.config
-    started = time.monotonic()
-    # Here, where an error is one sentence, and not in every actor first.
-    artifacts.verify_files(config.directory("model"), read_manifest(config.directory("model"), "model"))
-    rules, num_unknown_denied = read_rules(config.score.rules.deny, Catalog.load(config.directory("model")))
-    if published_attempt(config.directory("dump"), plan.run_id) < plan.attempt:  # else its files are read by others
-        _write_lists(plan, rules)
-    scored_s = time.monotonic() - started
-    staged = [name for name in artifacts.list_files(plan.staging) if name.endswith(".parquet")]
-    counts = audit_staged(plan, staged, rules)
-    version = publish(
-        config.directory("dump"),
-        [f"{plan.staging.rsplit('/', 1)[-1]}/{name}" for name in staged],
-        plan.run_id,
-        plan.attempt,
-        {"run_id": plan.run_id, "model_version": model_version(config), "run_date": plan.run_date},
-    )
-    artifacts.remove_directory(plan.checkpoint_dir)
-    return {
-        **counts,
-        "denied_items": len(rules.deny),
-        "unknown_denied_items": num_unknown_denied,
-        "table_version": version,
-        "run_id": plan.run_id,
-        "run_date": plan.run_date,
-        "model_version": model_version(config),
-        "users_per_s": round(counts["users"] / max(scored_s, 1e-9), 1),
-        "sha256": {name: artifacts.digest_of_file(artifacts.join(plan.staging, name)) for name in staged},
-    }
+    def run(self, progress: Progress | None) -> None:
+        plan = self.plan
+        # Here, where an error is one sentence, and not in every actor first.
+        artifacts.verify_files(plan.model_dir, read_manifest(plan.model_dir, "model"))
+        items = Catalog.load_items(plan.model_dir)
+        rules = read_rules(plan.config.score.rules, items, plan.run_date)
+        self.facts["rules"] = rules.counts
+        with self._timed("histories"):
+            histories = merge_histories(plan)
+        self.facts["histories"] = histories.counts
+        is_written = published_attempt(plan.dump_dir, plan.run_id) >= plan.attempt  # then its files are read by others
+        if not is_written:
+            self._score(histories, rules, progress)
+        with self._timed("audit"):
+            counts, sha256 = audit_staged(plan, histories, rules)
+        self.facts |= {**counts, "sha256": sha256}
+        if plan.is_nightly and not is_written:
+            with self._timed("drift"):
+                self._compare(list(sha256), items)
+        with self._timed("publish"):
+            self._publish(list(sha256))
 
+    def finished(self) -> dict[str, Any]:
+        self._seconds["total"] = round(sum(self._seconds.values()), 3)
+        return self.facts
 
-def forget_staged(plan: ScorePlan) -> None:
-    """Drop what an interrupted or refused run of this plan has staged, so that everybody is scored anew."""
-    if published_attempt(plan.config.directory("dump"), plan.run_id) < plan.attempt:
-        artifacts.remove_directory(plan.staging)
+    def _score(self, histories: Manifest, rules: Rules, progress: Progress | None) -> None:
+        num_users, already = int(histories.counts["users"]), num_staged(self.plan)
+        with self._timed("score"):
+            shown = progress(functools.partial(num_staged, self.plan), num_users, "users") if progress else None
+            with shown or contextlib.nullcontext():
+                write_lists(self.plan, histories, rules)
+        config, seconds = self.plan.config, max(self._seconds["score"], 1e-9)
+        users_per_s = max(num_users - already, 0) / seconds
+        units = config.score.num_actors * (1 if config.cluster.use_gpu else config.cluster.cpus_per_worker)
+        self.facts |= {"users_scored": num_users - already, "users_per_s": round(users_per_s, 1)}
+        self.facts["cost"] = {
+            "unit": "GPU-hours" if config.cluster.use_gpu else "core-hours",
+            "per_million_users": round(units * 1e6 / 3600 / users_per_s, 4) if users_per_s else None,
+        }
+
+    def _compare(self, staged: list[str], items: Catalog) -> None:
+        """Against the lists readers see; a first night has none."""
+        plan, old_files = self.plan, current_files(self.plan.dump_dir)
+        if not old_files:
+            return
+        most, num_users = plan.config.nightly.drift.sample_users, int(self.facts["users"])
+        old = _sampled(old_files, most, num_users)
+        new = _sampled([join(plan.staging, name) for name in staged], most, num_users)
+        self.drift = DriftReport(drift.compare(old, new, (items.item_ids, items.item_counts)), old, new)
+        breaches = drift.breaches(self.drift.drift, plan.config.nightly.drift)
+        self.facts |= {"drift": self.drift.facts(), "drift_breaches": breaches}
+        if breaches and not self._accept_drift:
+            raise AuditError(
+                f"the lists are too far from those published last: {' '.join(breaches)} Nothing was published; correct "
+                "the cause, or run the same command with --accept-drift"
+            )
+
+    def _publish(self, staged: list[str]) -> None:
+        plan = self.plan
+        folder = plan.staging.rsplit("/", 1)[-1]
+        facts = {"model_version": plan.model_version, "run_date": str(plan.run_date), "users": self.facts["users"]}
+        version = publish(plan.dump_dir, [f"{folder}/{name}" for name in staged], plan.run_id, plan.attempt, facts)
         artifacts.remove_directory(plan.checkpoint_dir)
+        self.facts |= {"status": "published", "table_version": version}
+
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._seconds[part] = round(time.monotonic() - began, 3)
 
 
-def num_staged(plan: ScorePlan) -> int:
-    """Users whose lists are staged so far, for a progress line."""
-    fs, path = artifacts.filesystem(plan.staging)
-    num_rows = 0
-    for file in fs.find(path) if fs.exists(path) else []:
-        with contextlib.suppress(OSError, pa.ArrowInvalid), fs.open(file) as stream:  # one that is being written
-            num_rows += pq.read_metadata(stream).num_rows
-    return num_rows
+def merge_histories(plan: ScorePlan) -> Manifest:
+    """Write `nightly/histories` unless it holds these inputs already; returns its manifest.
+
+    Raises DataError where an event file is empty, cut short or mostly refused.
+    """
+    if is_current(plan.histories_dir, "histories", plan.inputs):
+        return read_manifest(plan.histories_dir, "histories")
+    files = bucket_paths(plan.prepared_dir, "histories")
+    size = files_per_bucket(len(files), plan.num_known_users)
+    groups = [tuple(files[begin : begin + size]) for begin in range(0, len(files), size)]
+    places = Places(
+        artifacts.absolute(plan.prepared_dir), plan.model_dir, plan.num_known_users, len(files), size, _num_new(plan)
+    )
+    with (
+        quiet_data_context(),
+        artifacts.write_directory(plan.histories_dir, kind="histories", inputs=plan.inputs, config={}) as draft,
+    ):
+        staged = artifacts.absolute(draft.path("events"))
+        if plan.events is not None:
+            draft.counts["events"] = _stage_events(plan, plan.events, places, staged)
+        groups += [()] * places.num_new
+        buckets = [Bucket(number, group, events_of(staged, number)) for number, group in enumerate(groups)]
+        draft.counts |= _merge(plan, buckets, artifacts.absolute(draft.uri))
+        artifacts.remove_directory(staged)
+        if not draft.counts["users"]:
+            raise DataError(f"{plan.prepared_dir} and nightly.events hold no user to score; check the inputs")
+    return read_manifest(plan.histories_dir, "histories")
 
 
-def model_version(config: Config) -> str:
-    return read_manifest(config.directory("model"), "model").digest[:12]
+def _num_new(plan: ScorePlan) -> int:
+    """How many buckets there are for users of events alone."""
+    if plan.events is None:
+        return 0
+    return 1 + num_bytes(plan.events) // _BYTES_PER_NEW_BUCKET
+
+
+def _stage_events(plan: ScorePlan, source: Source, places: Places, target: str) -> dict[str, int]:
+    data = plan.config.data
+    layout = inspect_events(source, data.min_rating)
+    counts = stage_events(layout, Limits.of(data), data.min_rating, places, target, data.max_bad_fraction)
+    if events_digest(source, data.min_rating) != plan.inputs["events"]:
+        raise DataError("the files of nightly.events changed while they were read; run the same command again")
+    return counts
+
+
+def _merge(plan: ScorePlan, buckets: Sequence[Bucket], target: str) -> dict[str, int]:
+    merge = functools.partial(
+        write_bucket,
+        prepared_dir=artifacts.absolute(plan.prepared_dir),
+        model_dir=plan.model_dir,
+        tombstones=Tombstones.load(plan.config.output_dir),
+        target=target,
+    )
+    counts: Counter[str] = Counter()
+    for row in each(buckets, merge):
+        counts.update(row)
+    return dict(counts)
+
+
+def write_lists(plan: ScorePlan, histories: Manifest, rules: Rules) -> None:
+    """Score everybody who is not in staging yet."""
+    config, cluster = plan.config, plan.config.cluster
+    if not artifacts.exists(plan.staging):
+        artifacts.remove_directory(plan.checkpoint_dir)  # it speaks of files that are gone
+    for directory in (plan.staging, plan.checkpoint_dir):
+        fs, path = artifacts.filesystem(directory)
+        fs.makedirs(path, exist_ok=True)
+    staging_fs, staging = artifacts.filesystem(plan.staging)
+    source_fs, _ = artifacts.filesystem(plan.histories_dir)
+    paths = [artifacts.filesystem(path)[1] for path in _history_files(plan)]
+    with quiet_data_context():
+        ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
+            id_column="user_id",
+            checkpoint_path=artifacts.absolute(plan.checkpoint_dir),
+            delete_checkpoint_on_success=False,
+        )
+        users = ray.data.read_parquet(paths, filesystem=source_fs)
+        # Ray reads small files as one block, which would be one actor's, and nothing staged until its last user.
+        users.repartition(target_num_rows_per_block=users_per_file(plan, int(histories.counts["users"]))).map_batches(
+            ScoreUsers,
+            fn_constructor_args=(
+                plan.model_dir,
+                config.score.k,
+                rules,
+                str(plan.run_date),
+                cluster.threads_per_worker or cluster.cpus_per_worker,
+            ),
+            batch_format="pyarrow",
+            batch_size=config.score.batch_users,
+            compute=ray.data.ActorPoolStrategy(size=config.score.num_actors),
+            num_cpus=cluster.cpus_per_worker,
+            num_gpus=1 if cluster.use_gpu else 0,
+        ).write_parquet(staging, filesystem=staging_fs, partition_cols=["bucket"])
+
+
+def users_per_file(plan: ScorePlan, num_users: int) -> int:
+    """At least a batch; so many that every actor gets some sixteen, and at most what is soon scored again."""
+    score = plan.config.score
+    share = -(-num_users // (16 * score.num_actors))
+    return max(score.batch_users, min(share, _MOST_USERS_PER_FILE))
 
 
 class ScoreUsers:
@@ -151,11 +275,13 @@ class ScoreUsers:
         self.k = min(k, self.scorer.catalog.num_items)
 
     def __call__(self, users: pa.Table) -> pa.Table:
-        item_BK, score_BK = self.scorer.top_k(users["user"].to_numpy(), known_items(users), self.k, self.rules)
+        item_BK, score_BK = self.scorer.top_k(
+            users["user"].to_numpy(), Ragged.from_arrow(users["items"]), self.k, self.rules
+        )
         lengths = (item_BK >= 0).sum(axis=1)
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
         item_ids = self.scorer.catalog.item_ids[item_BK[item_BK >= 0]]
-        return pa.table(
+        lists = pa.table(
             [
                 users["user_id"].cast(pa.string()),
                 pa.ListArray.from_arrays(offsets, pa.array(item_ids, pa.string())),
@@ -165,60 +291,66 @@ class ScoreUsers:
             ],
             schema=SCHEMA,
         )
+        return lists.append_column("bucket", users["bucket"])  # a folder of staging, no column of the table
 
 
-def known_items(users: pa.Table) -> Ragged:
-    """Everything a user has interacted with, whatever split it fell into: what a nightly list reads and leaves out."""
-    return Ragged.interleave(*(Ragged.from_arrow(users[split]) for split in SPLITS))
+def audit_staged(plan: ScorePlan, histories: Manifest, rules: Rules) -> tuple[dict[str, int], dict[str, str]]:
+    """Look at every staged list; returns what was counted, and the sha256 of every file by its name in staging.
 
-
-def audit_staged(plan: ScorePlan, staged: list[str], rules: Rules) -> dict[str, int]:
-    """Look at every staged list. Raises AuditError where one is not what was promised."""
-    config = plan.config
-    histories = Histories.load(config.directory("prepared"))
-    audit = Audit(Catalog.load(config.directory("model")), histories.together(*SPLITS), rules, config.score.k)
-    for name in staged:
-        audit.add(read_tables([artifacts.join(plan.staging, name)]))
-    return audit.finish()
-
-
-def _users_per_file(plan: ScorePlan) -> int:
-    """At least a batch; so many that every actor gets some sixteen, and at most what is soon scored again."""
-    score = plan.config.score
-    share = -(-plan.num_users // (16 * score.num_actors))
-    return max(score.batch_users, min(share, _MOST_USERS_PER_FILE))
-
-
-def _write_lists(plan: ScorePlan, rules: Rules) -> None:
-    config, cluster = plan.config, plan.config.cluster
-    if not artifacts.exists(plan.staging):
-        artifacts.remove_directory(plan.checkpoint_dir)  # it speaks of files that are gone
-    for directory in (plan.staging, plan.checkpoint_dir):
-        fs, path = artifacts.filesystem(directory)
-        fs.makedirs(path, exist_ok=True)
-    staging_fs, staging = artifacts.filesystem(plan.staging)
-    paths = bucket_paths(config.directory("prepared"), "histories")
-    source_fs, _ = artifacts.filesystem(paths[0])
-    with quiet_data_context():
-        ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
-            id_column="user_id",
-            checkpoint_path=artifacts.absolute(plan.checkpoint_dir),
-            delete_checkpoint_on_success=False,
+    Raises AuditError where a list is not what was promised.
+    """
+    names = [name for name in artifacts.list_files(plan.staging) if name.endswith(".parquet")]
+    by_bucket: dict[str, list[str]] = {bucket_name(number): [] for number in range(len(_history_files(plan)))}
+    for name in names:
+        folder = name.partition("/")[0].removeprefix("bucket=")
+        file = bucket_name(int(folder)) if folder.isdigit() else ""
+        if file not in by_bucket:
+            raise AuditError(f"{plan.staging}/{name} is of no bucket of this run; run the same command with --force")
+        by_bucket[file].append(name)
+    audit = functools.partial(
+        audit_files,
+        histories_dir=artifacts.absolute(plan.histories_dir),
+        staging=artifacts.absolute(plan.staging),
+        model_dir=plan.model_dir,
+        rules=rules,
+        k=plan.config.score.k,
+    )
+    counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
+    sha256: dict[str, str] = {}
+    for found, digests in each(by_bucket.items(), audit):
+        counts.update(found)
+        sha256 |= digests
+    if counts["users"] != histories.counts["users"]:
+        raise AuditError(
+            f"{counts['users']:,} users have lists and {histories.counts['users']:,} were to be scored; nothing was "
+            "published: run the same command with --force"
         )
-        users = ray.data.read_parquet([artifacts.filesystem(path)[1] for path in paths], filesystem=source_fs)
-        # Ray reads small files as one block, which would be one actor's, and nothing staged until its last user.
-        users.repartition(target_num_rows_per_block=_users_per_file(plan)).map_batches(
-            ScoreUsers,
-            fn_constructor_args=(
-                artifacts.absolute(config.directory("model")),
-                config.score.k,
-                rules,
-                plan.run_date,
-                cluster.threads_per_worker or cluster.cpus_per_worker,
-            ),
-            batch_format="pyarrow",
-            batch_size=config.score.batch_users,
-            compute=ray.data.ActorPoolStrategy(size=config.score.num_actors),
-            num_cpus=cluster.cpus_per_worker,
-            num_gpus=1 if cluster.use_gpu else 0,
-        ).write_parquet(staging, filesystem=staging_fs)
+    return dict(counts), dict(sorted(sha256.items()))
+
+
+def _sampled(files: Sequence[str], most: int, num_users: int) -> pa.Table:
+    """The lists of the same users in any table of these files (`drift.sample`)."""
+    parts = each(files, functools.partial(drift.sample_file, most=most, num_users=num_users))
+    return drift.sample(parts, most, num_users)
+
+
+def _history_files(plan: ScorePlan) -> list[str]:
+    names = [name for name in artifacts.list_files(plan.histories_dir) if name.endswith(".parquet")]
+    return [join(plan.histories_dir, name) for name in names]
+
+
+def forget_staged(plan: ScorePlan) -> None:
+    """Drop what an interrupted or refused run of this plan has staged, so that everybody is scored anew."""
+    if published_attempt(plan.dump_dir, plan.run_id) < plan.attempt:
+        for directory in (plan.staging, plan.checkpoint_dir, plan.histories_dir):
+            artifacts.remove_directory(directory)
+
+
+def num_staged(plan: ScorePlan) -> int:
+    """Users whose lists are staged so far, for a progress line."""
+    fs, path = artifacts.filesystem(plan.staging)
+    num_rows = 0
+    for file in fs.find(path) if fs.exists(path) else []:
+        with contextlib.suppress(OSError, pa.ArrowInvalid), fs.open(file) as stream:  # one that is being written
+            num_rows += pq.read_metadata(stream).num_rows
+    return num_rows

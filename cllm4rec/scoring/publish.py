@@ -16,6 +16,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction
 
 from cllm4rec import artifacts
+from cllm4rec.data.sources import delta_files
 from cllm4rec.errors import ArtifactError, ResourceError
 
 SCHEMA = pa.schema(
@@ -28,6 +29,8 @@ SCHEMA = pa.schema(
     ]
 )
 """One row a user, best item first: the contract of the table."""
+SCHEMA_VERSION = 1
+"""Written to every commit; it grows when a column goes or changes its meaning, not when one is added."""
 
 # Every publication takes the next number of this application, so that of two at once Delta refuses one. Without it two
 # overwrites of an empty table both go through, and every user is in it twice.
@@ -50,13 +53,20 @@ def current_run(dump_dir: str) -> str | None:
     return run_ids[0] if run_ids else None
 
 
+def current_files(dump_dir: str) -> list[str]:
+    """URIs of the files readers see; none where nothing was published."""
+    table = _open(dump_dir)
+    return [] if table is None else delta_files(table, artifacts.absolute(dump_dir))
+
+
 def publish(dump_dir: str, staged: list[str], run_id: str, attempt: int, facts: dict[str, Any]) -> int:
     """Make the staged files (paths below `dump_dir`) the whole content of the table; returns the version with them.
 
     Publishing the same attempt of a run again does nothing. The old version stays readable by its number. `facts` are
     written to the commit.
     """
-    properties = {name: str(value) for name, value in facts.items()} | {"run_id": run_id}
+    properties = {name: str(value) for name, value in facts.items()}
+    properties |= {"run_id": run_id, "schema_version": str(SCHEMA_VERSION)}
     for _ in range(_MOST_TRIES):
         try:
             table = _open_or_create(dump_dir)

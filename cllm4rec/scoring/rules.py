@@ -1,49 +1,301 @@
-"""What may not be recommended, whatever the scores say: one place for the batch job and the endpoint."""
+"""What may be recommended beside the scores: one engine for the batch job and the endpoint.
+
+    rules = read_rules(config.score.rules, catalog, day)      # or RuleBook.read(...).on(day), day after day
+    scorer.top_k(users, histories, k, rules)
+
+An item is blocked for everyone where it is denied, missing in an allow list, had by fewer than `min_support` users in
+training (each pair of user and item counts once there), or not available on the day. What is left is ranked by score
+plus boost, and taken from the best down unless one of an item's categories has its `max_per_category` already. What a
+user has seen is left out by the Scorer. `cllm4rec.scoring.rule_files` tells how the files look.
+
+Lengths: B users, J items, C candidates of a user, best first.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import functools
+import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from cllm4rec import artifacts
 from cllm4rec.catalog import Catalog
-from cllm4rec.data.ragged import Ragged
-from cllm4rec.errors import ArtifactError, DataError
+from cllm4rec.config import RulesConfig
+from cllm4rec.data.ragged import Ragged, no_values
+from cllm4rec.errors import DataError
+from cllm4rec.scoring.rule_files import FILES, RuleFile, read_content, read_rule_file
+
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+_ROOM_CELLS = 1 << 24
+_UNKNOWN = {
+    "deny": "denied",
+    "allow": "allowed",
+    "categories": "categorised",
+    "availability": "dated",
+    "boost": "boosted",
+}
+
+
+# Without a comparison by value two Rules are told apart by identity, which is what a Scorer caches by.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rules:
+    """The rules of one day in terms of one catalogue. Arrays only: made to be pickled and sent to actors.
+
+    blocked: item indices that nobody is recommended, ascending and without repeats. boost_J: added to every user's
+    scores, None for nothing. categories: a row of category codes for each of the J items, None where nothing is capped;
+    of one category at most `max_per_category` items stand in a list. counts: for a report, how many items each rule
+    removed or touches, and how many ids of its file the catalogue does not know.
+    """
+
+    blocked: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    boost_J: FloatArray | None = None
+    categories: Ragged | None = None
+    max_per_category: int | None = None
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def within_caps(self, candidates_BC: IntArray) -> BoolArray:
+        """Which candidates a list takes that goes from the best down and passes over items of a full category.
+
+        candidates_BC: item indices, distinct within a row, -1 for none (never taken). The first n taken are also what a
+        list of length n takes: no later candidate changes an earlier choice.
+        """
+        keep_CB = candidates_BC.T >= 0
+        if self.categories is None:
+            return keep_CB.T
+        num_candidates, num_users = keep_CB.shape
+        keep = keep_CB.ravel().copy()
+        # Place after place: all users' best, then all users' second, so that a place's entries lie together.
+        entries = self.categories.take(np.maximum(candidates_BC.T.ravel(), 0))
+        pairs = (entries.rows % num_users) * self._num_categories + entries.values
+        distinct, pair_of = np.unique(pairs, return_inverse=True)
+        num_taken = np.zeros(len(distinct), np.int64)
+        for place in range(num_candidates):
+            begin, end = entries.offsets[[place * num_users, (place + 1) * num_users]]
+            candidates, found = entries.rows[begin:end], pair_of[begin:end]
+            keep[candidates[num_taken[found] >= self._most]] = False
+            num_taken[found[keep[candidates]]] += 1  # an item's categories differ, so no pair comes twice
+        return keep.reshape(num_candidates, num_users).T
+
+    def full_categories(self, items: Ragged) -> Ragged:
+        """For each list, the items of the categories that have all they may in it, with repeats."""
+        if self.categories is None:
+            return no_values(len(items))
+        entries = self.categories.take(items.values)
+        pairs, num_taken = np.unique(
+            items.rows[entries.rows] * self._num_categories + entries.values, return_counts=True
+        )
+        full = pairs[num_taken >= self._most]
+        members = self._members.take(full % self._num_categories)
+        return Ragged.from_rows(members.values, (full // self._num_categories)[members.rows], len(items))
+
+    def violations(self, items: Ragged) -> dict[str, BoolArray]:
+        """What is wrong with finished lists: for each kind of breach, in words, a flag for every entry of `items`.
+
+        The words continue "a user is recommended ...".
+        """
+        return {"a blocked item": np.isin(items.values, self.blocked), **self._over_caps(items)}
+
+    def room(self, items: Ragged, seen: Ragged, num_items: int) -> IntArray:
+        """How many further items each list could take: unseen, not blocked, not in it, and no category of theirs full.
+
+        A list shorter than k is right if and only if its room is 0, with caps and without: nothing that a list passed
+        over fits in later, for categories only fill. items, seen: item indices, a row a user. Takes time in B × J; ask
+        for the short lists only.
+        """
+        size = max(1, _ROOM_CELLS // num_items)
+        pieces = [np.arange(begin, min(begin + size, len(items))) for begin in range(0, len(items), size)]
+        rooms = [self._room(items.take(rows), seen.take(rows), num_items) for rows in pieces]
+        return np.concatenate([np.empty(0, np.int64), *rooms])
+
+    def _room(self, items: Ragged, seen: Ragged, num_items: int) -> IntArray:
+        is_closed_BJ = np.zeros((len(items), num_items), bool)
+        is_closed_BJ[:, self.blocked] = True
+        for closed in (items, seen, self.full_categories(items)):
+            is_closed_BJ[closed.rows, closed.values] = True
+        open_B: IntArray = num_items - is_closed_BJ.sum(axis=1)
+        return open_B
+
+    def _over_caps(self, items: Ragged) -> dict[str, BoolArray]:
+        if self.categories is None:
+            return {}
+        entries = self.categories.take(items.values)
+        pairs = items.rows[entries.rows] * self._num_categories + entries.values
+        order = np.argsort(pairs, kind="stable")
+        _, first, counts = np.unique(pairs[order], return_index=True, return_counts=True)
+        is_over = np.zeros(len(items.values), bool)
+        is_over[entries.rows[order[np.arange(len(order)) - np.repeat(first, counts) >= self._most]]] = True
+        return {f"more than {self._most} items of a category": is_over}
+
+    @property
+    def _most(self) -> int:
+        assert self.max_per_category is not None, "categories are held only where they are capped"
+        return self.max_per_category
+
+    @functools.cached_property
+    def _num_categories(self) -> int:
+        assert self.categories is not None
+        return int(self.categories.values.max(initial=0)) + 1
+
+    @functools.cached_property
+    def _members(self) -> Ragged:
+        """The items of each category."""
+        assert self.categories is not None
+        order = np.argsort(self.categories.values, kind="stable")
+        return Ragged.from_rows(self.categories.rows[order], self.categories.values[order], self._num_categories)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RuleBook:
+    """The rules of all days: what the files say in terms of one catalogue. `on` gives those of a day.
+
+    `always` are the rules without availability; `first_day` and `last_day` (date ordinals) bound each of `dated` items.
+    """
+
+    always: Rules
+    num_items: int
+    dated: IntArray
+    first_day: IntArray
+    last_day: IntArray
+
+    @classmethod
+    def read(cls, config: RulesConfig, catalog: Catalog) -> RuleBook:
+        """Read and check every file. Raises DataError, naming setting, file and line; and where none of an allow list's
+        items is in the catalogue.
+        """
+        files = {
+            setting: _ItemFile.of(read_rule_file(setting, uri), catalog)
+            for setting in FILES
+            if (uri := getattr(config, setting)) is not None
+        }
+        removed = _removed(config, files, catalog)
+        categories = _categories(files.get("categories"), catalog.num_items)
+        boost_J = _boost(files.get("boost"), catalog.num_items)
+        always = Rules(
+            blocked=_union(removed.values()),
+            boost_J=boost_J,
+            categories=None if config.max_per_category is None else categories,
+            max_per_category=config.max_per_category,
+            counts={
+                **{f"{rule}_items": len(items) for rule, items in removed.items()},
+                "boosted_items": 0 if boost_J is None else int(np.count_nonzero(boost_J)),
+                "categorised_items": int((categories.lengths > 0).sum()),
+                **{f"unknown_{_UNKNOWN[setting]}_items": files[setting].num_unknown for setting in files},
+            },
+        )
+        return cls(always, catalog.num_items, *_windows(files.get("availability")))
+
+    def on(self, day: datetime.date) -> Rules:
+        """The rules of a day; an item without dates is available on all."""
+        ordinal = day.toordinal()
+        unavailable = self.dated[(ordinal < self.first_day) | (ordinal > self.last_day)]
+        blocked = _union([self.always.blocked, unavailable])
+        counts = {**self.always.counts, "unavailable_items": len(unavailable), "blocked_items": len(blocked)}
+        return dataclasses.replace(self.always, blocked=blocked, counts=counts)
+
+
+def read_rules(config: RulesConfig, catalog: Catalog, day: datetime.date) -> Rules:
+    """The rules of a day. Raises DataError as `RuleBook.read`, and where the rules leave no item to recommend."""
+    rules = RuleBook.read(config, catalog).on(day)
+    if len(rules.blocked) == catalog.num_items:
+        raise DataError(
+            f"score.rules leaves none of {catalog.num_items} items to recommend on {day} "
+            f"({', '.join(f'{name} {count}' for name, count in rules.counts.items() if count)}); loosen a rule"
+        )
+    return rules
+
+
+def rules_digest(config: RulesConfig) -> str:
+    """sha256 of the settings and of the files' bytes (not their names): what a run id names. Raises DataError where a
+    file cannot be read.
+    """
+    contents = {
+        setting: hashlib.sha256(read_content(setting, uri)).hexdigest()
+        for setting in FILES
+        if (uri := getattr(config, setting)) is not None
+    }
+    return artifacts.digest_of({**config.model_dump(), **contents})
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
-    """`deny`: item indices that nobody is recommended, ascending and without repeats."""
+class _ItemFile:
+    """A rule file and where its rows' items are in the catalogue."""
 
-    deny: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    file: RuleFile
+    items: IntArray
+    """Item indices, a row each, -1 where unknown."""
 
-    def denied(self, num_users: int) -> Ragged:
-        """The deny list as a row for every user."""
-        offsets = np.arange(num_users + 1, dtype=np.int64) * len(self.deny)
-        return Ragged(np.tile(self.deny, num_users), offsets)
+    @classmethod
+    def of(cls, file: RuleFile, catalog: Catalog) -> _ItemFile:
+        return cls(file, np.array([catalog.item_index(item_id) for item_id in file.item_ids], np.int64))
+
+    @property
+    def is_known(self) -> BoolArray:
+        is_known: BoolArray = self.items >= 0
+        return is_known
+
+    @property
+    def known(self) -> IntArray:
+        """Distinct indices of the known items, ascending."""
+        return np.unique(self.items[self.is_known])
+
+    @property
+    def num_unknown(self) -> int:
+        return len({self.file.item_ids[row] for row in np.flatnonzero(~self.is_known)})
 
 
-def read_rules(deny_items: str | None, catalog: Catalog) -> tuple[Rules, int]:
-    """Rules from a file with one item id a line, and how many of its ids the catalogue does not know.
-
-    Raises DataError where the file is missing or not UTF-8.
-    """
-    indices = np.array([catalog.item_index(item_id) for item_id in read_deny_list(deny_items)], np.int64)
-    return Rules(np.unique(indices[indices >= 0])), int((indices < 0).sum())
-
-
-def read_deny_list(deny_items: str | None) -> list[str]:
-    """The item ids of a deny list; none without a file. Raises as `read_rules`."""
-    if deny_items is None:
-        return []
-    try:
-        lines = artifacts.read_bytes(deny_items).decode("utf-8").splitlines()
-    except ArtifactError:
+def _removed(config: RulesConfig, files: dict[str, _ItemFile], catalog: Catalog) -> dict[str, IntArray]:
+    """What each rule blocks on every day."""
+    nothing = np.empty(0, np.int64)
+    deny, allow = files.get("deny"), files.get("allow")
+    if allow is not None and not allow.is_known.any():
         raise DataError(
-            f"the deny list {deny_items} does not exist; correct score.rules.deny or set it to null"
-        ) from None
-    except UnicodeDecodeError:
-        raise DataError(f"the deny list {deny_items} is not UTF-8; write one item id a line") from None
-    return [line.strip() for line in lines if line.strip()]
+            f"score.rules.allow names {config.allow}, which has no item of the catalogue, so that nothing could be "
+            "recommended; correct its item ids or set it to null"
+        )
+    return {
+        "denied": nothing if deny is None else deny.known,
+        "not_allowed": nothing if allow is None else np.setdiff1d(np.arange(catalog.num_items), allow.known),
+        # A pair of user and item counts once in training, so interactions are users.
+        "low_support": np.flatnonzero(catalog.item_counts < config.min_support),
+    }
+
+
+def _categories(listed: _ItemFile | None, num_items: int) -> Ragged:
+    """Category codes of every item, ascending."""
+    if listed is None:
+        return no_values(num_items)
+    _, codes = np.unique(np.array(listed.file.columns["category"], object), return_inverse=True)
+    pairs = np.stack([listed.items, codes], axis=1)[listed.is_known]
+    items, values = np.unique(pairs, axis=0).T
+    return Ragged.from_rows(values, items, num_items)
+
+
+def _boost(listed: _ItemFile | None, num_items: int) -> FloatArray | None:
+    if listed is None:
+        return None
+    listed.file.refuse_repeats()
+    boost_J = np.zeros(num_items, np.float32)
+    boost_J[listed.items[listed.is_known]] = listed.file.numbers("boost")[listed.is_known]
+    return boost_J
+
+
+def _windows(listed: _ItemFile | None) -> tuple[IntArray, IntArray, IntArray]:
+    """Items with dates, and the first and the last day of each."""
+    if listed is None:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
+    listed.file.refuse_repeats()
+    first, last = listed.file.days("first_date", datetime.date.min), listed.file.days("last_date", datetime.date.max)
+    for row in np.flatnonzero(first > last)[:1].tolist():
+        listed.file.refuse(row, "has a first_date after its last_date; exchange them")
+    return listed.items[listed.is_known], first[listed.is_known], last[listed.is_known]
+
+
+def _union(parts: Iterable[IntArray]) -> IntArray:
+    return np.unique(np.concatenate([np.empty(0, np.int64), *parts]))

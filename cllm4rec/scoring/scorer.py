@@ -5,8 +5,13 @@ Lengths: B users, J items, K list length.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from cllm4rec.catalog import Catalog
 from cllm4rec.data.ragged import Ragged
@@ -14,14 +19,21 @@ from cllm4rec.model.ranking import FloatArray, IntArray, Ranker, merged
 from cllm4rec.model.store import load_model
 from cllm4rec.scoring.rules import Rules
 
+_CANDIDATES = 4
+"""Under caps, how many candidates are ranked at a time, in lengths of the list."""
+_CAPPED_ROWS = 64
+_MOST_COLD_BOOST = 87.0
+"""e^88 times a share of 1 is close to what a float32 can hold."""
+
 
 class Scorer:
     """A trained model that answers: which k items for this user?"""
 
     def __init__(self, ranker: Ranker, catalog: Catalog, model_version: str) -> None:
         self.ranker, self.catalog, self.model_version = ranker, catalog, model_version
-        self._popular = np.lexsort((np.arange(catalog.num_items), -catalog.item_counts))
-        self._share = (catalog.item_counts / max(1, catalog.item_counts.sum())).astype(np.float32)
+        self._device = ranker.model.collaborative_items.device
+        self._without_rules = _Applied.to(Rules(), catalog, self._device)
+        self._last = self._without_rules
 
     @classmethod
     def load(cls, model_dir: str, device: str | None = None) -> Scorer:
@@ -44,25 +56,120 @@ class Scorer:
 
         users: B rows of the user tables, -1 where unknown at training. histories: item indices, a row a user, read as
         the prompt and left out of the answer; order and repeats do not matter, but where a history outgrows the prompt
-        its last items are read. rules: what nobody is recommended. exclude: more item indices left out, a row a user.
+        its last items are read. rules: what nobody is recommended, boosts, caps. exclude: more item indices left out, a
+        row a user.
         An unknown user without a history gets the popular items, scored by their share of all training interactions;
-        everyone else's scores are logits.
+        everyone else's scores are logits. A boost is added to a logit; a share is multiplied by e^boost, which is the
+        same, for the logarithm of a share is its logit. The order is that of the boosted scores.
         Returns (B, K) item indices, -1 where fewer than k remain, and scores, -inf there; the same for one or many.
         """
         rows = np.asarray(users, np.int64)
-        hidden = merged(histories, (rules or Rules()).denied(len(rows)), *([exclude] if exclude is not None else []))
-        items = np.full((len(rows), k), -1, np.int64)
-        scores = np.full((len(rows), k), -np.inf, np.float32)
+        applied = self._under(rules)
+        hidden = merged(histories, *([exclude] if exclude is not None else []))
+        items = np.empty((len(rows), k), np.int64)
+        scores = np.empty((len(rows), k), np.float32)
         is_cold = self.is_cold(rows, histories)
-        for row in np.flatnonzero(is_cold).tolist():
-            allowed = self._popular[~np.isin(self._popular, hidden[row])][:k]
-            items[row, : len(allowed)], scores[row, : len(allowed)] = allowed, self._share[allowed]
-        warm = np.flatnonzero(~is_cold)
-        items[warm], scores[warm] = self.ranker.top_k(rows[warm], histories.take(warm), hidden.take(warm), k)
+        cold, warm = np.flatnonzero(is_cold), np.flatnonzero(~is_cold)
+        hidden_BK = self.ranker.hidden(rows[warm], histories.take(warm))
+
+        def best(asked: IntArray, out: Ragged, num: int) -> tuple[IntArray, FloatArray]:
+            return self.ranker.best_items(hidden_BK[asked], out, num, applied.bias_J)
+
+        def most_popular(_: IntArray, out: Ragged, num: int) -> tuple[IntArray, FloatArray]:
+            return applied.most_popular(out, num)
+
+        items[warm], scores[warm] = _ranked(best, hidden.take(warm), k, applied.rules)
+        items[cold], scores[cold] = _ranked(most_popular, hidden.take(cold), k, applied.rules)
         return items, scores
+
+    def _under(self, rules: Rules | None) -> _Applied:
+        if rules is None:
+            return self._without_rules
+        last = self._last
+        if last.rules is not rules:
+            # Kept: a job has one, and the endpoint asks with the same for a day.
+            self._last = last = _Applied.to(rules, self.catalog, self._device)
+        return last
 
     @staticmethod
     def is_cold(users: IntArray, histories: Ragged) -> npt.NDArray[np.bool_]:
         """Whom nothing is known of: unknown at training and without a history."""
         cold: npt.NDArray[np.bool_] = (users < 0) & (histories.lengths == 0)
         return cold
+
+
+@dataclasses.dataclass(frozen=True)
+class _Applied:
+    """Rules as a scorer needs them: one addition to all logits, and the popular items in order."""
+
+    rules: Rules
+    bias_J: Tensor | None
+    popular: IntArray
+    """The items that are not blocked, by boosted share, ties by lower index."""
+    share_J: FloatArray
+
+    @classmethod
+    def to(cls, rules: Rules, catalog: Catalog, device: torch.device) -> _Applied:
+        bias_J = np.zeros(catalog.num_items, np.float32) if rules.boost_J is None else rules.boost_J.copy()
+        bias_J[rules.blocked] = -np.inf
+        share_J = catalog.item_counts / max(1, catalog.item_counts.sum())
+        if rules.boost_J is not None:
+            share_J = share_J * np.exp(np.minimum(rules.boost_J.astype(np.float64), _MOST_COLD_BOOST))
+        order = np.lexsort((np.arange(catalog.num_items), -share_J))
+        return cls(
+            rules,
+            torch.from_numpy(bias_J).to(device) if bias_J.any() else None,
+            order[~np.isneginf(bias_J[order])],
+            share_J.astype(np.float32),
+        )
+
+    def most_popular(self, hidden: Ragged, k: int) -> tuple[IntArray, FloatArray]:
+        """The k most popular items but for those of `hidden`, for each of its rows."""
+        items = np.full((len(hidden), k), -1, np.int64)
+        scores = np.full((len(hidden), k), -np.inf, np.float32)
+        for row in range(len(hidden)):
+            enough = self.popular[: k + len(hidden[row])]
+            allowed = enough[~np.isin(enough, hidden[row])][:k]
+            items[row, : len(allowed)], scores[row, : len(allowed)] = allowed, self.share_J[allowed]
+        return items, scores
+
+
+_Best = Callable[[IntArray, Ragged, int], tuple[IntArray, FloatArray]]
+"""The best items of these rows but for those of a list a row, and how many: indices and scores, best first."""
+
+
+def _ranked(best: _Best, hidden: Ragged, k: int, rules: Rules) -> tuple[IntArray, FloatArray]:
+    """The k best items under the caps, for each row of `hidden`."""
+    everyone = np.arange(len(hidden))
+    if rules.categories is None:
+        return best(everyone, hidden, k)
+    items = np.full((len(hidden), k), -1, np.int64)
+    scores = np.full((len(hidden), k), -np.inf, np.float32)
+    for begin in range(0, len(hidden), _CAPPED_ROWS):
+        rows = everyone[begin : begin + _CAPPED_ROWS]
+        items[rows], scores[rows] = _capped(best, rows, hidden.take(rows), k, rules)
+    return items, scores
+
+
+def _capped(best: _Best, rows: IntArray, hidden: Ragged, k: int, rules: Rules) -> tuple[IntArray, FloatArray]:
+    """From the best down, passing over items of a full category: exactly, whatever the number of candidates at a time.
+
+    Candidates come some at a time. Those passed over are of categories that stay full, so a user whose list is short
+    goes on with the best items beside the list and beside its full categories. Each turn takes one item at least.
+    """
+    items = np.full((len(rows), k), -1, np.int64)
+    scores = np.full((len(rows), k), -np.inf, np.float32)
+    short = np.arange(len(rows))
+    while len(short):
+        taken = Ragged.from_rows(items[short][items[short] >= 0], np.nonzero(items[short] >= 0)[0], len(short))
+        out = Ragged.interleave(hidden.take(short), taken, rules.full_categories(taken))
+        more, more_scores = best(rows[short], out, _CANDIDATES * k)
+        candidates = np.concatenate([items[short], more], axis=1)
+        keep = rules.within_caps(candidates)
+        first = np.argsort(~keep, axis=1, kind="stable")[:, :k]
+        kept = np.take_along_axis(keep, first, axis=1)
+        found = np.take_along_axis(np.concatenate([scores[short], more_scores], axis=1), first, axis=1)
+        items[short] = np.where(kept, np.take_along_axis(candidates, first, axis=1), -1)
+        scores[short] = np.where(kept, found, -np.inf)
+        short = short[~kept[:, -1] & (more[:, -1] >= 0)]
+    return items, scores

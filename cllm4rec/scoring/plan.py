@@ -1,0 +1,113 @@
+"""What a scoring run is: its inputs pinned by digest, its name, and where it works.
+
+plan = plan_score(config)                   # for the users of prepared/
+plan = plan_score(config, nightly=True)     # and what happened since: config.nightly.events
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from datetime import UTC
+from typing import Any
+
+from cllm4rec import artifacts
+from cllm4rec.artifacts import digest_of, join, read_manifest
+from cllm4rec.config import Config, Source
+from cllm4rec.data.events import events_digest
+from cllm4rec.errors import ArtifactError
+from cllm4rec.registry import current_model
+from cllm4rec.scoring.publish import current_run, published_attempt
+from cllm4rec.scoring.rules import rules_digest
+from cllm4rec.tombstones import Tombstones
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorePlan:
+    """One scoring run. `run_id` names its inputs; `attempt` counts its publications."""
+
+    config: Config
+    run_id: str
+    attempt: int
+    run_date: datetime.date
+    model_dir: str
+    model_version: str
+    is_nightly: bool
+    events: Source | None
+    inputs: dict[str, str]
+    """Digests of what histories are made from."""
+    num_known_users: int
+
+    @property
+    def dump_dir(self) -> str:
+        return self.config.directory("dump")
+
+    @property
+    def prepared_dir(self) -> str:
+        return self.config.directory("prepared")
+
+    @property
+    def histories_dir(self) -> str:
+        return join(self.config.directory("nightly"), "histories")
+
+    @property
+    def name(self) -> str:
+        return f"{self.run_id}-{self.attempt}"
+
+    @property
+    def staging(self) -> str:
+        """Inside the table's folder: what is staged is published without a copy."""
+        return join(self.dump_dir, f"run={self.name}")
+
+    @property
+    def checkpoint_dir(self) -> str:
+        """Named after the run: a checkpoint left by another one would make this one write nothing and succeed."""
+        return join(self.config.directory("runs"), "score", self.name)
+
+    @property
+    def report_dir(self) -> str:
+        return join(self.config.directory("nightly"), f"{self.run_date}-{self.name}")
+
+
+def plan_score(config: Config, force: bool = False, nightly: bool = False) -> ScorePlan:
+    """What `score` would do: the run that readers see already; a new attempt with `force` or where they see another.
+
+    Raises ArtifactError where a stage is missing, DataError where a file of the rules or the events is.
+    """
+    model_dir, prepared_dir = current_model(config), config.directory("prepared")
+    model, prepared = read_manifest(model_dir, "model"), read_manifest(prepared_dir, "prepared")
+    # A promoted model may be older than the data: then users and items are matched by their ids.
+    if model_dir == config.directory("model") and model.inputs.get("prepared") != prepared.digest:
+        raise ArtifactError(
+            f"{model_dir} was trained on other data than {prepared_dir} holds; run the training stages again"
+        )
+    events = config.nightly.events if nightly else None
+    inputs = {
+        "model": model.digest,
+        "prepared": prepared.digest,
+        "events": events_digest(events, config.data.min_rating),
+        "erased": Tombstones.load(config.output_dir).digest,
+    }
+    run_date = config.run_date or datetime.datetime.now(UTC).date()
+    named: list[Any] = [inputs, config.score.k, rules_digest(config.score.rules), str(run_date)]
+    run_id = digest_of(named)[:16]
+    attempt = published_attempt(config.directory("dump"), run_id)
+    if force or current_run(config.directory("dump")) != run_id:
+        attempt += 1
+    return ScorePlan(
+        config=config,
+        run_id=run_id,
+        attempt=attempt,
+        run_date=run_date,
+        model_dir=artifacts.absolute(model_dir),
+        model_version=model.digest[:12],
+        is_nightly=nightly,
+        events=events,
+        inputs=inputs,
+        num_known_users=int(prepared.counts["users"]),
+    )
+
+
+def is_published(config: Config, nightly: bool = False) -> bool:
+    """Whether readers see the lists this config would give."""
+    return current_run(config.directory("dump")) == plan_score(config, nightly=nightly).run_id

@@ -1,0 +1,96 @@
+"""Fresh events join the histories: in order, each item once, new users last, erased users not at all."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from directories import write_prepared, write_random_model
+
+from cllm4rec.data.events import EVENTS, Places, events_of
+from cllm4rec.data.prepared import bucket_paths, write_table
+from cllm4rec.data.ragged import Ragged
+from cllm4rec.scoring.histories import HISTORIES, Bucket, files_per_bucket, merge_bucket, with_events
+from cllm4rec.tombstones import Tombstones
+
+KNOWN = pa.table({"user": [7, 3], "user_id": ["ann", "bob"], "items": Ragged.from_lists([[3, 1], [2]]).to_arrow()})
+
+
+def events(*rows):
+    columns = zip(*rows, strict=True) if rows else ([], [], [], [], [])
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, EVENTS, strict=True)], schema=EVENTS
+    )
+
+
+def test_events_are_added_by_time_then_file_then_line_and_what_is_known_stays_in_its_place():
+    merged, counts = with_events(
+        KNOWN,
+        events(
+            ("ann", 9, 50, 0, 1), ("ann", 1, 10, 0, 2), ("ann", 8, 20, 1, 3), ("ann", 7, 20, 0, 4), ("ann", 6, 20, 0, 5)
+        ),
+    )  # fmt: skip
+    assert merged.to_pydict() == {"user": [7, 3], "user_id": ["ann", "bob"], "items": [[3, 1, 7, 6, 8, 9], [2]]}
+    assert counts == {"new_users": 0, "users_with_news": 1, "new_interactions": 4}
+
+
+def test_users_of_events_alone_come_last_by_id_with_each_item_once():
+    merged, counts = with_events(KNOWN, events(("zoe", 4, 9, 0, 1), ("cyd", 5, 9, 0, 2), ("zoe", 4, 1, 0, 3)))
+    assert merged["user_id"].to_pylist() == ["ann", "bob", "cyd", "zoe"]
+    assert merged["user"].to_pylist() == [7, 3, -1, -1]
+    assert merged["items"].to_pylist()[2:] == [[5], [4]]
+    assert counts == {"new_users": 2, "users_with_news": 0, "new_interactions": 2}
+
+
+@pytest.mark.parametrize("known", [KNOWN, KNOWN.slice(0, 0)])
+def test_a_night_without_events_changes_nothing(known):
+    merged, counts = with_events(known, events())
+    assert merged.to_pydict() == known.to_pydict()
+    assert set(counts.values()) == {0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("histories")
+    prepared = write_prepared(folder / "prepared", num_buckets=10)
+    return prepared, write_random_model(folder, prepared, seed=0)
+
+
+def test_a_known_user_belongs_to_the_bucket_of_their_history_and_new_ones_to_those_after(world):
+    prepared, model = world
+    files = bucket_paths(prepared, "histories")
+    size = files_per_bucket(100, 10**6)
+    assert (files_per_bucket(10, 40), size, files_per_bucket(1000, 4 * 10**6)) == (1, 3, 8)
+    for per_bucket in (1, 3):
+        places = Places(prepared, model, num_users=40, num_files=10, files_per_bucket=per_bucket, num_new=2)
+        for place in range(0, 10, per_bucket):
+            bucket = Bucket(place // per_bucket, tuple(files[place : place + per_bucket]), "nowhere")
+            merged, _ = merge_bucket(bucket, prepared, model, Tombstones())
+            assert set(places.bucket_of(merged["user_id"]).tolist()) == {bucket.number}
+            assert set(merged["bucket"].to_pylist()) == {bucket.number}
+        num_known = -(-10 // per_bucket)
+        new = places.bucket_of(pa.array([f"new-{number}" for number in range(50)]))
+        assert set(new.tolist()) == {num_known, num_known + 1}
+    assert places.item_of(pa.array(["item-03", "ghost"])).tolist() == [3, -1]
+
+
+def test_a_bucket_is_its_files_its_events_and_nobody_erased(world, tmp_path):
+    prepared, model = world
+    folder = events_of(str(tmp_path), 0)
+    write_table(events(("user-00", 1, 5, 0, 1), ("new", 3, 5, 0, 2)), f"{folder}/file-000000-line-000000000001.parquet")
+    bucket = Bucket(0, tuple(bucket_paths(prepared, "histories")[:1]), folder)
+    merged, counts = merge_bucket(bucket, prepared, model, Tombstones())
+    assert merged.schema.equals(HISTORIES)
+    assert merged["user_id"].to_pylist() == ["user-00", "user-01", "user-02", "user-03", "new"]
+    assert merged["user"].to_pylist() == [0, 1, 2, 3, -1]
+    assert merged["items"].to_pylist()[0][-1] == 1
+    assert counts == {"new_users": 1, "users_with_news": 1, "new_interactions": 2, "erased_users": 0}
+
+    class Erased(Tombstones):
+        def __len__(self) -> int:
+            return 1
+
+        def contains(self, user_ids):
+            return np.isin(np.asarray(user_ids, object), ["user-02", "new"])
+
+    merged, counts = merge_bucket(bucket, prepared, model, Erased())
+    assert merged["user_id"].to_pylist() == ["user-00", "user-01", "user-03"]
+    assert counts["erased_users"] == 2
