@@ -33,6 +33,7 @@ from cllm4rec.scoring.batch import num_staged, score
 from cllm4rec.scoring.lease import hold
 from cllm4rec.scoring.plan import is_published, plan_score
 from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.tombstones import Tombstones
 
 ROOT = Path(__file__).parents[1]
 NUM_USERS, NUM_BUCKETS = 40, 10
@@ -268,6 +269,27 @@ def test_a_night_that_goes_on_past_midnight_keeps_its_date(ray_local, folder, mo
     assert (Clock.day, facts["run_date"]) == (21, "2026-11-20")
     assert set(DeltaTable(config.directory("dump")).to_pandas()["run_date"]) == {"2026-11-20"}
     assert not is_published(config, nightly=True)  # the next day is another night
+
+
+@pytest.mark.ray
+def test_users_erased_while_a_night_is_at_work_are_not_published(ray_local, folder, monkeypatch):
+    config = config_of(folder, "erased")
+    planned = plan_score(config, nightly=True)
+
+    def write_and_erase(*args):
+        write_lists(*args)
+        Tombstones.load(config.output_dir).with_users(["user-07"]).save(config.output_dir)
+
+    write_lists = batch.write_lists
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "write_lists", write_and_erase)
+        with pytest.raises(ArtifactError, match="users were erased while this run was at work"):
+            score(planned)
+    assert not is_published(config, nightly=True)
+    assert score(plan_score(config, nightly=True))["histories"]["erased_users"] == 1
+    lists = expected(config)
+    del lists["user-07"]
+    assert published(config) == lists
 
 
 @pytest.mark.ray

@@ -31,7 +31,7 @@ from cllm4rec.data.prepared import bucket_name, bucket_paths
 from cllm4rec.data.ragged import Ragged
 from cllm4rec.data.records import Limits
 from cllm4rec.data.staging import each, quiet_data_context
-from cllm4rec.errors import AuditError, DataError
+from cllm4rec.errors import ArtifactError, AuditError, DataError
 from cllm4rec.scoring import drift
 from cllm4rec.scoring.audit import audit_files
 from cllm4rec.scoring.histories import Bucket, files_per_bucket, write_bucket
@@ -149,6 +149,10 @@ class _Night:
 
     def _publish(self, staged: list[str]) -> None:
         plan = self.plan
+        if Tombstones.load(plan.config.output_dir).digest != plan.inputs["erased"]:
+            raise ArtifactError(
+                "users were erased while this run was at work, and its lists may hold them; run the same command again"
+            )
         folder = plan.staging.rsplit("/", 1)[-1]
         facts = {"model_version": plan.model_version, "run_date": str(plan.run_date), "users": self.facts["users"]}
         version = publish(plan.dump_dir, [f"{folder}/{name}" for name in staged], plan.run_id, plan.attempt, facts)
