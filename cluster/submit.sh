@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Submit a job under a name, once, and wait for its end; exit status 0 where it succeeded.
-#     RAY_ADDRESS=http://head:8265 cluster/submit.sh score-2026-11-20 -- python -m jobs.score --config run.yaml
+#     RAY_ADDRESS=http://head:8265 cluster/submit.sh nightly-2026-11-20 -- python -m jobs.nightly --config run.yaml
 # The name makes a second submission of the same night wait for the first. A failed or stopped job of that name makes room
-# for a new attempt: jobs.score goes on with the users it has not scored. Flags of `ray job submit` may stand before the --.
+# for a new attempt: jobs.nightly goes on with the users it has not scored. Flags of `ray job submit` may stand before the --.
 set -euo pipefail
 name=$1
 shift

@@ -38,10 +38,10 @@ def changed(user, items=None, scores=None):
 
 
 def test_lists_as_promised_pass_in_one_table_or_several():
-    assert audit(table(GOOD)) == {"users": 3, "short_lists": 1}
+    assert audit(table(GOOD)) == {"users": 3, "short_lists": 1, "capped_lists": 0}
     parts = [table({user: GOOD[user]}) for user in ("cyd", "ann", "bob")]
-    assert audit(*parts) == {"users": 3, "short_lists": 1}
-    assert audit(pa.concat_tables(parts).slice(0, 3)) == {"users": 3, "short_lists": 1}
+    assert audit(*parts) == {"users": 3, "short_lists": 1, "capped_lists": 0}
+    assert audit(pa.concat_tables(parts).slice(0, 3)) == {"users": 3, "short_lists": 1, "capped_lists": 0}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_seen_and_blocked_items_are_counted_once():
     with pytest.raises(AuditError, match="1 users of whom each has a list shorter than 3"):
         audit(changed("bob", ["i2", "i4"], [0.0, -1.0]), rules=overlapping)
     short = table({**GOOD, "bob": (["i2", "i3", "i4"], [0.0, -1.0, -2.0])})
-    assert audit(short, rules=overlapping) == {"users": 3, "short_lists": 1}
+    assert audit(short, rules=overlapping) == {"users": 3, "short_lists": 1, "capped_lists": 0}
 
 
 def test_a_user_for_whom_nothing_remains_has_an_empty_list():
@@ -115,13 +115,14 @@ def test_a_user_for_whom_nothing_remains_has_an_empty_list():
     assert audit(lists, k=1, seen=Ragged.from_lists([range(6), [], []]), rules=Rules()) == {
         "users": 3,
         "short_lists": 1,
+        "capped_lists": 0,
     }
 
 
 def test_a_list_cut_short_by_a_full_category_is_right_and_one_entry_more_is_not():
     capped = Rules(categories=Ragged.from_lists([[0], [0], [0], [0], [1], [1]]), max_per_category=1)
     lists = {"ann": (["i1", "i4"], [2.0, 1.0]), "bob": (["i5", "i0"], [2.0, 1.0]), "cyd": (["i4"], [1.0])}
-    assert audit(table(lists), rules=capped) == {"users": 3, "short_lists": 3}
+    assert audit(table(lists), rules=capped) == {"users": 3, "short_lists": 3, "capped_lists": 3}
     with pytest.raises(AuditError, match="more than 1 items of a category"):
         audit(table({**lists, "ann": (["i1", "i4", "i2"], [2.0, 1.0, 0.0])}), rules=capped)
     with pytest.raises(AuditError, match="shorter than 3"):

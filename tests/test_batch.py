@@ -18,7 +18,7 @@ from directories import write_prepared, write_random_model
 from nights import config_of, expected, published
 
 from cllm4rec import artifacts
-from cllm4rec.errors import ArtifactError, AuditError
+from cllm4rec.errors import ArtifactError, AuditError, ResourceError
 from cllm4rec.scoring import batch
 from cllm4rec.scoring.batch import forget_staged, num_staged, score
 from cllm4rec.scoring.plan import is_published, plan_score
@@ -163,7 +163,7 @@ batch.score(plan_score(load_config(sys.argv[2])))
 
 
 @pytest.mark.ray
-def test_a_run_whose_driver_was_killed_goes_on_and_publishes_every_user_once(ray_local, folder):
+def test_a_run_whose_driver_was_killed_at_a_third_goes_on_and_publishes_every_user_once(ray_local, folder):
     config = config_of(folder, "killed")
     (folder / "killed" / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
     plan = plan_score(config)
@@ -172,17 +172,19 @@ def test_a_run_whose_driver_was_killed_goes_on_and_publishes_every_user_once(ray
     driver = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
     try:
         give_up = time.monotonic() + 120
-        while num_staged(plan) < 8:
+        while num_staged(plan) < NUM_USERS // 3:
             assert driver.poll() is None, driver.stderr.read().decode()[-2000:]
             assert time.monotonic() < give_up
             time.sleep(0.05)
+        with pytest.raises(ResourceError, match=rf"is at work on .*dump \(process {driver.pid} on"):
+            score(plan)
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         driver.stderr.close()
     time.sleep(3)  # Ray ends the workers of a driver that is gone
     num_before = num_staged(plan)
-    assert 8 <= num_before < NUM_USERS, "the kill did not land in the middle of the work"
+    assert NUM_USERS // 3 <= num_before < NUM_USERS, "the kill did not land in the middle of the work"
     assert not is_published(config)
     names = artifacts.list_files(plan.staging)
     before = {name: artifacts.digest_of_file(artifacts.join(plan.staging, name)) for name in names}

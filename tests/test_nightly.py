@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import gzip
 import json
@@ -29,11 +30,13 @@ from cllm4rec.data.world import parity_world
 from cllm4rec.errors import ArtifactError, AuditError, DataError, ResourceError, is_full_disk
 from cllm4rec.registry import current_model
 from cllm4rec.scoring import batch, plan
+from cllm4rec.scoring.audit import hashed
 from cllm4rec.scoring.batch import num_staged, score
 from cllm4rec.scoring.lease import hold
 from cllm4rec.scoring.plan import is_published, plan_score
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.tombstones import Tombstones
+from jobs import nightly
 
 ROOT = Path(__file__).parents[1]
 NUM_USERS, NUM_BUCKETS = 40, 10
@@ -95,6 +98,9 @@ def test_a_night_scores_everybody_by_what_they_have_done_by_now(ray_local, folde
     assert "stranger" not in text + json.dumps(report)
     assert is_published(night, nightly=True)
     assert not is_published(before)
+    args = argparse.Namespace(force=False, accept_drift=False)
+    assert nightly.run(night, args)["nightly"]["skipped"]
+    assert DeltaTable(night.directory("dump")).version() == 2
     commit = DeltaTable(night.directory("dump")).history()[0]
     assert (commit["run_id"], commit["schema_version"]) == (planned.run_id, "1")
 
@@ -148,7 +154,9 @@ def test_half_the_users_gone_stops_the_night_and_accepting_it_publishes(ray_loca
     with pytest.raises(AuditError, match=r"50\.00% of the last table's users .* nightly\.drift\.max_users_gone"):
         score(planned)
     assert published(config) == first
-    assert report_of(planned)["status"] == "refused"
+    refused = report_of(planned)
+    assert (refused["status"], len(refused["users_gone_such_as"])) == ("refused", 3)
+    assert set(refused["users_gone_such_as"]) <= {hashed(user) for user in first}
     assert num_staged(planned) == NUM_USERS // 2
     facts = score(planned, accept_drift=True)
     assert (facts["status"], facts["table_version"], len(published(config))) == ("published", 2, NUM_USERS // 2)

@@ -39,7 +39,8 @@ def audit_bucket(
 
     expected: user_id and items (indices of what each user has seen). staged: tables of user_id, item_ids, scores. items:
     the catalogue's item ids by index. A list may be shorter than `k` only where nothing more fits under the rules; these
-    are counted. Raises AuditError naming the check, how many users it caught and three of them by hash.
+    are counted, as are lists in which a category is full. Raises AuditError naming the check, how many users it caught
+    and three of them by hash.
     """
     audit = _Audit(
         pd.Index(expected["user_id"].to_numpy(zero_copy_only=False)),
@@ -94,7 +95,7 @@ class _Audit:
 
     def __post_init__(self) -> None:
         self._times = np.zeros(len(self.user_ids), np.int64)
-        self._num_short = 0
+        self._num_short = self._num_capped = 0
 
     def add(self, table: pa.Table) -> None:
         """Check B rows."""
@@ -117,7 +118,7 @@ class _Audit:
         user_ids = np.asarray(self.user_ids, object)
         _refuse(self._times == 0, user_ids, "has no list")
         _refuse(self._times > 1, user_ids, "has more than one list")
-        return {"users": len(user_ids), "short_lists": self._num_short}
+        return {"users": len(user_ids), "short_lists": self._num_short, "capped_lists": self._num_capped}
 
     def _check_items(self, entries: Ragged, seen: Ragged, user_ids: npt.NDArray[np.object_]) -> None:
         num_items = len(self.items)
@@ -130,6 +131,7 @@ class _Audit:
         _refuse_entries(is_seen, entries, user_ids, "is recommended an item of their history")
         for breach, caught in self.rules.violations(entries).items():
             _refuse_entries(caught, entries, user_ids, f"is recommended {breach}")
+        self._num_capped += int((self.rules.full_categories(entries).lengths > 0).sum())
 
     def _check_lengths(self, entries: Ragged, seen: Ragged, user_ids: npt.NDArray[np.object_]) -> None:
         lengths = entries.lengths

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from ray.data.checkpoint import CheckpointConfig
@@ -33,7 +34,7 @@ from cllm4rec.data.records import Limits
 from cllm4rec.data.staging import each, quiet_data_context
 from cllm4rec.errors import ArtifactError, AuditError, DataError
 from cllm4rec.scoring import drift
-from cllm4rec.scoring.audit import audit_files
+from cllm4rec.scoring.audit import audit_files, hashed
 from cllm4rec.scoring.histories import Bucket, files_per_bucket, write_bucket
 from cllm4rec.scoring.lease import hold
 from cllm4rec.scoring.plan import ScorePlan
@@ -45,7 +46,7 @@ from cllm4rec.tombstones import Tombstones
 
 _MOST_USERS_PER_FILE = 65_536
 _BYTES_PER_NEW_BUCKET = 64 << 20
-_COUNTED = ("users", "short_lists")
+_COUNTED = ("users", "short_lists", "capped_lists")
 
 Progress = Callable[[Callable[[], int], int, str], contextlib.AbstractContextManager[None]]
 """Shows how many of a total are done while a block runs."""
@@ -140,7 +141,9 @@ class _Night:
         new = _sampled([join(plan.staging, name) for name in staged], most, num_users)
         self.drift = DriftReport(drift.compare(old, new, (items.item_ids, items.item_counts)), old, new)
         breaches = drift.breaches(self.drift.drift, plan.config.nightly.drift)
-        self.facts |= {"drift": self.drift.facts(), "drift_breaches": breaches}
+        gone = pc.filter(old["user_id"], pc.invert(pc.is_in(old["user_id"], value_set=new["user_id"].combine_chunks())))
+        examples = [hashed(user_id) for user_id in gone.slice(0, 3).to_pylist()]
+        self.facts |= {"drift": self.drift.facts(), "drift_breaches": breaches, "users_gone_such_as": examples}
         if breaches and not self._accept_drift:
             raise AuditError(
                 f"the lists are too far from those published last: {' '.join(breaches)} Nothing was published; correct "

@@ -52,15 +52,14 @@ def markdown(facts: Mapping[str, Any], plots: list[str]) -> str:
                 "model": facts["model_version"],
                 "users": _number(facts.get("users")),
                 "lists shorter than k, for want of allowed items": _number(facts.get("short_lists")),
+                "lists in which a category is full": _number(facts.get("capped_lists")),
                 "files": _number(len(facts.get("sha256", {}))),
             }
         ),
         "## Histories",
         _table({key.replace("_", " "): _number(value) for key, value in _flat(facts.get("histories", {})).items()}),
         "## Rules",
-        _table({key.replace("_", " "): _number(value) for key, value in facts.get("rules", {}).items()})
-        if facts.get("rules")
-        else "No rule beside leaving out what a user has seen.",
+        _rules_section(facts.get("rules", {})),
         "## Time and cost",
         _table(
             {
@@ -77,15 +76,21 @@ def markdown(facts: Mapping[str, Any], plots: list[str]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def _rules_section(counts: Mapping[str, int]) -> str:
+    rows = {key.replace("_", " "): _number(count) for key, count in counts.items() if count}
+    return _table(rows) if rows else "Nothing was left out or moved beside what a user has seen."
+
+
 def _drift_section(facts: Mapping[str, Any], plots: list[str]) -> list[str]:
     measured = facts.get("drift")
     if measured is None:
         return ["Nothing to compare with."]
     rows = {key.replace("_", " "): _number(value) for key, value in measured.items() if not isinstance(value, tuple)}
-    breaches = facts.get("drift_breaches", [])
+    breaches, gone = facts.get("drift_breaches", []), facts.get("users_gone_such_as", [])
     return [
         _table(rows),
         *(f"- {breach}" for breach in breaches),
+        *([f"Users who are gone, by hash: {', '.join(gone)}."] if gone else []),
         *(f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots),
     ]
 
