@@ -10,7 +10,7 @@ install: $(VENV)/installed
 # DS_BUILD_OPS=0: DeepSpeed's CUDA ops are built when first used, not here.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,baselines]"
 	touch $@
 
 demo: install

@@ -75,22 +75,37 @@ def test_a_known_user_belongs_to_the_bucket_of_their_history_and_new_ones_to_tho
 def test_a_bucket_is_its_files_its_events_and_nobody_erased(world, tmp_path):
     prepared, model = world
     folder = events_of(str(tmp_path), 0)
-    write_table(events(("user-00", 1, 5, 0, 1), ("new", 3, 5, 0, 2)), f"{folder}/file-000000-line-000000000001.parquet")
+    write_table(events(("user-00", 1, 5, 0, 1)), f"{folder}/file-000000-line-000000000001.parquet")
     bucket = Bucket(0, tuple(bucket_paths(prepared, "histories")[:1]), folder)
     merged, counts = merge_bucket(bucket, prepared, model, Tombstones())
     assert merged.schema.equals(HISTORIES)
-    assert merged["user_id"].to_pylist() == ["user-00", "user-01", "user-02", "user-03", "new"]
-    assert merged["user"].to_pylist() == [0, 1, 2, 3, -1]
+    assert merged["user_id"].to_pylist() == ["user-00", "user-01", "user-02", "user-03"]
+    assert merged["user"].to_pylist() == [0, 1, 2, 3]
     assert merged["items"].to_pylist()[0][-1] == 1
-    assert counts == {"new_users": 1, "users_with_news": 1, "new_interactions": 2, "erased_users": 0}
+    assert counts == {"new_users": 0, "users_with_news": 1, "new_interactions": 1, "erased_users": 0}
 
     class Erased(Tombstones):
         def __len__(self) -> int:
             return 1
 
         def contains(self, user_ids):
-            return np.isin(np.asarray(user_ids, object), ["user-02", "new"])
+            return np.isin(np.asarray(user_ids, object), ["user-02", "cyd"])
 
     merged, counts = merge_bucket(bucket, prepared, model, Erased())
     assert merged["user_id"].to_pylist() == ["user-00", "user-01", "user-03"]
-    assert counts["erased_users"] == 2
+    assert counts["erased_users"] == 1
+
+    new = events_of(str(tmp_path), 10)
+    write_table(events(("dan", 3, 5, 0, 2), ("cyd", 1, 5, 0, 1)), f"{new}/file-000000-line-000000000001.parquet")
+    merged, counts = merge_bucket(Bucket(10, (), new), prepared, model, Erased())
+    assert merged.to_pydict() == {"bucket": [10], "user": [-1], "user_id": ["dan"], "items": [[3]]}
+    assert (counts["new_users"], counts["erased_users"]) == (2, 1)
+
+
+def test_a_user_is_never_in_two_buckets(world, tmp_path):
+    prepared, model = world
+    folder = events_of(str(tmp_path), 0)
+    write_table(events(("user-39", 1, 5, 0, 1)), f"{folder}/file-000000-line-000000000001.parquet")
+    bucket = Bucket(0, tuple(bucket_paths(prepared, "histories")[:1]), folder)
+    with pytest.raises(AssertionError, match="in a bucket that is not its user's"):
+        merge_bucket(bucket, prepared, model, Tombstones())

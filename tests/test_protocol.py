@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
+from cllm4rec.baselines.data import Training
 from cllm4rec.baselines.popularity import Popularity
 from cllm4rec.config import EvaluateConfig
 from cllm4rec.data.prepared import Histories
@@ -121,11 +122,11 @@ def test_an_interval_of_nothing_is_refused() -> None:
 
 def test_baselines_are_ranked_the_same_in_chunks_and_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     histories = random_histories()
-    popularity = Popularity().fit(interaction_matrix(histories.train, 40))
+    popularity = Popularity().fit(Training(40, histories.train, Validation(histories), [], []))
     masked = histories.together("train", "validation")
-    at_once = rank_with(popularity, histories.train, masked, 40, 50)
+    at_once = rank_with(popularity, histories.user, histories.train, masked, 40, 50)
     monkeypatch.setattr(protocol, "CHUNK_VALUES", 40 * 7)
-    np.testing.assert_array_equal(rank_with(popularity, histories.train, masked, 40, 50), at_once)
+    np.testing.assert_array_equal(rank_with(popularity, histories.user, histories.train, masked, 40, 50), at_once)
     assert at_once.shape == (60, 50)
     assert all(not set(row) & set(out) for row, out in zip(at_once.tolist(), masked.tolist(), strict=True))
 

@@ -93,7 +93,7 @@ class Endpoint:
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGINT)
-        self.process.wait(timeout=60)
+        self.process.wait(timeout=180)
 
     def is_ready(self) -> bool:
         try:

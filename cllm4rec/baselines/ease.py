@@ -13,8 +13,10 @@ import numpy.typing as npt
 from scipy import linalg, sparse
 from tqdm import tqdm
 
-from cllm4rec.evaluation.metrics import depth
-from cllm4rec.evaluation.protocol import Validation, means, rank_with
+from cllm4rec.baselines.data import Training
+from cllm4rec.data.ragged import Ragged
+from cllm4rec.evaluation.metrics import IntArray, depth
+from cllm4rec.evaluation.protocol import interaction_matrix, means, rank_with
 
 GRID = tuple(float(value) for value in np.logspace(1, 4, 9).round(1))
 """Regularisations tried on the validation split."""
@@ -28,11 +30,11 @@ MAX_ITEMS = 20_000
 class EASE:
     """score = history · W, where W is the ridge regression of every item on all the others (its diagonal is 0)."""
 
-    def __init__(self, regularisation: float) -> None:
+    def __init__(self, regularisation: float = 100.0) -> None:
         self.regularisation = regularisation
 
-    def fit(self, train_IJ: sparse.csr_array) -> Self:
-        return self.fit_gram(gram(train_IJ))
+    def fit(self, training: Training) -> Self:
+        return self.fit_gram(gram(training.matrix))
 
     def fit_gram(self, gram_JJ: npt.NDArray[np.float64]) -> Self:
         """Fit from X'X alone, which a search over regularisations computes once."""
@@ -45,8 +47,8 @@ class EASE:
         self.weight_JJ = weight_JJ.astype(np.float32, order="C")
         return self
 
-    def scores(self, history_BJ: sparse.csr_array) -> npt.NDArray[np.float32]:
-        return np.asarray(history_BJ @ self.weight_JJ, np.float32)
+    def scores(self, users: IntArray, histories: Ragged) -> npt.NDArray[np.float32]:
+        return np.asarray(interaction_matrix(histories, len(self.weight_JJ)) @ self.weight_JJ, np.float32)
 
 
 def gram(train_IJ: sparse.csr_array) -> npt.NDArray[np.float64]:
@@ -54,22 +56,23 @@ def gram(train_IJ: sparse.csr_array) -> npt.NDArray[np.float64]:
     return np.asarray((train_IJ.T @ train_IJ).toarray(), np.float64)
 
 
-def tune_ease(
-    train_IJ: sparse.csr_array, validation: Validation, grid: tuple[float, ...] = GRID
-) -> tuple[EASE, dict[float, float]]:
+def tune_ease(training: Training, grid: tuple[float, ...] = GRID) -> tuple[EASE, dict[float, float]]:
     """The best EASE of a grid by TUNED_ON of the validation split, and what every regularisation reached.
 
     Fitted on the training split and left so: CLLM4Rec's tables see no validation item either. Equal values take the
     stronger regularisation. Raises ValueError where no user has a validation item.
     """
+    validation = training.validation
     if not len(validation.users):
         raise ValueError("no user has a validation item, so there is nothing to tune EASE on")
-    gram_JJ, num_items = gram(train_IJ), train_IJ.shape[1]
+    gram_JJ, num_items = gram(training.matrix), training.num_items
     reached: dict[float, float] = {}
     best = EASE(min(grid))
     for regularisation in tqdm(sorted(grid), desc="tune ease", unit="fit", disable=None):
         candidate = EASE(regularisation).fit_gram(gram_JJ)
-        ranked_BK = rank_with(candidate, validation.read, validation.read, num_items, depth([TUNED_ON]))
+        ranked_BK = rank_with(
+            candidate, validation.users, validation.read, validation.read, num_items, depth([TUNED_ON])
+        )
         reached[regularisation] = means(validation.metrics(ranked_BK))[TUNED_ON]
         if reached[regularisation] >= reached[best.regularisation]:
             best = candidate

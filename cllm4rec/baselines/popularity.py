@@ -6,15 +6,18 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
+
+from cllm4rec.baselines.data import Training
+from cllm4rec.data.ragged import Ragged
+from cllm4rec.evaluation.metrics import IntArray
 
 
 class Popularity:
     """An item's score is its number of training interactions, the same for every user."""
 
-    def fit(self, train_IJ: sparse.csr_array) -> Self:
-        self.count_J = np.asarray(train_IJ.sum(axis=0), np.float32).ravel()
+    def fit(self, training: Training) -> Self:
+        self.count_J = np.asarray(training.matrix.sum(axis=0), np.float32).ravel()
         return self
 
-    def scores(self, history_BJ: sparse.csr_array) -> npt.NDArray[np.float32]:
-        return np.broadcast_to(self.count_J, history_BJ.shape)
+    def scores(self, users: IntArray, histories: Ragged) -> npt.NDArray[np.float32]:
+        return np.broadcast_to(self.count_J, (len(users), len(self.count_J)))

@@ -27,12 +27,11 @@ Read = Literal["train", "train+validation"]
 
 
 class Recommender(Protocol):
-    """What a baseline is to the protocol. Rows are users, columns items, 1 where they have met."""
+    """What a fitted baseline is to the protocol (`cllm4rec.baselines.data.Baseline` says how it is fitted)."""
 
-    def fit(self, train_IJ: sparse.csr_array) -> Self: ...
-
-    def scores(self, history_BJ: sparse.csr_array) -> npt.NDArray[np.float32]:
-        """A score for every item (dense, B × J), from the users' histories alone."""
+    def scores(self, users: IntArray, histories: Ragged) -> npt.NDArray[np.float32]:
+        """A score for every item (dense, B × J). `users` are user indices, -1 where unknown at training; `histories`
+        are their items, oldest first, and all that a method without user texts or tables looks at."""
         ...
 
 
@@ -100,10 +99,12 @@ def interaction_matrix(items: Ragged, num_items: int) -> sparse.csr_array:
     return sparse.csr_array((ones, items.values, items.offsets), shape=(len(items), num_items))
 
 
-def rank_with(recommender: Recommender, read: Ragged, masked: Ragged, num_items: int, k: int) -> IntArray:
+def rank_with(
+    recommender: Recommender, users: IntArray, read: Ragged, masked: Ragged, num_items: int, k: int
+) -> IntArray:
     """Ranked lists (item_BK) of a fitted baseline, in chunks of users that bound the memory of dense scores."""
     ranked = [
-        rank_scores(recommender.scores(interaction_matrix(read.take(rows), num_items)), masked.take(rows), k)[0]
+        rank_scores(recommender.scores(users[rows], read.take(rows)), masked.take(rows), k)[0]
         for rows in chunks(len(read), max(1, CHUNK_VALUES // num_items))
     ]
     return np.concatenate([np.empty((0, k), np.int64), *ranked])

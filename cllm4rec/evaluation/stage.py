@@ -23,6 +23,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from cllm4rec.artifacts import Manifest, digest_of, join, read_manifest, write_bytes, write_directory, write_json
+from cllm4rec.baselines.data import Training
 from cllm4rec.baselines.ease import MAX_ITEMS, TUNED_ON, tune_ease
 from cllm4rec.baselines.popularity import Popularity
 from cllm4rec.catalog import Catalog
@@ -36,10 +37,8 @@ from cllm4rec.evaluation.protocol import (
     HeldOut,
     Recommender,
     Stratum,
-    Validation,
     chunks,
     history_strata,
-    interaction_matrix,
     interval,
     popularity_strata,
     rank_with,
@@ -106,10 +105,12 @@ def evaluate_methods(histories: Histories, catalog: Catalog, scorer: Scorer, con
         raise DataError("no user has a test item to evaluate on; raise data.split.test and prepare again")
     with _timed(MODEL, held_out):
         ranked = {MODEL: rank_with_scorer(scorer, held_out, config.score.batch_users)}
-    baselines = fit_baselines(histories, catalog.num_items)
+    baselines = fit_baselines(Training.of(histories, catalog))
     for name, baseline in baselines.fitted.items():
         with _timed(name, held_out):
-            ranked[name] = rank_with(baseline, held_out.read, held_out.masked, catalog.num_items, depth())
+            ranked[name] = rank_with(
+                baseline, held_out.users, held_out.read, held_out.masked, catalog.num_items, depth()
+            )
     per_user = {method: compute(item_BK, held_out.relevant) for method, item_BK in ranked.items()}
     samples, seed = config.evaluate.bootstrap_samples, config.seed
     metrics = {
@@ -152,16 +153,15 @@ class Baselines:
     skipped: dict[str, str]
 
 
-def fit_baselines(histories: Histories, num_items: int) -> Baselines:
+def fit_baselines(training: Training) -> Baselines:
     """Fit on the training split alone, as CLLM4Rec's tables are; EASE is skipped out loud where it cannot run."""
-    train_IJ, validation = interaction_matrix(histories.train, num_items), Validation(histories)
-    baselines = Baselines({"popularity": Popularity().fit(train_IJ)}, {"popularity": {"fitted_on": "train"}}, {})
-    reason = _reason_against_ease(num_items, len(validation.users))
+    baselines = Baselines({"popularity": Popularity().fit(training)}, {"popularity": {"fitted_on": "train"}}, {})
+    reason = _reason_against_ease(training.num_items, len(training.validation.users))
     if reason:
         logger.warning("EASE is skipped: %s", reason)
         baselines.skipped["ease"] = reason
         return baselines
-    ease, reached = tune_ease(train_IJ, validation)
+    ease, reached = tune_ease(training)
     baselines.fitted["ease"] = ease
     baselines.choices["ease"] = {
         "fitted_on": "train",

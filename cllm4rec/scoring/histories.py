@@ -70,6 +70,8 @@ def merge_bucket(
     known = _known(bucket, prepared_dir, model_dir)
     events = _events(bucket)
     merged, counts = with_events(known, events)
+    # Else a user of another bucket would be scored twice, and no bucket's audit would see it.
+    assert not (bucket.files and counts["new_users"]), "an event lies in a bucket that is not its user's"
     gone = tombstones.contains(merged["user_id"].to_pylist()) if len(tombstones) else np.zeros(len(merged), bool)
     counts["erased_users"] = int(gone.sum())
     kept = merged.filter(pa.array(~gone))

@@ -1,0 +1,52 @@
+"""Texts as sparse rows of words. Written by hand: it is a page, and the libraries that have it are large.
+
+Shapes: D texts, W words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import sparse
+
+from cllm4rec.errors import DataError
+
+MAX_WORDS = 5000
+"""The most frequent words are kept; rarer ones say little about other texts."""
+
+_WORD = re.compile(r"\w\w+")
+
+
+def word_counts(texts: Sequence[str], max_words: int = MAX_WORDS) -> sparse.csr_array:
+    """D × W: how often each text has each word. Words that stand in one text or in all of them tell no texts apart
+    and are left out."""
+    words = [_WORD.findall(text.lower()) for text in texts]
+    index = {word: column for column, word in enumerate(sorted({word for row in words for word in row}))}
+    column = np.array([index[word] for row in words for word in row], np.int64)
+    row = np.repeat(np.arange(len(texts)), [len(row) for row in words])
+    count_DW = sparse.coo_array((np.ones(len(row), np.float32), (row, column)), shape=(len(texts), len(index))).tocsr()
+    frequency_W = np.bincount(count_DW.indices, minlength=len(index))
+    useful = np.flatnonzero((frequency_W >= 2) & (frequency_W < len(texts)))
+    most = useful[np.argsort(-frequency_W[useful], kind="stable")][:max_words]
+    return sparse.csr_array(count_DW[:, np.sort(most)])
+
+
+def tf_idf(texts: Sequence[str], max_words: int = MAX_WORDS) -> sparse.csr_array:
+    """D × W: (1 + log count) · log(D / texts with the word), rows of length 1; a text without words is a row of zeros."""
+    count_DW = word_counts(texts, max_words)
+    idf_W = np.log(len(texts) / np.bincount(count_DW.indices, minlength=count_DW.shape[1]).clip(1))
+    weight_DW = count_DW.copy()
+    weight_DW.data = ((1 + np.log(count_DW.data)) * idf_W[count_DW.indices]).astype(np.float32)
+    length_D = np.sqrt(weight_DW.multiply(weight_DW).sum(axis=1))
+    weight_DW.data /= np.repeat(length_D, np.diff(weight_DW.indptr))
+    return weight_DW.astype(np.float32)
+
+
+def item_tf_idf(texts: Sequence[str], method: str) -> sparse.csr_array:
+    """`tf_idf`, refused with a DataError where there is nothing to read."""
+    weight_JW = tf_idf(texts)
+    if not weight_JW.nnz:
+        raise DataError(f"no two items share a word, so there is no text for {method} to read; give data.items a text")
+    return weight_JW
