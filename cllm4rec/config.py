@@ -188,6 +188,24 @@ class EvaluateConfig(_Section):
         return self
 
 
+class CompareConfig(_Section):
+    """What `jobs.compare` runs: every method with the same budget on every split."""
+
+    rows: Literal["main", "all"] = Field("main", description="which methods, where compare.methods names none")
+    methods: list[str] = Field([], description="names of the methods (see cllm4rec.comparison.methods)")
+    seeds: Annotated[list[int], Field(min_length=1)] = Field([0], description="a split, and a run, for each seed")
+    trials: Positive = Field(6, description="most settings tried of a method on a split; validation chooses")
+    minutes: Annotated[float, Field(gt=0)] = Field(
+        6.0, description="no further setting of a method is tried on a split after so long"
+    )
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"compare.seeds {self.seeds} names a seed twice; a split counts once")
+        return self
+
+
 class RulesConfig(_Section):
     """What may be recommended beside the scores; files are CSV, Parquet or YAML (see `cllm4rec.scoring.rules`)."""
 
@@ -289,6 +307,7 @@ class Config(_Section):
     finetune: FinetuneStage = FinetuneStage()
     training: TrainingConfig = TrainingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    compare: CompareConfig = CompareConfig()
     score: ScoreConfig = ScoreConfig()
     nightly: NightlyConfig = NightlyConfig()
     promote: PromoteConfig = PromoteConfig()

@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "scoring": FIRST | {"data", "model", "training", "tombstones", "registry"},
     "evaluation": FIRST | {"data", "model", "training", "scoring", "baselines"},
     "promotion": FIRST | {"data", "scoring", "evaluation", "registry"},
+    "benchmark": FIRST | {"data", "model", "training", "scoring"},
+    "comparison": FIRST | {"data", "model", "training", "scoring", "evaluation", "baselines"},
     "redact": FIRST | {"tombstones"},
     "erasure": FIRST | {"tombstones", "redact", "registry", "data", "scoring"},
 }

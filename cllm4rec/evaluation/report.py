@@ -14,7 +14,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-NAMES = {"cllm4rec": "CLLM4Rec", "popularity": "Popularity", "ease": "EASE"}
+NAMES = {
+    "cllm4rec": "CLLM4Rec",
+    "cllm4rec_t5": "CLLM4Rec, T5",
+    "cllm4rec_llama": "CLLM4Rec, Llama",
+    "llm_scratch": "LLM-Scratch",
+    "llm_cf": "LLM-CF",
+    "llm_ftall": "LLM-FtAll",
+    "llm_fixord": "LLM-FixOrd",
+    "llm_prerec": "LLM-PreRec",
+    "popularity": "Popularity",
+    "item_knn": "ItemKNN",
+    "ease": "EASE",
+    "ease_text": "EASE with text",
+    "ials": "iALS",
+    "multi_vae": "Multi-VAE",
+    "md_cvae": "MD-CVAE",
+    "bert4rec": "BERT4Rec",
+    "s3rec": "S3Rec",
+    "sasrec": "SASRec",
+    "two_tower": "Two-Tower",
+    "m6_retrieval": "M6-Retrieval",
+    "cllm4rec_emb": "CLLM4Rec-Emb",
+}
 """Methods as people write them, in the order of every table; others follow by the name they have."""
 
 COLOURS = {"cllm4rec": "#0b6e99", "popularity": "#98a3ad", "ease": "#d9822b"}
@@ -35,8 +57,7 @@ def table(metrics: Mapping[str, Any]) -> str:
     columns = metric_names(metrics)
     rows = [["", *columns]]
     rows += [
-        [name_of(method), *(_with_interval(results[method][name]) for name in columns)]
-        for method in methods_of(results)
+        [name_of(method), *(with_interval(results[method][name]) for name in columns)] for method in methods_of(results)
     ]
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -55,7 +76,7 @@ def render(metrics: Mapping[str, Any]) -> dict[str, bytes]:
     """Files of the report by name: `report.md` and the plots it shows."""
     plots = {"results.png": plot_results(metrics)}
     plots |= {STRATA[kind][0]: plot_strata(kind, strata) for kind, strata in metrics["strata"].items()}
-    return {"report.md": markdown(metrics).encode(), **{name: _png(figure) for name, figure in plots.items()}}
+    return {"report.md": markdown(metrics).encode(), **{name: png(figure) for name, figure in plots.items()}}
 
 
 def markdown(metrics: Mapping[str, Any]) -> str:
@@ -90,7 +111,7 @@ def verdict(comparison: Mapping[str, Any]) -> str:
         meaning = "the interval holds 0, so these users do not tell the two apart"
     return (
         f"In {comparison['metric']} CLLM4Rec is {side} {name_of(comparison['baseline'])}, the best baseline: "
-        f"{_with_interval(difference, signed=True)}, paired over users; {meaning}."
+        f"{with_interval(difference, signed=True)}, paired over users; {meaning}."
     )
 
 
@@ -103,7 +124,7 @@ def protocol_in_words(protocol: Mapping[str, Any]) -> list[str]:
         f"Ranking: {protocol['ranking']} ({protocol['items_ranked']:,} items, no sampled candidates).",
         f"Users: {protocol['users_evaluated']:,} with {protocol['test_items']:,} test items; "
         f"{protocol['users_dropped']:,} without test items dropped.",
-        *_metrics_in_words(protocol["metrics"]),
+        *metrics_in_words(protocol["metrics"]),
         f"Interval: {interval['kind']}, {interval['confidence']:.0%}, {interval['samples']:,} samples, "
         f"seed {interval['seed']}.",
         f"Model: {protocol['model_version']}.",
@@ -122,7 +143,7 @@ def _split_in_words(split: Mapping[str, Any]) -> str:
     return f"Split: {split['kind']}, {shares}, seed {split['seed']}."
 
 
-def _metrics_in_words(metrics: Mapping[str, str]) -> list[str]:
+def metrics_in_words(metrics: Mapping[str, str]) -> list[str]:
     """A line a definition, however many k it is taken at."""
     names: dict[str, list[str]] = {}
     for name, definition in metrics.items():
@@ -145,10 +166,10 @@ def _markdown_table(metrics: Mapping[str, Any]) -> list[str]:
     ]
     for method in methods_of(results):
         cells = [
-            _with_interval(results[method][name], bold=results[method][name]["mean"] == best[name]) for name in columns
+            with_interval(results[method][name], bold=results[method][name]["mean"] == best[name]) for name in columns
         ]
         difference = comparison["difference"].get(method)
-        cells.append(_with_interval(difference, signed=True) if difference else "–")
+        cells.append(with_interval(difference, signed=True) if difference else "–")
         lines.append(f"| {name_of(method)} | {' | '.join(cells)} |")
     return lines
 
@@ -167,7 +188,7 @@ def plot_results(metrics: Mapping[str, Any]) -> Figure:
         axes.set_xlim(0, _limit(row[column] for row in results.values()))
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_title(column, fontsize=11, color=INK)
-        _plain(axes, "x")
+        plain(axes, "x")
     return figure
 
 
@@ -189,7 +210,7 @@ def plot_strata(kind: str, strata: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_ylim(0, _limit(value for stratum in strata for value in stratum["results"].values()))
     axes.set_xlabel(STRATA[kind][1], color=INK)
     axes.set_ylabel(strata[0]["metric"], color=INK)
-    _plain(axes, "y")
+    plain(axes, "y")
     figure.legend(loc="outside upper center", ncols=min(len(methods), 4), frameon=False, handletextpad=0.2)
     return figure
 
@@ -210,7 +231,7 @@ def _limit(values: Iterable[Mapping[str, float]]) -> float:
     return 1.08 * max(value["high"] for value in values) or 1.0
 
 
-def _plain(axes: Axes, along: str) -> None:
+def plain(axes: Axes, along: str) -> None:
     """A quiet frame: grid lines along the measured axis only."""
     for side in ("top", "right", "left" if along == "y" else "bottom"):
         axes.spines[side].set_visible(False)
@@ -221,7 +242,7 @@ def _plain(axes: Axes, along: str) -> None:
         spine.set_color(INK)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white")
     return buffer.getvalue()
@@ -251,7 +272,7 @@ def _splits(policy: str) -> str:
     return "the training and validation items" if policy == "train+validation" else "the training items"
 
 
-def _with_interval(value: Mapping[str, float], *, signed: bool = False, bold: bool = False) -> str:
+def with_interval(value: Mapping[str, float], *, signed: bool = False, bold: bool = False) -> str:
     mean = _number(value["mean"], signed)
     return f"{f'**{mean}**' if bold else mean} [{_number(value['low'], signed)}, {_number(value['high'], signed)}]"
 

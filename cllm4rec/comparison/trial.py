@@ -1,0 +1,384 @@
+"""One row of the comparison on one split: tune on the validation split, keep the best, list the test users' items.
+
+    <output_dir>/runs/compare/<seed>/
+      prepared/             the split
+      backbone_<name>/      the language model that every variant of that architecture begins from, trained once
+      <method>/             result.json (every setting tried, the chosen one, its learning curve, seconds, memory),
+                            lists.parquet (user, items: ranked), for cllm4rec its tables as well
+
+Everything runs on one thread of one process, without Ray, so that rows may run side by side.
+
+Lengths: B users, J items, K hidden size, T tokens of a text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import tokenizers
+import torch
+
+from cllm4rec.artifacts import (
+    digest_of,
+    is_current,
+    join,
+    read_bytes,
+    read_json,
+    read_manifest,
+    write_directory,
+    write_json,
+)
+from cllm4rec.baselines.data import Budget, Training, item_texts_with_reviews
+from cllm4rec.baselines.registry import make
+from cllm4rec.catalog import Catalog
+from cllm4rec.comparison.methods import AFTER, MODEL, VARIANTS, config_of, points_of, stages_of
+from cllm4rec.config import BackboneSize, Config
+from cllm4rec.data.documents import Documents, Kind
+from cllm4rec.data.packing import Packer
+from cllm4rec.data.prepared import Histories, Language, load_documents, load_space, read_tables, write_table
+from cllm4rec.data.ragged import Ragged, no_values
+from cllm4rec.errors import DataError, TrainingError
+from cllm4rec.evaluation.metrics import IntArray, compute, depth
+from cllm4rec.evaluation.protocol import HeldOut, Validation, rank_with
+from cllm4rec.evaluation.stage import rank_with_scorer
+from cllm4rec.model.backbone import Backbone, load_backbone, new_backbone, save_backbone, save_reference, save_tensors
+from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.model.grids import TensorBatch
+from cllm4rec.model.ranking import Ranker
+from cllm4rec.model.store import load_tables
+from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.training.run import VALIDATION_METRIC, RunSettings, Shard, put_weights, run
+from cllm4rec.training.stages import backbone_stages
+
+KIND = "compared"
+"""Of the directories of finished rows."""
+
+_TEXTS_AT_ONCE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """A split, read once for all settings tried on it."""
+
+    catalog: Catalog
+    language: Language
+    histories: Histories
+    documents: Documents
+    item_texts: list[str]
+    """What the baselines read of an item: its own text, then the training reviews of it."""
+
+    @classmethod
+    def load(cls, prepared_dir: str) -> Data:
+        catalog, language, _ = load_space(prepared_dir)
+        texts = item_texts_with_reviews(prepared_dir, catalog)
+        return cls(catalog, language, Histories.load(prepared_dir), load_documents(prepared_dir), texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A trained method: how it ranks, its validation by epoch, and the model where it is a variant of CLLM4Rec."""
+
+    rank: Callable[[HeldOut], IntArray]
+    curve: list[dict[str, Any]]
+    model: CLLM4Rec | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A method on one split. `config` is that split's, as `of_split` gives it."""
+
+    config: Config
+    name: str
+
+    @property
+    def directory(self) -> str:
+        return self.config.directory(self.name)
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of everything the result depends on."""
+        config = self.config
+        settings: dict[str, Any] = {
+            "points": points_of(self.name, config),
+            "minutes": config.compare.minutes,
+            "evaluate": config.evaluate.model_dump(),
+            "seed": config.seed,
+        }
+        inputs = {"prepared": read_manifest(config.directory("prepared"), "prepared").digest}
+        if self.name in VARIANTS:
+            varied = config_of(self.name, config, {})
+            sections = ("model", "pretrain", "finetune", "training")
+            settings |= {section: getattr(varied, section).model_dump() for section in sections}
+        if self.backbone is not None:
+            inputs["backbone"] = read_manifest(self.backbone, "backbone").digest
+        if self.name in AFTER:
+            inputs[AFTER[self.name]] = read_manifest(config.directory(AFTER[self.name]), KIND).digest
+        return inputs | {"method": digest_of(settings)}
+
+    @property
+    def backbone(self) -> str | None:
+        """Directory of the trained language model it begins from; None where it has none or an untrained one."""
+        if self.name == "m6_retrieval":
+            return backbone_directory(self.config)
+        if self.name not in VARIANTS:
+            return None
+        varied = config_of(self.name, self.config, {})
+        return backbone_directory(varied) if varied.backbone.epochs else None
+
+    def is_done(self) -> bool:
+        return is_current(self.directory, KIND, self.inputs())
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished row as it was written down."""
+
+    facts: dict[str, Any]
+    ranked: IntArray
+
+
+def of_split(config: Config, seed: int) -> Config:
+    """The config of one split seed: everything of it lies in a folder of its own."""
+    split = config.data.split.model_copy(update={"seed": seed})
+    data = config.data.model_copy(update={"split": split})
+    folder = join(config.directory("runs"), "compare", str(seed))
+    return config.model_copy(update={"output_dir": folder, "data": data})
+
+
+def run_row(row: Row) -> str:
+    """Tune, train and write one row; returns its directory. A row that this data cannot feed says why instead.
+
+    Raises TrainingError where no setting can be trained.
+    """
+    torch.set_num_threads(1)
+    forget_peak_memory()
+    started, config, inputs = time.monotonic(), row.config, row.inputs()
+    data = Data.load(config.directory("prepared"))
+    tried: list[dict[str, Any]] = []
+    best: Fitted | None = None
+    skipped = ""
+    for params in points_of(row.name, config):
+        if tried and time.monotonic() - started > 60 * config.compare.minutes:
+            break
+        trial_started = time.monotonic()
+        try:
+            fitted = fit(row.name, params, data, config)
+        except DataError as error:
+            skipped = str(error)
+            break
+        except TrainingError as error:
+            tried.append({"params": params, "failed": str(error)})
+            continue
+        reached = validate(fitted, data)
+        is_best = best is None or reached[VALIDATION_METRIC] > _best_value(tried)
+        best = fitted if is_best else best
+        tried.append({"params": params, "validation": reached, "seconds": time.monotonic() - trial_started})
+    if best is None and not skipped:
+        raise TrainingError(f"no setting of {row.name} could be trained: {tried[-1]['failed']}")
+    facts = {"name": row.name, "skipped": skipped, "tried": tried, "seconds": time.monotonic() - started}
+    _write(row, inputs, best, data, facts)
+    return row.directory
+
+
+def _best_value(tried: list[dict[str, Any]]) -> float:
+    return max(float(trial["validation"][VALIDATION_METRIC]) for trial in tried if "validation" in trial)
+
+
+def _write(row: Row, inputs: dict[str, str], best: Fitted | None, data: Data, facts: dict[str, Any]) -> None:
+    with write_directory(row.directory, kind=KIND, inputs=inputs, config=row.config.model_dump(mode="json")) as draft:
+        if best is not None:
+            succeeded = [trial for trial in facts["tried"] if "validation" in trial]
+            # The one look at the test split, by the setting that validation chose.
+            chosen = max(succeeded, key=lambda trial: float(trial["validation"][VALIDATION_METRIC]))
+            held_out = HeldOut.test(data.histories, row.config.evaluate)
+            facts |= {"chosen": chosen["params"], "validation": chosen["validation"], "curve": best.curve}
+            lists = Ragged.from_lists(best.rank(held_out)).to_arrow()
+            write_table(pa.table({"user": held_out.users, "items": lists}), draft.path("lists.parquet"))
+            if row.name == MODEL and best.model is not None:
+                tables = {name: table.data for name, table in best.model.tables().items()}
+                save_tensors(tables, draft.path("tables.safetensors"))
+        write_json(draft.path("result.json"), facts | {"peak_memory_mb": peak_memory_mb()})
+
+
+def read_row(row: Row) -> Result:
+    """What `run_row` wrote. Raises ArtifactError where the row is not finished."""
+    read_manifest(row.directory, KIND)
+    facts = read_json(join(row.directory, "result.json"))
+    if facts["skipped"]:
+        return Result(facts, np.empty((0, depth()), np.int64))
+    lists = Ragged.from_arrow(read_tables([join(row.directory, "lists.parquet")])["items"])
+    return Result(facts, lists.values.reshape(len(lists), -1).astype(np.int64))
+
+
+def validate(fitted: Fitted, data: Data) -> dict[str, float]:
+    """Means over the users with a validation item; what settings are chosen by."""
+    held_out = HeldOut.of(data.histories, "validation", "train", "train")
+    return {name: float(values.mean()) for name, values in compute(fitted.rank(held_out), held_out.relevant).items()}
+
+
+def fit(name: str, params: dict[str, Any], data: Data, config: Config) -> Fitted:
+    """Train one setting. Raises DataError where the data lack what the method reads, TrainingError at a bad loss."""
+    if name in VARIANTS:
+        return fit_variant(name, config_of(name, config, params), data)
+    baseline = make(name, **params).fit(training_of(name, data, config))
+
+    def rank(held_out: HeldOut) -> IntArray:
+        return rank_with(baseline, held_out.users, held_out.read, held_out.masked, data.catalog.num_items, depth())
+
+    curve = [{"stage": "fit", VALIDATION_METRIC: value} for value in getattr(baseline, "curve", [])]
+    return Fitted(rank, curve)
+
+
+def training_of(name: str, data: Data, config: Config) -> Training:
+    """What a baseline may learn from, with the vectors or tables of CLLM4Rec's parts where it reads those."""
+    budget = Budget(max_seconds=60 * config.compare.minutes)
+    training = Training.of(data.histories, data.catalog, item_texts=data.item_texts, seed=config.seed, budget=budget)
+    if name == "m6_retrieval":
+        backbone = load_backbone(backbone_directory(config), config.model.max_tokens)
+        if backbone.pairs:
+            raise DataError("m6_retrieval embeds texts with a decoder, and model.backbone is an encoder-decoder")
+        read = functools.partial(text_vectors, backbone=backbone, data=data, config=config)
+        users = read(data.catalog.user_texts) if any(data.catalog.user_texts) else None
+        return dataclasses.replace(training, item_text_vectors=read(data.item_texts), user_text_vectors=users)
+    if name in AFTER:
+        tables = load_tables(config.directory(AFTER[name]), KIND)
+        user_table, item_table = (tables[f"collaborative_{kind}"].numpy() for kind in ("users", "items"))
+        return dataclasses.replace(training, user_table=user_table, item_table=item_table)
+    return training
+
+
+def fit_variant(name: str, config: Config, data: Data) -> Fitted:
+    """CLLM4Rec under the settings of a variant, trained by the one loop on plain torch."""
+    tokens = data.catalog.tokens(data.language.num_words)
+    documents = data.documents if VARIANTS[name].reads_texts else data.documents.of_kinds([Kind.INTERACTIONS])
+    curve: list[dict[str, Any]] = []
+
+    def make_model() -> CLLM4Rec:
+        backbone = starting_backbone(config, data.language.num_words)
+        return CLLM4Rec(backbone, tokens, std=config.model.table_std, seed=config.seed)
+
+    weights = run(
+        make_model,
+        data.language.prompts,
+        stages_of(name, config),
+        Shard(documents, Validation(data.histories)),
+        _settings(config),
+        log=lambda entry: curve.append(_told(entry)) if f"validation_{VALIDATION_METRIC}" in entry else None,
+    )
+    model = make_model()
+    put_weights(model, weights)
+    prompt = "recommendation" if config.finetune.epochs else "interactions"
+    ranker = Ranker(model.eval(), data.language.prompts, config.model.max_tokens, prompt)  # type: ignore[arg-type]
+    scorer = Scorer(ranker, data.catalog, name)
+    return Fitted(lambda held_out: rank_with_scorer(scorer, held_out, config.score.batch_users), curve, model)
+
+
+def _told(entry: dict[str, Any]) -> dict[str, Any]:
+    return {"stage": entry["stage"], VALIDATION_METRIC: entry[f"validation_{VALIDATION_METRIC}"], "loss": entry["loss"]}
+
+
+def backbone_directory(config: Config) -> str:
+    backbone = config.model.backbone
+    return config.directory(f"backbone_{backbone.architecture if isinstance(backbone, BackboneSize) else 'stock'}")
+
+
+def starting_backbone(config: Config, num_words: int) -> Backbone:
+    """The language model before the tables are trained: with no epochs of its own, as `model.backbone` describes it."""
+    if not config.backbone.epochs:
+        return new_backbone(config.model, num_words, config.seed)
+    return load_backbone(backbone_directory(config), config.model.max_tokens)
+
+
+def backbone_inputs(config: Config) -> dict[str, str]:
+    settings = {section: getattr(config, section).model_dump() for section in ("model", "backbone", "training")}
+    prepared = read_manifest(config.directory("prepared"), "prepared").digest
+    return {"prepared": prepared, "settings": digest_of(settings | {"seed": config.seed})}
+
+
+def run_backbone(config: Config) -> str:
+    """Train the language model of one split on its training texts and write it; returns its directory."""
+    torch.set_num_threads(1)
+    inputs, prepared_dir, started = backbone_inputs(config), config.directory("prepared"), time.monotonic()
+    _, language, tokens = load_space(prepared_dir)
+    backbone = new_backbone(config.model, language.num_words, config.seed)
+    model = CLLM4Rec(backbone, tokens, std=0.0)
+    shard = Shard(load_documents(prepared_dir), None)
+    weights = run(
+        lambda: model, language.prompts, backbone_stages(config), shard, _settings(config), log=lambda entry: None
+    )
+    put_weights(model, weights)
+    directory = backbone_directory(config)
+    with write_directory(directory, kind="backbone", inputs=inputs, config=config.model_dump(mode="json")) as draft:
+        if isinstance(config.model.backbone, str) and not weights:
+            save_reference(backbone, config.model, draft.uri)
+        else:
+            save_backbone(backbone, draft.uri)
+        draft.counts["seconds"] = time.monotonic() - started
+    return directory
+
+
+def text_vectors(texts: list[str], backbone: Backbone, data: Data, config: Config) -> npt.NDArray[np.float32]:
+    """Mean hidden state of each text's first tokens (text × K); zeros where there is no text."""
+    tokenizer = tokenizers.Tokenizer.from_buffer(
+        read_bytes(join(config.directory("prepared"), "tokenizer", "tokenizer.json"))
+    )
+    tokens = data.catalog.tokens(data.language.num_words)
+    model = CLLM4Rec(backbone, tokens, std=0.0).eval()
+    most = config.data.max_text_tokens
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    words = Ragged.from_lists([one.ids[:most] for one in encoded], np.int32)
+    vectors_DK = np.zeros((len(texts), backbone.width), np.float32)
+    packer = Packer(tokens, _TEXTS_AT_ONCE, most)
+    for begin in range(0, len(texts), _TEXTS_AT_ONCE):
+        rows = np.arange(begin, min(begin + _TEXTS_AT_ONCE, len(texts)))
+        rows = rows[words.lengths[rows] > 0]
+        part = words.take(rows)
+        none = np.full(len(rows), -1, np.int64)
+        kinds = np.full(len(rows), int(Kind.ITEM_TEXT), np.int8)
+        # As a prompt: words of a main text would be predicted, too, for nothing.
+        documents = Documents(kinds, none, none, part, no_values(len(rows)), no_values(len(rows)))
+        batch = packer.layout(documents, np.arange(len(rows)), np.zeros(len(rows), np.int64))
+        with torch.inference_mode():
+            hidden_RTK = model.hidden(TensorBatch.of(batch, torch.device("cpu"))).view(_TEXTS_AT_ONCE, most, -1)
+        for place, row in enumerate(rows.tolist()):
+            vectors_DK[row] = hidden_RTK[place, : words.lengths[row]].float().mean(dim=0).numpy()
+    return vectors_DK
+
+
+def _settings(config: Config) -> RunSettings:
+    training = config.training
+    return RunSettings(
+        engine="torch",
+        accumulation=config.accumulation,
+        gradient_clipping=training.gradient_clipping,
+        zero_stage=0,
+        bf16=training.bf16,
+        micro_batch_tokens=training.micro_batch_tokens,
+        max_tokens=config.model.max_tokens,
+        checkpoint_every_epochs=training.checkpoint_every_epochs,
+        seed=config.seed,
+    )
+
+
+def forget_peak_memory() -> None:
+    """Begin a new peak: a process that runs several rows would show its largest for all. Only Linux can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb() -> float:
+    """Most memory this process had since `forget_peak_memory`; since its start where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

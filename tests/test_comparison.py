@@ -1,0 +1,371 @@
+"""The comparison on the parity world: what variants train, what is run again, and the shape of what is written."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from directories import write_prepared
+from parity import MAX_TOKENS, parity
+from safetensors.torch import load_file
+
+from cllm4rec.artifacts import join, read_json, read_manifest
+from cllm4rec.baselines.registry import BASELINES
+from cllm4rec.comparison import trial
+from cllm4rec.comparison.methods import ALL, GRID, MAIN, VARIANTS, chosen_methods, config_of, points_of, stages_of
+from cllm4rec.comparison.report import render
+from cllm4rec.comparison.results import METRICS, Splits, collect
+from cllm4rec.comparison.trial import (
+    Data,
+    Row,
+    fit,
+    fit_variant,
+    of_split,
+    read_row,
+    run_backbone,
+    run_row,
+    starting_backbone,
+)
+from cllm4rec.config import parse_config
+from cllm4rec.data.epochs import Maker
+from cllm4rec.data.prepared import Language, write_table
+from cllm4rec.data.tokenizer import save_tokenizer
+from cllm4rec.errors import ConfigError, TrainingError
+from cllm4rec.evaluation.protocol import HeldOut
+from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.training.stages import CONTENT
+from jobs import compare
+
+NUM_WORDS = 300
+
+
+def make_config(tmp_path, **compare):
+    return parse_config(
+        {
+            "output_dir": str(tmp_path),
+            "data": {
+                "interactions": {"path": "none.jsonl", "columns": {"user": "user", "item": "item"}},
+                "split": {"kind": "leave_one_out"},
+                "max_text_tokens": 24,
+            },
+            "model": {
+                "backbone": {"layers": 2, "width": 32, "heads": 4, "vocab_size": NUM_WORDS},
+                "max_tokens": MAX_TOKENS,
+                "table_std": 0.1,
+            },
+            "backbone": {"epochs": 1},
+            "pretrain": {"warmup_epochs": 1, "epochs": 2, "learning_rate": 1e-2},
+            "finetune": {
+                "epochs": 20, "learning_rate": 3e-2, "mask_fraction": [0.1, 0.9], "target": "all", "user_dropout": 0.5,
+                "lambda_c": 0.0, "patience": 20,
+            },
+            "training": {"engine": "torch", "bf16": False, "micro_batch_tokens": 8 * MAX_TOKENS},
+            "evaluate": {"bootstrap_samples": 50},
+            "compare": {"trials": 1, "seeds": [0, 1], **compare},
+        }
+    )  # fmt: skip
+
+
+def prepared(config):
+    """The parity world as the stages find it, for each seed; splits by parity do not depend on the seed."""
+    torch.set_num_threads(1)
+    for seed in config.compare.seeds:
+        split = of_split(config, seed)
+        directory = write_prepared(Path(split.directory("prepared")))
+        Language(parity().prompts, NUM_WORDS).save(directory)
+        tokens = dataclasses.replace(parity().tokens, num_words=NUM_WORDS)
+        shifted = parity().documents
+        move = NUM_WORDS - parity().tokens.num_words
+
+        def moved(ragged, move=move):
+            ids = ragged.values
+            return dataclasses.replace(ragged, values=np.where(ids >= parity().tokens.num_words, ids + move, ids))
+
+        documents = dataclasses.replace(shifted, prompt=moved(shifted.prompt), main=moved(shifted.main))
+        assert tokens.is_item(documents.main.values).any()
+        write_table(documents.to_arrow(), join(directory, "documents", "bucket-00000.parquet"))
+        save_tokenizer(config.model, parity().world.catalog.item_texts, join(directory, "tokenizer"))
+        run_backbone(split)
+    return config
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return prepared(make_config(tmp_path_factory.mktemp("parity")))
+
+
+@pytest.fixture(scope="module")
+def split(config):
+    return of_split(config, 0)
+
+
+@pytest.fixture(scope="module")
+def data(split):
+    return Data.load(split.directory("prepared"))
+
+
+def model_of(name, split, data, **settings):
+    """A variant's model after a short training, and the same before."""
+    short = {"finetune.epochs": 1, "pretrain.epochs": 1} | settings
+    varied = config_of(name, split, short)
+    fresh = CLLM4Rec(starting_backbone(varied, NUM_WORDS), data.catalog.tokens(NUM_WORDS), std=0.1, seed=varied.seed)
+    return fit_variant(name, varied, data).model, fresh
+
+
+# What each name means
+
+
+@pytest.mark.parametrize(
+    ("name", "content_moves", "backbone_moves"),
+    [("cllm4rec", True, False), ("llm_cf", False, False), ("llm_ftall", True, True), ("llm_scratch", True, True)],
+)
+def test_a_variant_trains_what_its_name_says_and_nothing_else(split, data, name, content_moves, backbone_moves):
+    trained, fresh = model_of(name, split, data)
+    for table in CONTENT:
+        assert torch.equal(getattr(trained, table), getattr(fresh, table)) != content_moves
+    assert (trained.backbone.digest() != fresh.backbone.digest()) == backbone_moves
+    assert not torch.equal(trained.collaborative_items, fresh.collaborative_items)
+
+
+def test_from_scratch_means_without_the_trained_language_model(split, data):
+    """cllm4rec begins from the one that texts have trained, llm_scratch from random weights."""
+    names = ("cllm4rec", "llm_cf", "llm_ftall", "llm_scratch")
+    begun = {name: starting_backbone(config_of(name, split, {}), NUM_WORDS).digest() for name in names}
+    assert begun["cllm4rec"] == begun["llm_cf"] == begun["llm_ftall"]
+    assert begun["llm_scratch"] != begun["cllm4rec"]
+    assert Row(split, "llm_scratch").backbone is None
+
+
+@pytest.mark.parametrize(("name", "is_fixed"), [("llm_fixord", True), ("cllm4rec", False)])
+def test_only_llm_fixord_reads_items_in_one_order(split, data, name, is_fixed):
+    stage = next(stage for stage in stages_of(name, config_of(name, split, {})) if stage.name == "pretrain")
+    stage = dataclasses.replace(stage, reads=("interactions",))
+    maker = Maker(data.language.prompts, data.catalog.tokens(NUM_WORDS), MAX_TOKENS, seed=0)
+    first, second = (stage.streams(maker, data.documents, epoch)[0][0].in_order() for epoch in (0, 1))
+    assert np.array_equal(first.main.values, second.main.values) == is_fixed
+
+
+def test_without_finetuning_the_pretrained_head_ranks(split, data):
+    assert [stage.name for stage in stages_of("llm_prerec", config_of("llm_prerec", split, {})) if stage.epochs] == [
+        "warmup", "pretrain"
+    ]  # fmt: skip
+    curve = fit("llm_prerec", {}, data, split).curve
+    assert {entry["stage"] for entry in curve} == {"pretrain"}
+    assert not any("finetune" in key for params in points_of("llm_prerec", split) for key in params)
+
+
+@pytest.mark.parametrize("name", ["cllm4rec", "cllm4rec_llama", "llm_cf", "llm_ftall", "ease", "multi_vae"])
+def test_rows_find_the_hidden_item_of_the_parity_world(split, data, name):
+    if name == "cllm4rec_llama":
+        run_backbone(config_of(name, split, {}))
+    held_out = HeldOut.test(data.histories, split.evaluate)
+    ranked = fit(name, {}, data, split).rank(held_out)
+    assert (ranked[:, 0] == held_out.relevant.values).mean() > 0.9
+
+
+def test_t5_is_trained_as_one_more_architecture(split, data):
+    run_backbone(config_of("cllm4rec_t5", split, {}))
+    model, _ = model_of("cllm4rec_t5", split, data)
+    assert model.backbone.pairs
+
+
+def test_every_named_row_is_known_and_tuned_by_a_grid_that_fits_the_config(split):
+    assert set(MAIN) <= set(ALL)
+    assert set(ALL) == set(VARIANTS) | set(BASELINES)
+    for params in points_of("cllm4rec", make_config(split.output_dir, trials=100)):
+        config_of("cllm4rec", split, params)
+    assert len(points_of("cllm4rec", make_config(split.output_dir, trials=100))) == np.prod(
+        [len(values) for values in GRID.values()]
+    )
+
+
+def test_chosen_methods_bring_what_they_need_and_refuse_what_is_none(tmp_path):
+    assert chosen_methods(make_config(tmp_path, methods=["cllm4rec_emb", "ease"])) == [
+        "cllm4rec_emb",
+        "ease",
+        "cllm4rec",
+    ]
+    assert chosen_methods(make_config(tmp_path)) == list(MAIN)
+    assert chosen_methods(make_config(tmp_path, rows="all")) == list(ALL)
+    with pytest.raises(ConfigError, match="names easy"):
+        chosen_methods(make_config(tmp_path, methods=["easy"]))
+
+
+def test_a_named_backbone_is_not_turned_into_another_architecture(split):
+    stock = split.model_copy(update={"model": split.model.model_copy(update={"backbone": "gpt2"})})
+    with pytest.raises(ConfigError, match="size to build"):
+        config_of("cllm4rec_t5", stock, {})
+
+
+# A row
+
+
+def run_rows(config, names):
+    return [run_row(Row(of_split(config, seed), name)) for name in names for seed in config.compare.seeds]
+
+
+def test_rows_that_read_what_others_learnt_get_it(config):
+    run_rows(config, ["cllm4rec", "cllm4rec_emb", "m6_retrieval"])
+    row = Row(of_split(config, 0), "cllm4rec")
+    tables = load_file(join(row.directory, "tables.safetensors"))
+    assert tables["collaborative_items"].shape == (20, 32)
+    facts = read_json(join(of_split(config, 0).directory("cllm4rec_emb"), "result.json"))
+    assert facts["skipped"] == ""
+    vectors = trial.training_of("m6_retrieval", Data.load(row.config.directory("prepared")), row.config)
+    assert vectors.item_text_vectors.shape == (20, 32)
+    assert np.abs(vectors.item_text_vectors).sum(axis=1).min() > 0
+
+
+def test_validation_chooses_the_setting_and_its_lists_are_written(config, monkeypatch):
+    reached = {0.2: 0.4, 0.5: 0.9, 1.0: 0.6}
+
+    def fake_fit(name, params, data, config):
+        if params["beta"] == 2.0:
+            raise TrainingError("the loss is nan")
+        item = int(10 * params["beta"])  # every list holds the setting, to be known again by
+        return trial.Fitted(lambda held_out: np.full((len(held_out.users), 100), item, np.int64), [params])
+
+    monkeypatch.setattr(trial, "fit", fake_fit)
+    monkeypatch.setattr(trial, "validate", lambda fitted, data: {"ndcg@100": reached[fitted.curve[0]["beta"]]})
+    monkeypatch.setattr(trial, "points_of", lambda name, config: [{"beta": beta} for beta in (0.2, 0.5, 2.0, 1.0)])
+    row = Row(of_split(config, 0), "multi_vae")
+    run_row(row)
+    result = read_row(row)
+    assert result.facts["chosen"] == {"beta": 0.5}
+    assert [tried.get("failed", "") for tried in result.facts["tried"]] == ["", "", "the loss is nan", ""]
+    assert result.facts["curve"] == [{"beta": 0.5}]
+    assert result.ranked.shape == (40, 100)
+    assert set(result.ranked.ravel().tolist()) == {5}
+
+
+def test_no_setting_is_begun_after_the_minutes_are_spent(config):
+    row = Row(of_split(config, 0), "item_knn")
+    hurried = row.config.compare.model_copy(update={"trials": 5, "minutes": 1e-9})
+    run_row(Row(row.config.model_copy(update={"compare": hurried}), "item_knn"))
+    assert len(read_json(join(row.directory, "result.json"))["tried"]) == 1
+
+
+def test_a_row_is_done_until_something_it_depends_on_changes(config):
+    row = Row(of_split(config, 1), "popularity")
+    assert not row.is_done()
+    run_row(row)
+    assert row.is_done()
+    for changes in ({"seed": 5}, {"compare": config.compare.model_copy(update={"minutes": 1.0})}):
+        assert not Row(row.config.model_copy(update=changes), "popularity").is_done()
+
+
+def test_a_row_without_the_texts_it_reads_is_skipped_out_loud(config, monkeypatch):
+    load = Data.load
+    monkeypatch.setattr(Data, "load", lambda directory: dataclasses.replace(load(directory), item_texts=[""] * 20))
+    for seed in (0, 1):
+        run_row(Row(of_split(config, seed), "two_tower"))
+        run_row(Row(of_split(config, seed), "ease"))
+    metrics = collect(config, ["ease", "two_tower"])
+    assert list(metrics["results"]) == ["ease"]
+    assert "text" in metrics["protocol"]["skipped"]["two_tower"]
+    assert "Two-Tower is skipped" in render(metrics)["report.md"].decode()
+
+
+# The whole job, with the rows run one after another in place of Ray
+
+
+@pytest.fixture
+def job(monkeypatch, config):
+    ran = []
+
+    def each(inputs, task):
+        for one in inputs:
+            ran.append(one.name if isinstance(one, Row) else "backbone")
+            yield task(one)
+
+    monkeypatch.setattr(compare, "each", each)
+    monkeypatch.setattr(compare, "_prepare", lambda config, split, force: None)
+    chosen = config.compare.model_copy(update={"methods": ["popularity", "ease", "cllm4rec"]})
+    given = config.model_copy(update={"compare": chosen})
+
+    def run():
+        ran.clear()
+        told = compare.run(given, argparse.Namespace(quick=False, force=False))
+        return told, list(ran)
+
+    return run
+
+
+def test_a_finished_row_is_not_run_again_and_metrics_have_their_shape(job, config):
+    told, _ = job()
+    again, ran = job()
+    assert ran == []
+    assert again == told
+    metrics = json.loads(Path(told["directory"], "metrics.json").read_text())
+    assert set(metrics["results"]) == {"popularity", "ease", "cllm4rec"}
+    for result in metrics["results"].values():
+        assert set(result) == set(METRICS)
+        assert all(value["low"] <= value["mean"] <= value["high"] for value in result.values())
+    tests = metrics["significance"]["recall@20"]["against best other"]
+    assert set(tests) == set(metrics["results"])
+    assert all(test["p"] <= test["p_holm"] <= 1 for test in tests.values())
+    assert metrics["budget"]["used"]["ease"]["trials"] == [1, 1]
+    assert metrics["cost"]["cllm4rec"]["peak_memory_mb"] > 10
+    assert metrics["protocol"]["split"]["seed"] == [0, 1]
+    assert metrics["beside accuracy"]["popularity"]["popularity lift@20"] > 0
+    names = set(read_manifest(told["directory"], "evaluation").files)
+    assert {"metrics.json", "report.md", "results.png", "learning_curves.png", "history_length.png"} <= names
+    report = Path(told["directory"], "report.md").read_text()
+    assert "| CLLM4Rec | " in report
+    assert "user-0" not in report
+    assert "-0.0000" not in report
+
+
+def test_a_row_that_was_lost_is_run_again_alone(job, config):
+    job()
+    Path(of_split(config, 1).directory("ease"), "manifest.json").unlink()
+    for file in Path(of_split(config, 1).directory("ease")).iterdir():
+        file.unlink()
+    _, ran = job()
+    assert ran == ["ease"]
+
+
+def test_strata_hold_every_test_item_once_and_cold_items_apart(config):
+    splits = Splits.load(config)
+    strata = splits.strata()
+    popularity = [stratum for stratum in strata["item popularity"] if stratum.label != "cold"]
+    assert sum(len(stratum.relevant.values) for stratum in popularity) == len(splits.held_out.relevant.values)
+    assert sum(len(stratum.rows) for stratum in strata["history length"]) == len(splits.held_out.users) == 80
+    assert not [stratum for stratum in strata["item popularity"] if stratum.label == "cold"]
+    counts = splits.catalogs[1].item_counts
+    cold_item = int(splits.held_out.relevant.values[-1])
+    counts[cold_item] = 0
+    (cold,) = (stratum for stratum in splits.strata()["item popularity"] if stratum.label == "cold")
+    assert set(cold.relevant.values.tolist()) == {cold_item}
+    assert (splits.split_B[cold.rows] == 1).all(), "it is cold in the second split alone"
+
+
+def test_quick_is_smaller_and_lies_apart(tmp_path):
+    whole = make_config(tmp_path, seeds=[4, 5, 6], trials=9, rows="all")
+    whole = whole.model_copy(update={"finetune": whole.finetune.model_copy(update={"epochs": 60})})
+    small = compare.quick(whole)
+    assert (small.compare.seeds, small.compare.trials, small.compare.rows) == ([4, 5], 2, "main")
+    assert small.finetune.epochs < whole.finetune.epochs
+    assert small.output_dir != whole.output_dir
+
+
+@pytest.mark.ray
+def test_the_job_runs_on_ray_from_raw_files_and_again_does_nothing(tmp_path, ray_local, capsys):
+    parity().world.write(str(tmp_path))
+    columns = {"user": "user", "item": "item", "rating": "rating", "text": "text", "timestamp": "timestamp"}
+    raw = make_config(tmp_path / "run", methods=["popularity", "ease", "cllm4rec"]).model_dump(mode="json")
+    raw["data"] |= {
+        "interactions": {"path": str(tmp_path / "interactions.jsonl"), "columns": columns},
+        "items": {"path": str(tmp_path / "items.jsonl"), "columns": {"item": "item", "text": "text"}},
+        "core": 1,
+    }
+    given = parse_config(raw)
+    told = compare.run(given, argparse.Namespace(quick=False, force=False))
+    metrics = json.loads(Path(told["directory"], "metrics.json").read_text())
+    assert metrics["results"]["cllm4rec"]["recall@10"]["mean"] == 1.0
+    capsys.readouterr()
+    compare.run(given, argparse.Namespace(quick=False, force=False))
+    assert "6 of 6 rows are finished" in capsys.readouterr().out
