@@ -257,7 +257,9 @@ class _LogFile:
         if is_first and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(os.path.dirname(artifacts.filesystem(uri)[1]))
+            # Beside the run directories, which go when their stages are done.
+            runs, stage, _ = artifacts.absolute(uri).rsplit("/", 2)
+            self._writer = SummaryWriter(artifacts.join(runs, "tensorboard", stage))
 
     def keep(self, num_lines: int) -> None:
         """Start with the first lines of what an interrupted run left; what came after its checkpoint is run again."""
