@@ -82,7 +82,13 @@ class Endpoint:
         config = write_config(self.folder / "config.yaml", self.port, self.artefacts)
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
-                [*SERVE, "run", str(config)], cwd=ROOT, env=self.environment, stdout=output, stderr=output
+                [*SERVE, "run", str(config)],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+                # A shell's background job ignores SIGINT, and so would all that it starts.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self.wait_until(self.is_ready)
 
