@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from cllm4rec import artifacts
 from cllm4rec.config import BackboneSize, ModelConfig
 from cllm4rec.errors import ArtifactError, ConfigError
+from cllm4rec.model import attention
 from cllm4rec.model.grids import TensorGrid
 
 _REFERENCE = "reference.json"
@@ -89,10 +90,25 @@ class Decoder(Backbone):
 
     pairs = False
 
+    def __init__(self, model: Any, max_tokens: int) -> None:
+        super().__init__(model, max_tokens)
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        AttentionInterface.register(attention.IMPLEMENTATION, attention.attend)
+        AttentionMaskInterface.register(attention.IMPLEMENTATION, sdpa_mask)
+        model.set_attn_implementation(attention.IMPLEMENTATION)
+
     def forward(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> Tensor:
         (vectors,), (grid,) = embeddings, grids
+        # A mask of four dimensions is taken as it is; without one transformers would look for documents in the positions.
+        unused = vectors.new_empty(0, 0, 0, 0)
         output = self.model.base_model(
-            inputs_embeds=vectors, position_ids=grid.position_RT, attention_mask=grid.causal_mask(), use_cache=False
+            inputs_embeds=vectors,
+            position_ids=grid.position_RT,
+            attention_mask=unused,
+            use_cache=False,
+            blocks=grid.blocks,
         )
         hidden: Tensor = output.last_hidden_state
         return hidden

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec.data.packing import Batch, Grid, Table
+from cllm4rec.model.attention import Blocks, blocks_of, is_plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +20,8 @@ class TensorGrid:
     segment_RT: Tensor
     position_RT: Tensor
     reads: dict[Table, tuple[Tensor, Tensor]]
-
-    def causal_mask(self) -> Tensor:
-        """(R, 1, T, T), true where a slot may look: earlier slots of the same document. Padding looks at padding."""
-        same = self.segment_RT[:, None, :, None] == self.segment_RT[:, None, None, :]
-        return same.tril()
+    blocks: tuple[Blocks, ...]
+    """Which slots may look at which; none where every row is one document, of which each slot sees the earlier ones."""
 
     def is_token(self) -> Tensor:
         """(R, T) of 0 and 1. A row without any token counts as one long document, so that no softmax is empty."""
@@ -58,7 +56,8 @@ class TensorBatch:
 
 def _grid(grid: Grid, device: torch.device) -> TensorGrid:
     reads = {table: (_tensor(slots, device), _tensor(rows, device)) for table, (slots, rows) in grid.reads.items()}
-    return TensorGrid(_tensor(grid.segment_RT, device), _tensor(grid.position_RT, device), reads)
+    blocks = () if is_plain(grid.segment_RT) else blocks_of(grid.segment_RT, device)
+    return TensorGrid(_tensor(grid.segment_RT, device), _tensor(grid.position_RT, device), reads, blocks)
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:

@@ -27,8 +27,8 @@ from cllm4rec.model.grids import TensorBatch
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
-_BATCH_TOKENS = 1024
-_COLUMNS_STEP = 32
+_BATCH_TOKENS = 512
+_COLUMNS_STEP = 8
 _HEAD_ROWS = 64
 _HEAD_ITEMS = 65_536
 

@@ -1,0 +1,63 @@
+"""One catalogue's cost, in a process of its own so that its memory can be watched: `python -m cllm4rec.benchmark.catalogue J`.
+
+A small backbone, so that the head and the tables are what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import torch
+
+from cllm4rec.benchmark.directories import random_histories
+from cllm4rec.benchmark.figures import seconds_of
+from cllm4rec.catalog import Catalog, TokenSpace
+from cllm4rec.config import BackboneSize
+from cllm4rec.data.documents import Prompts
+from cllm4rec.data.epochs import Maker
+from cllm4rec.data.packing import Packer
+from cllm4rec.model.backbone import build_backbone
+from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.model.grids import TensorBatch
+from cllm4rec.model.ranking import Ranker
+from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.training.engine import EngineSettings, make_engine
+from cllm4rec.training.stages import COLLABORATIVE
+
+_NUM_USERS, _NUM_WORDS, _WIDTH, _REPEATS = 512, 512, 64, 3
+
+
+def catalogue(num_items: int) -> dict[str, float]:
+    """Seconds of a training step and of lists for 512 users, and what the four tables take."""
+    size = BackboneSize(layers=1, width=_WIDTH, heads=2, vocab_size=_NUM_WORDS)
+    tokens = TokenSpace(_NUM_WORDS, _NUM_USERS, num_items)
+    model = CLLM4Rec(build_backbone(size, _NUM_WORDS, 64, 0), tokens)
+    prompts = Prompts.tokenise(lambda text: [len(text)])
+    histories = random_histories(_NUM_USERS, num_items, 0)
+    catalog = Catalog([""] * _NUM_USERS, [""] * num_items)
+    scorer = Scorer(Ranker(model, prompts, 64), catalog, "")
+    lists = seconds_of(lambda: scorer.top_k(histories.user, histories.train, 20), _REPEATS)
+    model.train_only(COLLABORATIVE)
+    engine = make_engine(model, EngineSettings("torch", 1e-3, 1, None, 0))
+    maker = Maker(prompts, tokens, 64, 0)
+    source = prompts.interactions(tokens, histories.user, histories.train)
+    made = maker.recommendations(source, 0, mask_range=(0.2, 0.2), all_targets=False, user_dropout=0.0)
+    batch = next(iter(Packer(tokens, 128, 64).batches(made)))
+
+    def step() -> None:
+        losses = engine.forward(TensorBatch.of(batch, torch.device("cpu")), 1.0)
+        engine.backward(losses.total / batch.num_documents)
+        engine.step()
+
+    steps = seconds_of(step, _REPEATS)
+    return {
+        "step_s": float(np.median(steps)),
+        "score_s": float(np.median(lists)),
+        "tables_mb": 4.0 * _WIDTH * 2 * (_NUM_USERS + num_items) / 1e6,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(catalogue(int(sys.argv[1]))))

@@ -1,0 +1,159 @@
+"""How time and memory grow: with users through the jobs themselves, with items through a training step and the Scorer.
+
+Jobs run as programs of their own, and every process below is watched: the peak is that of the largest one, of memory that
+is its own (Ray's object store is shared).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import yaml
+
+from cllm4rec.benchmark.directories import fresh
+from cllm4rec.benchmark.figures import Row
+from cllm4rec.data.world import sample_world
+from cllm4rec.errors import ResourceError
+
+STAGES = ("prepare", "backbone", "pretrain", "finetune", "score")
+_WATCH_S = 0.2
+_ITEMS_PER_USER = 0.1
+_FEWEST_ITEMS = 100
+
+
+def growth(output_dir: str, users: list[int], items: list[int], say: Callable[[str], None]) -> Row:
+    """A row for each number of users and each catalogue, and `growth.png`."""
+    told: Row = {"users": [], "items": []}
+    for num_users in users:
+        told["users"].append(_of_users(output_dir, num_users))
+        say(f"growth: {num_users:,} users, {json.dumps(told['users'][-1])}")
+    for num_items in items:
+        told["items"].append(_of_items(num_items))
+        say(f"growth: {num_items:,} items, {json.dumps(told['items'][-1])}")
+    _plot(told, os.path.join(output_dir, "growth.png"))
+    return told
+
+
+def _of_users(output_dir: str, num_users: int) -> Row:
+    folder = fresh(os.path.join(output_dir, f"growth-{num_users}"))
+    sample_world(folder, num_users, max(_FEWEST_ITEMS, int(num_users * _ITEMS_PER_USER)))
+    file = Path(folder) / "config.yaml"
+    file.write_text(yaml.safe_dump(_config(folder)))
+    told: Row = {"users": num_users}
+    for stage in STAGES:
+        seconds, peak_mb, last = run_watched([sys.executable, "-m", f"jobs.{stage}", "--config", str(file)])
+        told |= {f"{stage}_s": seconds, f"{stage}_peak_mb": peak_mb}
+        if stage == "finetune":
+            told["epoch_s"] = _epoch_s(Path(folder) / "model" / "metrics.jsonl")
+        if stage == "prepare":
+            told["kept_users"] = last["prepare"]["counts"]["users"]
+    for name in ("prepare_s", "epoch_s", "score_s"):
+        told[f"{name.removesuffix('_s')}_ms_per_user"] = 1000 * told[name] / num_users
+    fresh(folder)
+    return told
+
+
+def _config(folder: str) -> dict[str, Any]:
+    """One epoch of finetuning around a small backbone; pretraining and the backbone itself stay as they are made."""
+    texts = {"user": "reviewerID", "text": "biography"}
+    return {
+        "output_dir": folder,
+        "data": {
+            "interactions": {"path": f"{folder}/reviews.json.gz", "format": "amazon2014"},
+            "users": {"path": f"{folder}/users.jsonl.gz", "format": "jsonl", "columns": texts},
+            "max_text_tokens": 48,
+        },
+        "model": {
+            "backbone": {"layers": 2, "width": 64, "heads": 4, "vocab_size": 1024},
+            "max_tokens": 64,
+        },
+        "pretrain": {"warmup_epochs": 0, "epochs": 0},
+        "finetune": {"epochs": 1},
+        "training": {"bf16": False, "micro_batch_tokens": 8192},
+        "score": {"batch_users": 4096},
+    }
+
+
+def _epoch_s(metrics: Path) -> float:
+    entries = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return float(next(entry["seconds"] for entry in entries if entry["event"] == "epoch"))
+
+
+def _of_items(num_items: int) -> Row:
+    command = [sys.executable, "-m", "cllm4rec.benchmark.catalogue", str(num_items)]
+    _, peak_mb, told = run_watched(command)
+    return {"items": num_items, **told, "peak_mb": peak_mb}
+
+
+def run_watched(command: list[str]) -> tuple[float, float, dict[str, Any]]:
+    """Seconds, the largest process's peak of own memory in MB, and the last line of output as JSON.
+
+    Raises ResourceError where the program fails.
+    """
+    began = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        watch = _Watch(process.pid)
+        watch.start()
+        output, errors = process.communicate()
+        watch.stop()
+    if process.returncode:
+        last = (errors.strip().splitlines() or ["it said nothing"])[-1]
+        raise ResourceError(f"{' '.join(command[2:4])} failed while growth was measured: {last}")
+    return time.monotonic() - began, watch.peak_bytes / 1e6, json.loads(output.strip().splitlines()[-1])
+
+
+class _Watch(threading.Thread):
+    """The peak of private memory over a process and all below it, each by itself."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.peak_bytes = 0
+        self._pid, self._done = pid, threading.Event()
+
+    def run(self) -> None:
+        while not self._done.wait(_WATCH_S):
+            self.peak_bytes = max([self.peak_bytes, *_private_bytes(self._pid)])
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+
+def _private_bytes(pid: int) -> list[int]:
+    found = []
+    try:
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            memory = process.memory_info()
+            found.append(int(memory.rss - getattr(memory, "shared", 0)))
+    except psutil.Error:  # gone meanwhile
+        pass
+    return found
+
+
+def _plot(told: Row, path: str) -> None:
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    users = [one["users"] for one in told["users"]]
+    for name in ("prepare", "epoch", "score"):
+        time_axes.plot(users, [one[f"{name}_ms_per_user"] for one in told["users"]], marker="o", label=name)
+    for name in ("prepare", "finetune", "score"):
+        memory_axes.plot(users, [one[f"{name}_peak_mb"] for one in told["users"]], marker="o", label=name)
+    items = [one["items"] for one in told["items"]]
+    memory_axes.plot(items, [one["peak_mb"] for one in told["items"]], marker="s", label="by items")
+    time_axes.set(xscale="log", xlabel="users", ylabel="ms a user", ylim=(0, None))
+    memory_axes.set(xscale="log", yscale="log", xlabel="users or items", ylabel="MB, largest process")
+    for axes in (time_axes, memory_axes):
+        axes.legend()
+    figure.savefig(path)

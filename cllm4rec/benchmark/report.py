@@ -1,0 +1,102 @@
+"""The table of a benchmark run, printed and saved as report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def report(told: Row) -> str:
+    """Everything measured as Markdown tables; parts that were not run are left out."""
+    parts: tuple[tuple[str, Callable[[Row], list[str]]], ...] = (
+        ("machine", _machine),
+        ("training", _training),
+        ("scoring", _scoring),
+        ("rim", _rim),
+        ("growth", _growth),
+        ("startup", _startup),
+    )
+    lines = [f"{note}" for note in told.get("notes", [])]
+    for name, table in parts:
+        if name in told:
+            lines += ["", f"### {name}", "", *table(told[name])]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _machine(row: Row) -> list[str]:
+    return _table(
+        ("what", "median", "spread"),
+        [
+            ("fp32 matrix products, GFLOP/s", *_figure(row, "fp32_flops_per_s", 1e9)),
+            ("bf16 matrix products, GFLOP/s", *_figure(row, "bf16_flops_per_s", 1e9)),
+            ("memory copy, GB/s", *_figure(row, "copy_bytes_per_s", 1e9)),
+            ("threads", str(row["threads"]), ""),
+        ],
+    )
+
+
+def _training(rows: Row) -> list[str]:
+    head = ("documents", "users/s", "documents/s", "tokens/s", "useful GFLOP/s", "of bf16 rate", "× reference")
+    names = (("users_per_s", 1.0), ("documents_per_s", 1.0), ("tokens_per_s", 1.0), ("useful_flops_per_s", 1e9))
+    return _table(
+        head, [(kind, *(_with_spread(row, *name) for name in names), *_shares(row)) for kind, row in rows.items()]
+    )
+
+
+def _scoring(row: Row) -> list[str]:
+    names = (("users_per_s", 1.0), ("tokens_per_s", 1.0), ("useful_flops_per_s", 1e9))
+    return _table(
+        ("users/s", "tokens/s", "useful GFLOP/s", "of bf16 rate", "× reference"),
+        [(*(_with_spread(row, *name) for name in names), *_shares(row))],
+    )
+
+
+def _rim(row: Row) -> list[str]:
+    return _table(
+        ("what", "bare, s", "through Ray, s", "lost"),
+        [
+            (part, f"{row[f'{part}_bare_s']:.1f}", f"{row[f'{part}_ray_s']:.1f}", f"{row[f'{part}_lost']:.1%}")
+            for part in ("training", "scoring")
+        ],
+    )
+
+
+def _growth(row: Row) -> list[str]:
+    lines: list[str] = []
+    for axis in ("users", "items"):
+        rows = row.get(axis, [])
+        if rows:
+            names = list(rows[0])
+            lines += [*_table(names, [[_short(one[name]) for name in names] for one in rows]), ""]
+    return lines
+
+
+def _startup(row: Row) -> list[str]:
+    names = [name for name in row if name != "spread"]
+    return _table(("what", "s", "spread"), [(name, *_figure(row, name, 1.0, 2)) for name in names])
+
+
+def _shares(row: Row) -> tuple[str, str]:
+    share, times = row.get("flops_share"), row.get("vs_reference")
+    return "" if share is None else f"{share:.0%}", "" if times is None else f"{times:.1f}"
+
+
+def _figure(row: Row, name: str, unit: float, digits: int = 0) -> tuple[str, str]:
+    low, high = row["spread"][name]
+    return f"{row[name] / unit:,.{digits}f}", f"{low / unit:,.{digits}f} to {high / unit:,.{digits}f}"
+
+
+def _with_spread(row: Row, name: str, unit: float) -> str:
+    median, spread = _figure(row, name, unit)
+    return f"{median} ({spread})"
+
+
+def _short(value: Any) -> str:
+    return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table(head: Any, rows: Any) -> list[str]:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return lines + [f"| {' | '.join(cells)} |" for cells in rows]

@@ -1,0 +1,128 @@
+"""What Ray and DeepSpeed cost: the same epoch and the same lists with them and without, in one run.
+
+The model is small, so an epoch takes about a minute with some ten thousand users; the report names the seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from cllm4rec import artifacts
+from cllm4rec.benchmark.directories import fresh, random_histories, write_prepared, write_random_model
+from cllm4rec.benchmark.figures import Row, row
+from cllm4rec.config import BackboneSize, Config
+from cllm4rec.data.documents import Documents
+from cllm4rec.data.prepared import Histories, load_documents, load_space
+from cllm4rec.model.backbone import load_backbone
+from cllm4rec.scoring.batch import score
+from cllm4rec.scoring.plan import plan_score
+from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.training.loop import METRICS, Job, fit, fresh_model
+from cllm4rec.training.run import RunSettings, Shard, run
+from cllm4rec.training.stages import COLLABORATIVE, Stage
+
+_BACKBONE = BackboneSize(layers=4, width=256, heads=4, vocab_size=2048)
+_NUM_ITEMS = 5_000
+_EPOCHS = 3
+"""Of each the first is not counted: it warms caches up on both sides."""
+
+
+def rim(config: Config, threads: int, num_users: int, connect: Callable[[Config], None]) -> Row:
+    """`training_lost` and `scoring_lost`: 1 - bare seconds / seconds through Ray. Starts a local Ray if there is none."""
+    config = _small(config, threads)
+    folder = fresh(artifacts.join(config.output_dir, "rim"))
+    config = config.model_copy(update={"output_dir": folder})
+    histories = random_histories(num_users, _NUM_ITEMS, config.seed)
+    write_prepared(config.directory("prepared"), histories, _NUM_ITEMS, _BACKBONE.vocab_size)
+    write_random_model(folder, config.model, config.training.bf16, config.seed)
+    torch.set_num_threads(threads)
+    # Bare first: an idle Ray is not quite idle.
+    bare_epochs, bare_score_s = _bare_epochs(config), _bare_scoring(config, histories)
+    connect(config)
+    ray_epochs, ray_score_s = _ray_epochs(config), score(plan_score(config))["seconds"]["score"]
+    told = row({"training_bare_s": bare_epochs, "training_ray_s": ray_epochs})
+    artifacts.remove_directory(folder)
+    return told | {
+        "users": num_users,
+        "scoring_bare_s": bare_score_s,
+        "scoring_ray_s": ray_score_s,
+        "training_lost": 1 - told["training_bare_s"] / told["training_ray_s"],
+        "scoring_lost": 1 - bare_score_s / ray_score_s,
+    }
+
+
+def _small(config: Config, threads: int) -> Config:
+    cluster = config.cluster.model_copy(
+        update={"num_workers": 1, "cpus_per_worker": threads, "threads_per_worker": threads}
+    )
+    model = config.model.model_copy(update={"backbone": _BACKBONE, "max_tokens": 128})
+    return config.model_copy(update={"cluster": cluster, "model": model})
+
+
+def _stage() -> Stage:
+    return Stage("finetune", COLLABORATIVE, ("recommendations",), _EPOCHS, 1e-3, lambda_c=1.0, patience=_EPOCHS)
+
+
+def _settings(config: Config, engine: Any) -> RunSettings:
+    training = config.training
+    return RunSettings(
+        engine, 1, None, 0, training.bf16, training.micro_batch_tokens, config.model.max_tokens, _EPOCHS, config.seed
+    )
+
+
+def _no_validation(_: Histories) -> Any:
+    return None
+
+
+def _bare_epochs(config: Config) -> list[float]:
+    prepared_dir = config.directory("prepared")
+    _, language, tokens = load_space(prepared_dir)
+    documents: Documents = load_documents(prepared_dir)
+    entries: list[dict[str, Any]] = []
+
+    def make_model() -> Any:
+        backbone = load_backbone(config.directory("backbone"), config.model.max_tokens)
+        return fresh_model(config.model, backbone, tokens, config.seed)
+
+    run(
+        make_model, language.prompts, [_stage()], Shard(documents, None), _settings(config, "torch"), log=entries.append
+    )
+    return _epoch_seconds(entries)
+
+
+def _ray_epochs(config: Config) -> list[float]:
+    job = Job(
+        prepared_dir=artifacts.absolute(config.directory("prepared")),
+        backbone_dir=artifacts.absolute(config.directory("backbone")),
+        start_dir=None,
+        model=config.model,
+        stages=[_stage()],
+        settings=_settings(config, "deepspeed"),
+        make_validation=_no_validation,
+        fingerprint="rim",
+    )
+    run_dir = artifacts.join(config.output_dir, "runs", "rim")
+    fit(job, config.cluster, run_dir)
+    lines = artifacts.read_bytes(artifacts.join(run_dir, METRICS)).splitlines()
+    return _epoch_seconds([json.loads(line) for line in lines])
+
+
+def _epoch_seconds(entries: list[dict[str, Any]]) -> list[float]:
+    return [entry["seconds"] for entry in entries if entry["event"] == "epoch"][1:]
+
+
+def _bare_scoring(config: Config, histories: Histories) -> float:
+    """From loading the model to the last list, in blocks as large as the batch job's; lists are kept nowhere."""
+    began = time.monotonic()
+    scorer, size = Scorer.load(config.directory("model")), config.score.batch_users
+    read = histories.together("train", "validation", "test")
+    for begin in range(0, len(histories.user), size):
+        rows = np.arange(begin, min(begin + size, len(histories.user)))
+        scorer.top_k(histories.user[rows], read.take(rows), config.score.k)
+    return time.monotonic() - began

@@ -1,0 +1,159 @@
+"""Training steps of each kind of document, ours beside the reference: the pieces of the real loop, one step at a time."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from cllm4rec.benchmark.corpora import Corpora, Corpus
+from cllm4rec.benchmark.figures import Row, ratio, row
+from cllm4rec.benchmark.reference import BATCH, Reference
+from cllm4rec.benchmark.work import Work
+from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind
+from cllm4rec.data.epochs import Maker, interaction_source
+from cllm4rec.model.backbone import Backbone
+from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.model.grids import TensorBatch
+from cllm4rec.training.engine import EngineSettings, make_engine
+from cllm4rec.training.run import packer_for
+from cllm4rec.training.stages import COLLABORATIVE, CONTENT
+
+LAMBDA_C = 1.0
+Thing = TypeVar("Thing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How steps are measured; the batch is that of `training.micro_batch_tokens`, `model.max_tokens` and `score.batch_users`."""
+
+    micro_batch_tokens: int = 4096
+    max_tokens: int = 256
+    batch_users: int = 512
+    steps: int = 7
+    reference_steps: int = 5
+    seed: int = 0
+    device: str = "cpu"
+
+
+def training(corpora: Corpora, backbone: Backbone, setting: Setting, say: Callable[[str], None]) -> Row:
+    """Figures of `interaction`, `recommendation`, `text` and `mixed` steps. `backbone` is in fp32 and stays so."""
+    told: Row = {}
+    cases = (
+        ("interaction", corpora.histories, COLLABORATIVE),
+        ("recommendation", corpora.histories, COLLABORATIVE),
+        ("text", corpora.texts, CONTENT),
+        ("mixed", corpora.texts, COLLABORATIVE + CONTENT),
+    )
+    for kind, corpus, trained in cases:
+        documents = epoch_of(kind, corpus, corpora, setting)
+        ours = our_steps(documents, corpus, copy.deepcopy(backbone), trained, setting)
+        told[kind] = ours | {"corpus": corpus.name}
+        if kind != "mixed":
+            reference = reference_steps(documents, corpus, backbone, trained, setting)
+            what = "tokens_per_s" if kind == "text" else "users_per_s"
+            told[kind] |= {"vs_reference": ratio(ours, reference, what), "reference": reference}
+        say(f"training {kind}: {ours['tokens_per_s']:,.0f} tokens/s, {ours['useful_flops_per_s'] / 1e9:,.0f} GFLOP/s")
+    return told
+
+
+def epoch_of(kind: str, corpus: Corpus, corpora: Corpora, setting: Setting) -> Documents:
+    """The documents of one epoch in its order, as a stage makes them."""
+    everything = corpus.documents(corpora.prompts)
+    maker = Maker(corpora.prompts, corpus.tokens, setting.max_tokens, setting.seed)
+    source = interaction_source(everything)
+    texts = everything.of_kinds(TEXT_KINDS)
+    if kind == "recommendation":
+        made = maker.recommendations(source, 0, mask_range=(0.2, 0.2), all_targets=False, user_dropout=0.0)
+    elif kind == "text":
+        made = texts
+    else:
+        made = maker.interactions(source, 0, reorder=True, user_dropout=0.0)
+        made = Documents.concat([made, texts]) if kind == "mixed" else made
+    return maker.shuffled(made, 0)
+
+
+def our_steps(
+    documents: Documents, corpus: Corpus, backbone: Backbone, trained: tuple[str, ...], setting: Setting
+) -> Row:
+    """Packing, forward, backward and optimizer of each step, in bf16. Two steps go first and are not counted."""
+    model = CLLM4Rec(backbone, corpus.tokens, seed=setting.seed)
+    model.train_only(trained)
+    model.use_bf16()
+    model.to(setting.device)
+    engine = make_engine(model, EngineSettings("torch", 1e-3, 1, None, 0))
+    packer = packer_for(backbone, corpus.tokens, setting.micro_batch_tokens, setting.max_tokens)
+    counted, device, work = _Counted(corpus), torch.device(setting.device), Work.of(model)
+    for number, batch in enumerate(_timed(packer.batches(documents), counted)):
+        if number == setting.steps + 2:
+            break
+        losses = engine.forward(TensorBatch.of(batch, device), LAMBDA_C)
+        engine.backward(losses.total / batch.num_documents)
+        float(losses.total.detach())  # the loop logs it, and a GPU has to finish for it
+        engine.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        counted.add(number >= 2, batch.num_documents, batch.num_users, batch.num_tokens, work.training_step(batch))
+        counted.fill.append(batch.num_tokens / batch.grids[0].segment_RT.size)
+    return counted.row() | {"fill": float(np.median(counted.fill))}
+
+
+def reference_steps(
+    documents: Documents, corpus: Corpus, backbone: Backbone, trained: tuple[str, ...], setting: Setting
+) -> Row:
+    model = CLLM4Rec(backbone, corpus.tokens, seed=setting.seed)
+    model.train_only(trained)
+    reference, counted = Reference(model), _Counted(corpus)
+    optimizer = reference.optimizer()
+    batches = (
+        documents.take(np.arange(begin, min(begin + BATCH, len(documents))))
+        for begin in range(0, len(documents), BATCH)
+    )
+    for number, batch in enumerate(_timed(itertools.islice(batches, setting.reference_steps + 1), counted)):
+        reference.step(batch, LAMBDA_C, optimizer)
+        num_users = int(np.isin(batch.kind, [Kind.INTERACTIONS, Kind.RECOMMENDATION]).sum())
+        counted.add(number >= 1, len(batch), num_users, int(batch.lengths.sum()), None)
+    return counted.row()
+
+
+class _Counted:
+    """Rates of steps: one sample a step."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.began = 0.0
+        self.fill: list[float] = []
+        self._samples: dict[str, list[float]] = {}
+        # A text is a part of its user: users/s is texts/s over texts a user.
+        self._texts_per_user = max(1.0, len(corpus.words) / corpus.num_users)
+
+    def add(self, counts: bool, num_documents: int, num_users: int, num_tokens: int, flops: float | None) -> None:
+        seconds = time.perf_counter() - self.began
+        if not counts:
+            return
+        amounts = {
+            "users_per_s": num_users or num_documents / self._texts_per_user,
+            "documents_per_s": num_documents,
+            "tokens_per_s": num_tokens,
+        } | ({} if flops is None else {"useful_flops_per_s": flops})
+        for name, amount in amounts.items():
+            self._samples.setdefault(name, []).append(amount / seconds)
+
+    def row(self) -> Row:
+        return row(self._samples)
+
+
+def _timed(things: Iterator[Thing], counted: _Counted) -> Iterator[Thing]:
+    """Start the clock before each thing is made: packing is part of a step."""
+    while True:
+        counted.began = time.perf_counter()
+        try:
+            thing = next(things)
+        except StopIteration:
+            return
+        yield thing

@@ -1,0 +1,143 @@
+"""How fast this machine is, and how much of that training and scoring use → `report.md` and JSON.
+
+    python -m jobs.benchmark --only machine,training,scoring --json benchmark.json
+    python -m jobs.benchmark --users 10000,100000,1000000 --items 10000,100000,1000000
+
+Measures the machine's matrix rate, training steps and scoring beside a plain reference, what is lost to Ray, growth with
+users and items, and start-up. The model is that of jobs/configs/benchmark.yaml, GPT-2 small's shape with random weights:
+speed does not depend on them. The first command takes under 10 minutes on 2 quiet cores. Lengths are real where
+CLLM4REC_SHARED (default ../shared) holds the data, else those of the sample world, and the report says so. Every figure
+is the median of several; the JSON has its spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cllm4rec import artifacts
+from cllm4rec.config import Config
+from cllm4rec.errors import ConfigError
+from jobs.cli import connect, program
+from jobs.progress import say
+
+PARTS = ("machine", "training", "scoring", "rim", "growth", "startup")
+_SHARED = "CLLM4REC_SHARED"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", metavar="PART,...", help=f"these parts alone, of {', '.join(PARTS)}")
+    parser.add_argument("--json", metavar="FILE", help="write all figures here too")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch threads; by default a thread a core")
+    parser.add_argument("--output", metavar="DIR", help="where report.md and the plot go, instead of output_dir")
+    parser.add_argument("--users", default="10000,100000", metavar="N,...", help="sizes of the growth part")
+    parser.add_argument("--items", default="10000,100000", metavar="N,...", help="catalogues of the growth part")
+    parser.add_argument("--rim-users", type=int, default=20_000, metavar="N", help="users of the rim part's epoch")
+
+
+def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    from cllm4rec.benchmark.report import report
+
+    if args.output:
+        config = config.model_copy(update={"output_dir": args.output})
+    parts = _parts(args.only)
+    os.makedirs(config.output_dir, exist_ok=True)
+    told = _measure(config, parts, args)
+    text = report(told)
+    artifacts.write_bytes(artifacts.join(config.output_dir, "report.md"), text.encode())
+    written = {"report": artifacts.join(config.output_dir, "report.md"), "json": args.json}
+    if args.json:
+        artifacts.write_json(args.json, told)
+    say(f"\n{text}")
+    return {"output_dir": config.output_dir, "parts": parts, **{name: path for name, path in written.items() if path}}
+
+
+def _parts(only: str | None) -> list[str]:
+    asked = only.split(",") if only else list(PARTS)
+    unknown = [part for part in asked if part not in PARTS]
+    if unknown:
+        raise ConfigError(f"--only knows no part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
+    return [part for part in PARTS if part in asked]
+
+
+def _measure(config: Config, parts: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    threads = args.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    told: dict[str, Any] = {"notes": []}
+    if {"machine", "training", "scoring"} & set(parts):
+        told = _measure_model(config, parts)
+    others: dict[str, Callable[[], dict[str, Any]]] = {
+        "rim": lambda: _rim(config, threads, args.rim_users),
+        "growth": lambda: _growth(config, _sizes(args.users, "--users"), _sizes(args.items, "--items")),
+        "startup": lambda: _startup(config),
+    }
+    for part in parts:
+        if part in others:
+            say(f"benchmark: {part}")
+            told[part] = others[part]()
+    return told
+
+
+def _measure_model(config: Config, parts: list[str]) -> dict[str, Any]:
+    """The parts without Ray, in this process. Shares need the machine's rate, so it is always measured."""
+    from cllm4rec.benchmark.corpora import load_corpora
+    from cllm4rec.benchmark.machine import machine
+    from cllm4rec.benchmark.scoring import scoring
+    from cllm4rec.benchmark.training import Setting, training
+    from cllm4rec.model.backbone import new_backbone
+
+    say("benchmark: machine")
+    told: dict[str, Any] = {"machine": machine(), "notes": []}
+    if not {"training", "scoring"} & set(parts):
+        return told
+    corpora = load_corpora(Path(os.environ.get(_SHARED, "../shared")))
+    told["notes"] += corpora.notes
+    backbone = new_backbone(config.model, corpora.histories.tokens.num_words, config.seed)
+    setting = Setting(config.training.micro_batch_tokens, config.model.max_tokens, config.score.batch_users)
+    if "training" in parts:
+        told["training"] = training(corpora, backbone, setting, say)
+    if "scoring" in parts:
+        told["scoring"] = scoring(corpora, backbone, setting, say)
+    rate = told["machine"]["bf16_flops_per_s"]
+    for row in [*told.get("training", {}).values(), *([told["scoring"]] if "scoring" in told else [])]:
+        row["flops_share"] = row["useful_flops_per_s"] / rate
+    return told
+
+
+def _sizes(words: str, flag: str) -> list[int]:
+    try:
+        return [int(word) for word in words.split(",") if word]
+    except ValueError:
+        raise ConfigError(f"{flag} {words} should be whole numbers with commas between them") from None
+
+
+def _rim(config: Config, threads: int, num_users: int) -> dict[str, Any]:
+    import ray
+
+    from cllm4rec.benchmark.rim import rim
+
+    try:
+        return rim(config, threads, num_users, connect)
+    finally:
+        ray.shutdown()  # the parts after it start their own, in new processes
+
+
+def _growth(config: Config, users: list[int], items: list[int]) -> dict[str, Any]:
+    from cllm4rec.benchmark.growth import growth
+
+    return growth(config.output_dir, users, items, say)
+
+
+def _startup(config: Config) -> dict[str, Any]:
+    from cllm4rec.benchmark.startup import startup
+
+    return startup(config)
+
+
+if __name__ == "__main__":
+    program("jobs.benchmark", __doc__, run, add_flags, default_config="jobs/configs/benchmark.yaml", needs_ray=False)
