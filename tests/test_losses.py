@@ -53,3 +53,18 @@ def test_no_predictions_lose_nothing():
 def test_squared_distance_weighs_rows_by_their_times():
     left, right = torch.zeros(3, 2), torch.tensor([[1.0, 1.0], [2.0, 0.0], [9.0, 9.0]])
     assert squared_distance(left, right, torch.tensor([0, 1]), torch.tensor([3, 2])).item() == 3 * 2 + 2 * 4
+
+
+def test_products_in_bf16_still_sum_and_collect_the_tables_gradient_in_float32(world):
+    hidden, table, rows, targets = world
+    hidden, table = (tensor.detach().float().requires_grad_() for tensor in (hidden, table))
+    rough = tied_cross_entropy(hidden, table, rows, targets, torch.bfloat16)
+    exact = tied_cross_entropy(hidden, table, rows, targets)
+    assert rough.dtype == torch.float32
+    assert rough.item() == pytest.approx(exact.item(), rel=1e-2)
+    assert rough.item() != exact.item()
+    found = torch.autograd.grad(rough, (hidden, table))
+    wanted = torch.autograd.grad(exact, (hidden, table))
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.allclose(one, other, atol=0.03)

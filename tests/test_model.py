@@ -163,3 +163,12 @@ def test_a_fresh_model_is_the_same_for_the_same_seed():
     one, other = parity().make_model("t5"), parity().make_model("t5")
     assert one.backbone.digest() == other.backbone.digest()
     assert torch.equal(one.content_items, other.content_items)
+
+
+def test_in_bf16_the_exact_gelu_stands_where_its_approximation_was():
+    model = parity().make_model("gpt2")
+    names = lambda: {type(module).__name__ for module in model.backbone.modules()}  # noqa: E731
+    assert "GELUTanh" in names()
+    model.use_bf16()
+    assert "GELUTanh" not in names()
+    assert "GELU" in names()

