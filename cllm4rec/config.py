@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
 
 from cllm4rec.errors import ConfigError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+MetricName = Annotated[str, Field(pattern=r"^(recall|ndcg)@[1-9]\d*$")]
+# From left to right: a number that YAML 1.1 reads as a string (1e-4) is still a number, and 1 is not true.
+Setting = Annotated[
+    StrictBool | StrictInt | float | list[float] | str, Field(union_mode="left_to_right", description="any one value")
+]
 
 
 class _Section(BaseModel):
@@ -67,12 +72,21 @@ class Split(_Section):
         return self
 
 
+class ExpectedCounts(_Section):
+    """What a published data set has after prepare: another number means another data set."""
+
+    users: Positive
+    items: Positive
+    interactions: Positive
+
+
 class DataConfig(_Section):
     interactions: Source
     items: Source | None = None
     users: Source | None = None
     min_rating: float | None = Field(3.0, description="keep ratings strictly above; null for implicit data")
     core: Positive = Field(5, description="every kept user and item has at least this many interactions")
+    expected: ExpectedCounts | None = Field(None, description="prepare fails where it keeps other numbers than these")
     split: Split = Split()
     max_bad_fraction: Fraction = Field(0.01, description="stop when more of the rows than this are unreadable")
     max_line_bytes: Positive = Field(1_000_000, description="a longer line is quarantined")
@@ -169,6 +183,14 @@ class TrainingConfig(_Section):
     tensorboard: bool = False
 
 
+class Published(_Section):
+    """Figures of others that reports print beside those measured here."""
+
+    source: Annotated[str, Field(min_length=1)]
+    note: str = Field("", description="how far the two can be compared")
+    results: dict[str, dict[MetricName, Fraction]] = Field(description="method → metric → value")
+
+
 class EvaluateConfig(_Section):
     mask: Literal["train", "train+validation"] = Field(
         "train+validation", description="what no method may recommend at test time"
@@ -177,6 +199,7 @@ class EvaluateConfig(_Section):
         "train", description="the history every method reads at test time"
     )
     bootstrap_samples: Positive = 1000
+    published: Published | None = Field(None, description="figures of others, printed beside those measured here")
 
     @model_validator(mode="after")
     def _what_is_read_is_masked(self) -> Self:
@@ -186,6 +209,19 @@ class EvaluateConfig(_Section):
                 "set evaluate.mask to train+validation"
             )
         return self
+
+
+class Sweep(_Section):
+    """CLLM4Rec under the config's own values with one thing changed (see `cllm4rec.comparison.sweeps`)."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w ]*$", description="a heading, and part of file names")]
+    settings: Annotated[list[str], Field(min_length=1, description="dotted keys, set to the same value together")]
+    values: Annotated[list[Setting], Field(min_length=2)]
+
+    @property
+    def slug(self) -> str:
+        """The name in paths."""
+        return self.name.replace(" ", "_")
 
 
 class CompareConfig(_Section):
@@ -198,12 +234,30 @@ class CompareConfig(_Section):
     minutes: Annotated[float, Field(gt=0)] = Field(
         6.0, description="no further setting of a method is tried on a split after so long"
     )
+    sweeps: list[Sweep] = Field([], description="how CLLM4Rec depends on its settings; nothing is chosen by it")
+    sweep_seeds: Annotated[list[int], Field(min_length=1)] | None = Field(
+        None, description="splits that sweeps run on, some of seeds; null: the first"
+    )
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> Self:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"compare.seeds {self.seeds} names a seed twice; a split counts once")
+        for name, seeds in (("seeds", self.seeds), ("sweep_seeds", self.seeds_of_sweeps)):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"compare.{name} {seeds} names a seed twice; a split counts once")
+        if not set(self.seeds_of_sweeps) <= set(self.seeds):
+            raise ValueError(f"compare.sweep_seeds {self.sweep_seeds} should be some of compare.seeds {self.seeds}")
         return self
+
+    @model_validator(mode="after")
+    def _sweeps_differ(self) -> Self:
+        slugs = [sweep.slug for sweep in self.sweeps]
+        if len(set(slugs)) < len(slugs):
+            raise ValueError(f"compare.sweeps {', '.join(slugs)}: two have one name; give each its own")
+        return self
+
+    @property
+    def seeds_of_sweeps(self) -> list[int]:
+        return self.seeds[:1] if self.sweep_seeds is None else self.sweep_seeds
 
 
 class RulesConfig(_Section):
@@ -231,7 +285,7 @@ class RulesConfig(_Section):
 class ScoreConfig(_Section):
     k: Positive = 20
     num_actors: Positive = 1
-    batch_users: Positive = Field(512, description="users handed to an actor at once")
+    batch_users: Positive = Field(4096, description="users handed to an actor at once")
     rules: RulesConfig = RulesConfig()
 
 

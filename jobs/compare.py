@@ -4,9 +4,10 @@
     python -m jobs.compare --config jobs/configs/compare_musical_instruments.yaml --quick
 
 Prepares once for each seed of `compare.seeds`, tunes each method on the validation split, and ranks the test split once.
-A finished (method, seed) lies in runs/compare/<seed>/<method> below output_dir and is not run again; `--force` runs all.
-Rows run side by side, one CPU each. `--quick` takes two seeds, two settings, the main methods and few epochs, into
-`<output_dir>/quick`. How long it takes stands at the top of each config.
+`compare.sweeps` adds CLLM4Rec with one setting changed, value by value. A finished (method, seed) lies in
+runs/compare/<seed>/<method> below output_dir and is not run again; `--force` runs all. Rows run side by side, one CPU each.
+`--quick` takes two seeds, two settings, the main methods, few epochs and no sweep, into `<output_dir>/quick`. How long it
+takes stands at the top of each config.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import argparse
 from typing import Any
 
 from cllm4rec.artifacts import digest_of, is_current, join, read_manifest, write_bytes, write_directory, write_json
-from cllm4rec.comparison.methods import AFTER, VARIANTS, chosen_methods, config_of
-from cllm4rec.comparison.report import render
+from cllm4rec.comparison.examples import examples
+from cllm4rec.comparison.methods import AFTER, chosen_methods
+from cllm4rec.comparison.report import EXAMPLES, render
 from cllm4rec.comparison.results import collect
-from cllm4rec.comparison.trial import Row, backbone_directory, backbone_inputs, of_split, run_backbone, run_row
+from cllm4rec.comparison.sweeps import sweep_rows
+from cllm4rec.comparison.trial import Row, backbone_inputs, of_split, run_backbone, run_row
 from cllm4rec.config import Config
 from cllm4rec.data.prepare import prepare, prepare_inputs
 from cllm4rec.data.staging import each
@@ -38,10 +41,10 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     config = quick(config) if args.quick else config
     names = chosen_methods(config)
     splits = [of_split(config, seed) for seed in config.compare.seeds]
+    rows = [Row(split, name) for name in names for split in splits] + sweep_rows(config)
     for split in splits:
         _prepare(config, split, args.force)
-    _train_backbones(splits, names, args.force)
-    rows = [Row(split, name) for name in names for split in splits]
+    _train_backbones(rows, args.force)
     _train_rows([row for row in rows if row.name not in AFTER], args.force)
     _train_rows([row for row in rows if row.name in AFTER], args.force)
     return {"output_dir": config.output_dir, "directory": _write(config, rows, names), "methods": names}
@@ -57,6 +60,8 @@ def quick(config: Config) -> Config:
                 "methods": [],
                 "seeds": config.compare.seeds[:_QUICK_SEEDS],
                 "trials": min(config.compare.trials, _QUICK_TRIALS),
+                "sweeps": [],
+                "sweep_seeds": None,
             }
         ),
     }
@@ -77,19 +82,13 @@ def _prepare(config: Config, split: Config, force: bool) -> None:
         prepare(split)
 
 
-def _train_backbones(splits: list[Config], names: list[str], force: bool) -> None:
+def _train_backbones(rows: list[Row], force: bool) -> None:
     """Each language model once a split, however many rows begin from it."""
-    wanted: dict[str, Config] = {}
-    for split in splits:
-        for name in names:
-            varied = config_of(name, split, {}) if name in VARIANTS else split
-            directory = Row(split, name).backbone
-            if directory is not None:
-                wanted[directory] = varied
+    wanted = {row.backbone: row.varied for row in rows if row.backbone is not None}
     missing = [
         varied
-        for varied in wanted.values()
-        if force or not is_current(backbone_directory(varied), "backbone", backbone_inputs(varied))
+        for directory, varied in wanted.items()
+        if force or not is_current(directory, "backbone", backbone_inputs(varied))
     ]
     for number, directory in enumerate(each(missing, run_backbone), 1):
         say(f"language model {number} of {len(missing)}: {directory}")
@@ -112,6 +111,7 @@ def _write(config: Config, rows: list[Row], names: list[str]) -> str:
     }
     with write_directory(uri, kind="evaluation", inputs=inputs, config=config.model_dump(mode="json")) as draft:
         write_json(draft.path("metrics.json"), metrics)
+        write_bytes(draft.path(EXAMPLES), examples(config, metrics).encode())
         for name, content in render(metrics).items():
             write_bytes(draft.path(name), content)
         draft.counts.update(methods=len(metrics["results"]), splits=len(config.compare.seeds))

@@ -14,13 +14,17 @@ from safetensors.torch import load_file
 
 from cllm4rec.artifacts import join, read_json, read_manifest
 from cllm4rec.baselines.registry import BASELINES
+from cllm4rec.comparison import examples as examples_page
 from cllm4rec.comparison import trial
+from cllm4rec.comparison.examples import chosen_users, examples, plain_markdown, shortened, shown_methods
 from cllm4rec.comparison.methods import ALL, GRID, MAIN, VARIANTS, chosen_methods, config_of, points_of, stages_of
-from cllm4rec.comparison.report import render
+from cllm4rec.comparison.report import markdown, places_of, render
 from cllm4rec.comparison.results import METRICS, Splits, collect
+from cllm4rec.comparison.sweeps import describe_sweeps, sweep_rows
 from cllm4rec.comparison.trial import (
     Data,
     Row,
+    backbone_directory,
     fit,
     fit_variant,
     of_split,
@@ -194,10 +198,38 @@ def test_chosen_methods_bring_what_they_need_and_refuse_what_is_none(tmp_path):
         chosen_methods(make_config(tmp_path, methods=["easy"]))
 
 
-def test_a_named_backbone_is_not_turned_into_another_architecture(split):
+@pytest.mark.parametrize("name", ["cllm4rec_t5", "llm_scratch"])
+def test_a_named_backbone_is_not_turned_into_another_or_an_untrained_one(split, name):
     stock = split.model_copy(update={"model": split.model.model_copy(update={"backbone": "gpt2"})})
     with pytest.raises(ConfigError, match="size to build"):
-        config_of("cllm4rec_t5", stock, {})
+        config_of(name, stock, {})
+
+
+def test_rows_share_a_language_model_only_where_it_is_the_same(split):
+    directory = backbone_directory(split)
+    same = ({"model.table_std": 0.5}, {"finetune.lambda_c": 9.0}, {"training.engine": "deepspeed"})
+    for settings in same:
+        assert backbone_directory(config_of("cllm4rec", split, settings)) == directory
+    others = [
+        backbone_directory(config_of("cllm4rec", split, settings))
+        for settings in (
+            {"model.backbone.width": 16},
+            {"model.backbone.layers": 1},
+            {"model.backbone.architecture": "t5"},
+            {"backbone.epochs": 2},
+            {"training.bf16": True},
+        )
+    ]
+    assert len({directory, *others}) == 6
+    assert Row(split, "llm_cf").backbone == Row(split, "m6_retrieval").backbone == directory
+    assert Row(split, "cllm4rec_t5").backbone in others
+
+
+def test_rows_are_trained_by_plain_torch_whatever_the_engine(split):
+    training = split.training.model_copy(update={"engine": "deepspeed", "zero_stage": 3})
+    settings = trial._run_settings(split.model_copy(update={"training": training}))
+    assert (settings.engine, settings.zero_stage) == ("torch", 0)
+    assert settings.micro_batch_tokens == split.training.micro_batch_tokens
 
 
 # A row
@@ -257,6 +289,13 @@ def test_a_row_is_done_until_something_it_depends_on_changes(config):
         assert not Row(row.config.model_copy(update=changes), "popularity").is_done()
 
 
+def test_published_figures_change_no_row(config):
+    row = Row(of_split(config, 0), "ease")
+    published = {"source": "a paper", "results": {"ease": {"recall@20": 0.5}}}
+    told = parse_config(row.config.model_dump() | {"evaluate": {"bootstrap_samples": 50, "published": published}})
+    assert Row(told, "ease").inputs() == row.inputs()
+
+
 def test_a_row_without_the_texts_it_reads_is_skipped_out_loud(config, monkeypatch):
     load = Data.load
     monkeypatch.setattr(Data, "load", lambda directory: dataclasses.replace(load(directory), item_texts=[""] * 20))
@@ -278,20 +317,23 @@ def job(monkeypatch, config):
 
     def each(inputs, task):
         for one in inputs:
-            ran.append(one.name if isinstance(one, Row) else "backbone")
+            ran.append((one.label or one.name) if isinstance(one, Row) else "backbone")
             yield task(one)
 
     monkeypatch.setattr(compare, "each", each)
     monkeypatch.setattr(compare, "_prepare", lambda config, split, force: None)
-    chosen = config.compare.model_copy(update={"methods": ["popularity", "ease", "cllm4rec"]})
-    given = config.model_copy(update={"compare": chosen})
 
-    def run():
+    def run(**changes):
         ran.clear()
+        given = with_compare(config, methods=["popularity", "ease", "cllm4rec"], **changes)
         told = compare.run(given, argparse.Namespace(quick=False, force=False))
         return told, list(ran)
 
     return run
+
+
+def with_compare(config, **changes):
+    return parse_config(config.model_dump() | {"compare": config.compare.model_dump() | changes})
 
 
 def test_a_finished_row_is_not_run_again_and_metrics_have_their_shape(job, config):
@@ -329,7 +371,7 @@ def test_a_row_that_was_lost_is_run_again_alone(job, config):
 
 
 def test_strata_hold_every_test_item_once_and_cold_items_apart(config):
-    splits = Splits.load(config)
+    splits = Splits.load(config, [0, 1])
     strata = splits.strata()
     popularity = [stratum for stratum in strata["item popularity"] if stratum.label != "cold"]
     assert sum(len(stratum.relevant.values) for stratum in popularity) == len(splits.held_out.relevant.values)
@@ -344,28 +386,238 @@ def test_strata_hold_every_test_item_once_and_cold_items_apart(config):
 
 
 def test_quick_is_smaller_and_lies_apart(tmp_path):
-    whole = make_config(tmp_path, seeds=[4, 5, 6], trials=9, rows="all")
+    sweep = {"name": "lambda_c", "settings": ["finetune.lambda_c"], "values": [0, 1]}
+    whole = make_config(tmp_path, seeds=[4, 5, 6], trials=9, rows="all", sweeps=[sweep], sweep_seeds=[6])
     whole = whole.model_copy(update={"finetune": whole.finetune.model_copy(update={"epochs": 60})})
     small = compare.quick(whole)
     assert (small.compare.seeds, small.compare.trials, small.compare.rows) == ([4, 5], 2, "main")
+    assert sweep_rows(small) == []
+    assert parse_config(small.model_dump()) == small
     assert small.finetune.epochs < whole.finetune.epochs
     assert small.output_dir != whole.output_dir
+
+
+# Sensitivity
+
+LAMBDA = {"name": "lambda c", "settings": ["pretrain.lambda_c", "finetune.lambda_c"], "values": [0, 1.0]}
+WIDTH = {"name": "width", "settings": ["model.backbone.width"], "values": [16, 32]}
+EPOCHS = {"name": "epochs", "settings": ["backbone.epochs"], "values": [0, 1]}
+
+
+def test_a_sweep_sets_its_keys_together_and_shares_the_row_of_the_config(config):
+    rows = sweep_rows(with_compare(config, sweeps=[LAMBDA, WIDTH, EPOCHS], sweep_seeds=[1], trials=3))
+    found = {row.label: row.config for row in rows}
+    assert sorted(found) == [
+        "sweep_as_configured", "sweep_epochs_0", "sweep_lambda_c_0", "sweep_lambda_c_1.0", "sweep_width_16"
+    ]  # fmt: skip
+    changed = found["sweep_lambda_c_1.0"]
+    assert (changed.pretrain.lambda_c, changed.finetune.lambda_c) == (1.0, 1.0)
+    assert found["sweep_width_16"].model.backbone.width == 16
+    assert found["sweep_as_configured"].model == config.model
+    assert {row.config.data.split.seed for row in rows} == {1}
+    assert all(row.points == [{}] for row in rows), "a value is trained once, not tuned"
+    assert len({row.directory for row in rows} | {Row(of_split(config, 1), "cllm4rec").directory}) == 6
+
+
+def test_values_begin_from_the_language_model_they_describe(config):
+    rows = {row.label: row.backbone for row in sweep_rows(with_compare(config, sweeps=[LAMBDA, WIDTH, EPOCHS]))}
+    tuned = Row(of_split(config, 0), "cllm4rec").backbone
+    assert rows["sweep_lambda_c_0"] == rows["sweep_as_configured"] == tuned
+    assert rows["sweep_width_16"] not in (None, tuned)
+    assert rows["sweep_epochs_0"] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "values", "sentence"),
+    [
+        (["finetune.lambda"], [0, 1], "finetune.lambda is no setting"),
+        (["finetune.lambda.c"], [0, 1], "sets finetune.lambda.c, which is no setting"),
+        (["model.backbone.width"], [32, 30], "width 30 does not divide by 4 heads"),
+        (["data.core"], [3, 5], "a sweep may change settings of model"),
+        (["model.backbone.vocab_size"], [300, 400], "not what prepare has read"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(config, settings, values, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        sweep_rows(with_compare(config, sweeps=[{"name": "x", "settings": settings, "values": values}]))
+
+
+def test_what_a_sweep_is_described_by(config):
+    ranges = {"name": "mask", "settings": ["finetune.mask_fraction"], "values": [0.2, [0.1, 0.9]]}
+    told = describe_sweeps(with_compare(config, sweeps=[LAMBDA, ranges]))
+    assert told["lambda c"] == {
+        "seeds": [0], "settings": {"pretrain.lambda_c": 1.0, "finetune.lambda_c": 0.0}, "configured": None
+    }  # fmt: skip
+    assert told["mask"]["configured"] == [0.1, 0.9]
+
+
+def test_sweeps_are_run_once_written_with_intervals_and_plotted(job):
+    sweeps = [{**LAMBDA, "settings": ["finetune.lambda_c"]}, WIDTH]
+    _, ran = job(sweeps=sweeps)
+    assert sorted(ran)[-3:] == ["sweep_as_configured", "sweep_lambda_c_1.0", "sweep_width_16"]
+    assert ran.count("backbone") == 1, "the other values begin from the one that cllm4rec has"
+    told, ran = job(sweeps=sweeps)
+    assert ran == []
+    metrics = json.loads(Path(told["directory"], "metrics.json").read_text())
+    assert {name: [point["value"] for point in points] for name, points in metrics["sensitivity"].items()} == {
+        "lambda c": [0, 1.0], "width": [16, 32]
+    }  # fmt: skip
+    for point in [*metrics["sensitivity"]["lambda c"], *metrics["sensitivity"]["width"]]:
+        assert set(point) == {"value", *METRICS}
+        assert point["recall@10"]["low"] <= point["recall@10"]["mean"] <= point["recall@10"]["high"]
+    as_configured = metrics["sensitivity"]["lambda c"][0] | {"value": None}
+    assert as_configured == metrics["sensitivity"]["width"][1] | {"value": None}
+    assert metrics["sensitivity"]["lambda c"][0]["recall@10"]["mean"] > 0.9
+    folder = Path(told["directory"])
+    for name in ("sensitivity_lambda_c.png", "sensitivity_width.png"):
+        assert f"({name})" in (folder / "report.md").read_text()
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert not (
+        Path(of_split(make_config(told["output_dir"]), 0).directory("sweep_width_16")) / "tables.safetensors"
+    ).exists()
+
+
+def test_a_value_that_cannot_be_trained_is_told_and_stops_nothing(config, monkeypatch):
+    def fail(name, params, data, config):
+        raise TrainingError("the loss is nan")
+
+    monkeypatch.setattr(trial, "fit", fail)
+    given = with_compare(config, sweeps=[{**LAMBDA, "values": [50, 100]}])
+    for row in sweep_rows(given):
+        run_row(row)
+        assert read_row(row).facts["skipped"] == "the loss is nan"
+    monkeypatch.undo()
+    run_rows(config, ["popularity"])
+    metrics = collect(given, ["popularity"])
+    assert metrics["sensitivity"]["lambda c"] == [{"value": value, "failed": "the loss is nan"} for value in (50, 100)]
+    report = render(metrics)["report.md"].decode()
+    assert "100: the loss is nan." in report
+    monkeypatch.setattr(trial, "fit", fail)
+    with pytest.raises(TrainingError, match="no setting of cllm4rec"):
+        run_row(Row(of_split(config, 0), "cllm4rec"))
+
+
+@pytest.mark.parametrize(
+    ("values", "places"),
+    [
+        ([0.1, 1, 10, 100], [0, 1, 2, 3]),
+        ([0, 0.1, 1, 10], [-1, 0, 1, 2]),
+        ([10, 0, 0.1], [1, -1, 0]),
+        ([0, 2, 8], [0, 0.5, 2]),
+        ([0.2, 0.4, [0.1, 0.9]], [0, 1, 2]),
+        (["a", "b", True], [0, 1, 2]),
+        ([5], [0]),
+        ([], []),
+    ],
+)
+def test_values_stand_by_size_by_logarithm_or_in_order(values, places):
+    found = places_of(values)
+    scale = 1.0 if values != [0, 2, 8] else found[-1] / places[-1]
+    assert found == pytest.approx([place * scale for place in places])
+
+
+# Examples
+
+
+def test_examples_mark_the_hits_and_name_no_user(job, config):
+    told, _ = job()
+    page = Path(told["directory"], "examples.md").read_text()
+    assert page == examples(
+        with_compare(config, methods=[]), json.loads(Path(told["directory"], "metrics.json").read_text())
+    )
+    assert page.count("## User ") == 5
+    assert "user-" not in page
+    metrics_header = "|  | CLLM4Rec | EASE | Popularity |"
+    assert page.count(metrics_header) == 5
+    split = of_split(config, 0)
+    data = Data.load(split.directory("prepared"))
+    held_out = HeldOut.test(data.histories, config.evaluate)
+    users = chosen_users(held_out.num_train, config.seed)
+    lists = [read_row(Row(split, name)).ranked[:, :10] for name in ("cllm4rec", "ease", "popularity")]
+    hits = sum(np.isin(ranked[row], held_out.relevant[row]).sum() for ranked in lists for row in users)
+    assert page.count("**") == 2 * hits > 0
+    first = page.split("## User ")[1]
+    for item in held_out.relevant[users[0]]:
+        assert f"- {data.catalog.item_ids[item]}: " in first
+
+
+def test_users_of_the_examples_are_spread_over_histories():
+    num_train = np.array([9, 1, 8, 2, 7, 3, 6, 4, 5, 5])
+    found = num_train[chosen_users(num_train, seed=0)]
+    assert found.tolist() == sorted(found)
+    groups = [(1, 2), (3, 4), (5, 5), (6, 7), (8, 9)]
+    assert all(low <= value <= high for value, (low, high) in zip(found, groups, strict=True))
+    assert len(chosen_users(num_train[:3], seed=0)) == 3
+    draws = {tuple(chosen_users(num_train, seed)) for seed in range(20)}
+    assert len(draws) > 1
+    assert chosen_users(num_train, 3).tolist() == chosen_users(num_train, 3).tolist()
+
+
+def test_the_best_baseline_is_shown_between_the_method_and_popularity():
+    results = {name: {"ndcg@100": {"mean": mean}} for name, mean in
+               [("popularity", 0.9), ("ease", 0.3), ("ials", 0.4), ("llm_cf", 0.8), ("cllm4rec", 0.1)]}  # fmt: skip
+    assert shown_methods(results) == ["cllm4rec", "ials", "popularity"]
+    assert shown_methods({"popularity": results["popularity"]}) == ["popularity"]
+
+
+def test_a_review_stands_in_for_a_text_that_is_missing(job, config, monkeypatch):
+    told, _ = job()
+    metrics = json.loads(Path(told["directory"], "metrics.json").read_text())
+    assert "stands in" not in examples(config, metrics)
+    load = examples_page.Catalog.load
+
+    def without_texts(directory):
+        catalog = load(directory)
+        catalog.item_texts = [""] * catalog.num_items
+        return catalog
+
+    monkeypatch.setattr(examples_page.Catalog, "load", without_texts)
+    page = examples(config, metrics)
+    assert "first training review stands in" in page
+    assert "“" in page.split("## User 1")[1]
+    monkeypatch.setattr(examples_page, "_first_reviews", lambda directory, items: {})
+    assert ": no text" in examples(config, metrics)
+
+
+def test_texts_of_the_data_are_one_line_and_no_markup():
+    assert shortened("two\nlines  here") == "two lines here"
+    long = shortened("word " * 40)
+    assert long.endswith("word …")
+    assert len(long) <= examples_page.TEXT_CHARS + 2
+    assert shortened("x" * 100) == "x" * examples_page.TEXT_CHARS + " …"
+    assert plain_markdown("**a** | <b> [c](d) `e`") == r"\*\*a\*\* \| &lt;b&gt; \[c\](d) \`e\`"
+
+
+# Published figures
+
+
+def test_published_figures_stand_beside_those_measured_here(job, config):
+    told, _ = job()
+    metrics = json.loads(Path(told["directory"], "metrics.json").read_text())
+    assert "published / here" not in markdown(metrics)
+    metrics["published"] = {"source": "a paper", "note": "Other data.", "results": {"ease": {"recall@20": 0.5}}}
+    assert f"| EASE | 0.5000 / {metrics['results']['ease']['recall@20']['mean']:.4f} |" in markdown(metrics)
+    assert "Published: a paper. Each cell: published / here. Other data." in markdown(metrics)
 
 
 @pytest.mark.ray
 def test_the_job_runs_on_ray_from_raw_files_and_again_does_nothing(tmp_path, ray_local, capsys):
     parity().world.write(str(tmp_path))
     columns = {"user": "user", "item": "item", "rating": "rating", "text": "text", "timestamp": "timestamp"}
-    raw = make_config(tmp_path / "run", methods=["popularity", "ease", "cllm4rec"]).model_dump(mode="json")
+    sweeps = [{"name": "width", "settings": ["model.backbone.width"], "values": [16, 32]}]
+    methods = ["popularity", "ease", "cllm4rec"]
+    raw = make_config(tmp_path / "run", methods=methods, sweeps=sweeps).model_dump(mode="json")
     raw["data"] |= {
         "interactions": {"path": str(tmp_path / "interactions.jsonl"), "columns": columns},
         "items": {"path": str(tmp_path / "items.jsonl"), "columns": {"item": "item", "text": "text"}},
         "core": 1,
+        "expected": {"users": 40, "items": 20, "interactions": 400},
     }
     given = parse_config(raw)
     told = compare.run(given, argparse.Namespace(quick=False, force=False))
     metrics = json.loads(Path(told["directory"], "metrics.json").read_text())
     assert metrics["results"]["cllm4rec"]["recall@10"]["mean"] == 1.0
+    assert [point["value"] for point in metrics["sensitivity"]["width"]] == [16, 32]
     capsys.readouterr()
     compare.run(given, argparse.Namespace(quick=False, force=False))
-    assert "6 of 6 rows are finished" in capsys.readouterr().out
+    assert "8 of 8 rows are finished" in capsys.readouterr().out

@@ -36,6 +36,64 @@ def test_every_config_of_the_repository_loads(path):
     assert parse_config(config.model_dump()) == config
 
 
+PAPER = {
+    "beauty": ((10553, 6086, 94148), (0.1656, 0.2323, 0.1118)),
+    "toys": ((11268, 7309, 95420), (0.1436, 0.1933, 0.0918)),
+    "sports": ((22686, 12301, 185718), (0.0926, 0.1351, 0.0634)),
+    "yelp": ((28330, 18775, 292017), (0.0735, 0.1149, 0.0536)),
+}
+"""Users, items, interactions, and CLLM4Rec's Recall@20, Recall@40, NDCG@100."""
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_configs_say_what_the_paper_says(name):
+    config = load_config(CONFIGS[0].parent / f"paper_{name}.yaml")
+    counts, figures = PAPER[name]
+    assert tuple(config.data.expected.model_dump().values()) == counts
+    assert (config.data.interactions.format == "yelp") == (name == "yelp")
+    assert (config.data.min_rating, config.data.core, config.data.split.kind) == (3.0, 5, "random")
+    assert (config.model.backbone, config.backbone.epochs) == ("gpt2", 0)
+    pretrain, finetune = config.pretrain, config.finetune
+    assert (pretrain.warmup_epochs, pretrain.epochs, finetune.epochs) == (10, 100, 150)
+    assert pretrain.patience >= pretrain.epochs
+    assert finetune.patience >= finetune.epochs
+    assert (pretrain.learning_rate, finetune.learning_rate) == (1e-3, 1e-4)
+    assert (pretrain.lambda_c, finetune.lambda_c, finetune.mask_range, finetune.target) == (1, 1, (0.2, 0.2), "heldout")
+    assert (pretrain.alternate, pretrain.reorder_items, pretrain.text_fraction) == (True, True, 1.0)
+    assert (pretrain.user_dropout, finetune.user_dropout) == (0.0, 0.0)
+    assert (config.cluster.num_workers, config.cluster.use_gpu, config.training.bf16) == (8, True, True)
+    published = config.evaluate.published.results
+    assert tuple(published["cllm4rec"].values()) == figures
+    others = set(published) - {"cllm4rec"}
+    assert {"multi_vae", "md_cvae", "bert4rec", "s3rec", "llm_scratch", "llm_cf", "llm_ftall", "llm_fixord"} <= others
+    assert all(published[method]["recall@20"] < figures[0] for method in others), "the paper's is best of all"
+    assert "2311.01343" in config.evaluate.published.source
+
+
+def test_the_beauty_that_is_not_the_papers_says_so():
+    config = load_config(CONFIGS[0].parent / "compare_beauty.yaml")
+    assert "cannot be compared" in config.evaluate.published.note
+    assert config.data.min_rating is None
+
+
+def test_the_template_holds_every_setting_with_its_default():
+    path = CONFIGS[0].parent / "my_data.yaml"
+    raw, config = yaml.safe_load(path.read_text()), load_config(path)
+    default = parse_config({"output_dir": raw["output_dir"], "data": {"interactions": raw["data"]["interactions"]}})
+    assert config == default
+    assert keys_of(default.model_dump()) - keys_of(raw) <= {"run_date", "data.interactions.columns"}
+
+
+def keys_of(section, prefix=""):
+    """Dotted keys; what a source's columns are called is its own."""
+    keys = set()
+    for name, value in section.items():
+        key = f"{prefix}{name}"
+        inside = isinstance(value, dict) and key != "data.interactions.columns"
+        keys |= keys_of(value, f"{key}.") if inside else {key}
+    return keys
+
+
 def test_a_minimal_file_is_a_whole_run(load):
     config = load()
     assert (config.data.core, config.training.engine, config.model.backbone) == (5, "deepspeed", BackboneSize())
@@ -142,6 +200,37 @@ def test_what_is_read_may_not_be_recommended(load):
     assert "set evaluate.mask to train+validation" in refused(
         load, "evaluate.read=train+validation", "evaluate.mask=train"
     )
+
+
+def test_published_figures_are_shares_of_known_metrics(load):
+    published = "evaluate.published={{source: a paper, results: {{ease: {{{}}}}}}}"
+    assert load(published.format("recall@20: 0.1")).evaluate.published.results == {"ease": {"recall@20": 0.1}}
+    assert "less than or equal to 1" in refused(load, published.format("recall@20: 16.5"))
+    assert "pattern" in refused(load, published.format("hits: 0.1"))
+
+
+def test_values_of_a_sweep_keep_what_they_are(load):
+    sweep = "compare.sweeps=[{name: x, settings: [a], values: [0, 1e-4, 0.5, true, gpt2, [0.1, 0.9]]}]"
+    values = load(sweep).compare.sweeps[0].values
+    assert values == [0, 1e-4, 0.5, True, "gpt2", [0.1, 0.9]]
+    assert [type(value) for value in values] == [int, float, float, bool, str, list]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("compare={seeds: [0, 1], sweep_seeds: [2]}", "compare.sweep_seeds [2] should be some of compare.seeds [0, 1]"),
+        ("compare={sweep_seeds: [0, 0]}", "compare.sweep_seeds [0, 0] names a seed twice"),
+        (
+            "compare.sweeps=[{name: a b, settings: [x], values: [1, 2]}, {name: a_b, settings: [y], values: [1, 2]}]",
+            "compare.sweeps a_b, a_b: two have one name",
+        ),
+        ("compare.sweeps=[{name: ../a, settings: [x], values: [1, 2]}]", "compare.sweeps.0.name"),
+        ("compare.sweeps=[{name: a, settings: [x], values: [1]}]", "compare.sweeps.0.values"),
+    ],
+)
+def test_sweeps_that_cannot_be_are_refused(load, override, sentence):
+    assert refused(load, override).startswith(sentence)
 
 
 def test_several_mistakes_are_told_at_once(load):

@@ -91,6 +91,21 @@ def test_what_is_kept_is_indexed_by_id_and_sorted_by_user_and_time() -> None:
     assert counts["users_without_test"] == 2
 
 
+def test_other_counts_than_expected_stop_the_stage_and_say_where_to_look() -> None:
+    right = {"users": 2, "items": 2, "interactions": 4}
+    counts: dict[str, Any] = {}
+    module._keep(staged(SQUARE), data_config(expected=right), counts)
+    assert {name: counts[name] for name in right} == right
+    for name in right:
+        wrong = data_config(expected=right | {name: 1234})
+        with pytest.raises(
+            DataError, match=rf"kept 2 users x 2 items x 4 .* names .*1,234 {name}.*; look at"
+        ) as caught:
+            module._keep(staged(SQUARE), wrong, {})
+        for word in ("edition of the files", "data.min_rating 3.0", "data.core 2"):
+            assert word in str(caught.value)
+
+
 def test_the_last_rating_of_a_pair_decides_whether_it_is_liked() -> None:
     rows = [*SQUARE, ("ben", "y", 1.0, 9)]
     with pytest.raises(DataError, match="no interactions are left of 5: 1 were repeated pairs, 1 not rated above"):
@@ -193,6 +208,15 @@ def test_inputs_change_with_what_decides_the_result_and_with_nothing_else(tmp_pa
         stream.write('{"item": "new", "text": "x"}\n')
     after = prepare_inputs(config)
     assert [key for key in before if after[key] != before[key]] == ["files"]
+
+
+def test_expected_counts_are_checked_on_prepared_data_too_and_none_change_nothing(tmp_path: Path) -> None:
+    parity_world().write(str(tmp_path))
+    before = prepare_inputs(config_of(tmp_path / "out", tmp_path))
+    expected = {"users": 40, "items": 20, "interactions": 400}
+    after = prepare_inputs(config_of(tmp_path / "out", tmp_path, expected=expected))
+    assert after.pop("expected")
+    assert after == before
 
 
 def test_an_erasure_is_an_input_and_none_is_none(tmp_path: Path) -> None:

@@ -170,6 +170,23 @@ def test_a_report_takes_methods_it_has_no_name_for(evaluation: stage.Evaluation)
     assert "another" in table(metrics)
 
 
+def test_published_figures_stand_beside_those_measured_here() -> None:
+    figures = {"cllm4rec_t5": {"recall@20": 0.25}, "ease": {"ndcg@100": 0.125, "recall@20": 0.5}}
+    published = {"source": "a paper", "note": "Other data.", "results": figures}
+    metrics = stage.evaluate_methods(HISTORIES, CATALOG, Oracle(), config_for(published=published)).metrics
+    here = metrics["results"]["ease"]
+    report = render(metrics)["report.md"].decode()
+    assert "Published: a paper. Each cell: published / here. Other data." in report
+    assert "| published / here | recall@20 | ndcg@100 |" in report
+    assert f"| EASE | 0.5000 / {here['recall@20']['mean']:.4f} | 0.1250 / {here['ndcg@100']['mean']:.4f} |" in report
+    assert "| CLLM4Rec, T5 | 0.2500 / – | – / – |" in report
+
+
+def test_no_table_of_published_figures_where_none_are_named(evaluation: stage.Evaluation) -> None:
+    assert "published" not in evaluation.metrics
+    assert "ublished" not in markdown(evaluation.metrics)
+
+
 def test_ease_is_skipped_out_loud_where_the_catalogue_is_too_large(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,7 +238,12 @@ def test_a_result_is_current_until_something_it_depends_on_changes(run_dir: Path
     stage.evaluate(config)
     uri = str(run_dir / "evaluation")
     assert is_current(uri, "evaluation", stage.evaluate_inputs(config))
-    for changed in (config_for(str(run_dir), mask="train"), config.model_copy(update={"seed": 1})):
+    published = {"source": "a paper", "results": {"ease": {"recall@20": 0.5}}}
+    for changed in (
+        config_for(str(run_dir), mask="train"),
+        config_for(str(run_dir), published=published),
+        config.model_copy(update={"seed": 1}),
+    ):
         assert not is_current(uri, "evaluation", stage.evaluate_inputs(changed))
 
 

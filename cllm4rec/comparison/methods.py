@@ -79,14 +79,25 @@ def _is_moot(key: str, config: Config) -> bool:
 
 def config_of(name: str, config: Config, params: Mapping[str, Any]) -> Config:
     """The config of a variant with what is tried of it. Raises ConfigError where the two do not fit."""
+    if name == "llm_scratch" and isinstance(config.model.backbone, str):
+        raise ConfigError(
+            f"{name} begins from random weights, so it needs model.backbone to be a size to build, not a name"
+        )
+    return with_settings(config, {**VARIANTS[name].settings, **params}, name)
+
+
+def with_settings(config: Config, settings: Mapping[str, Any], who: str) -> Config:
+    """The config with some dotted keys set to other values. Raises ConfigError where `who` asks for what is none."""
     raw = config.model_dump(mode="json")
-    for key, value in {**VARIANTS[name].settings, **params}.items():
+    for key, value in settings.items():
         *sections, last = key.split(".")
-        target = raw
+        target: Any = raw
         for section in sections:
-            target = target[section]
+            target = target.get(section)
+            if isinstance(target, str):
+                raise ConfigError(f"{who} sets {key}, so it needs model.backbone to be a size to build, not a name")
             if not isinstance(target, dict):
-                raise ConfigError(f"{name} sets {key}, so it needs model.backbone to be a size to build, not a name")
+                raise ConfigError(f"{who} sets {key}, which is no setting")
         target[last] = value
     return parse_config(raw)
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cllm4rec.comparison.methods import MAIN, MODEL, VARIANTS
+from cllm4rec.evaluation.metrics import METRICS
 from cllm4rec.evaluation.report import (
+    COLOURS,
     INK,
     colour_of,
+    dot,
+    markdown_table,
     methods_of,
     metric_names,
     metrics_in_words,
@@ -20,10 +28,16 @@ from cllm4rec.evaluation.report import (
     plot_results,
     plot_strata,
     png,
+    published_sections,
     with_interval,
 )
+from cllm4rec.evaluation.stage import HEADLINE
+from cllm4rec.training.run import VALIDATION_METRIC
 
 LEVEL = 0.05
+EXAMPLES = "examples.md"
+SWEPT = (HEADLINE, VALIDATION_METRIC)
+"""What a sweep's plot shows."""
 STRATA_FILES = {"history length": "history_length.png", "item popularity": "item_popularity.png"}
 
 
@@ -32,6 +46,8 @@ def render(metrics: Mapping[str, Any]) -> dict[str, bytes]:
     plots = {"results.png": plot_results(metrics), "learning_curves.png": plot_curves(metrics["curves"])}
     for kind, file in STRATA_FILES.items():
         plots[file] = plot_strata(kind, [_of_few(stratum) for stratum in metrics["strata"][kind]])
+    for name, points in metrics["sensitivity"].items():
+        plots[_sweep_file(name)] = plot_sweep(name, points, metrics["protocol"]["sweeps"][name]["configured"])
     return {"report.md": markdown(metrics).encode(), **{name: png(figure) for name, figure in plots.items()}}
 
 
@@ -43,6 +59,7 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         _legend(metrics),
         *_notes(metrics["protocol"]),
         "![Every method and metric with its interval](results.png)",
+        *published_sections(metrics),
         "## CLLM4Rec against every other method",
         _model_table(metrics),
         "## Protocol",
@@ -55,6 +72,9 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         "## Learning curves",
         "Validation by epoch on the first split, of the setting that was chosen.",
         "![Validation by epoch](learning_curves.png)",
+        *_sensitivity(metrics),
+        "## Examples",
+        f"[Five users]({EXAMPLES}) with what was read of them, what should be found, and the lists of three methods.",
         "## Budget and cost",
         _cost_table(metrics),
         "Minutes of a split include reading, validating and every setting tried; all on one thread. A language model "
@@ -63,6 +83,56 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         _chosen_table(metrics["chosen"]),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _sensitivity(metrics: Mapping[str, Any]) -> list[str]:
+    """A plot and a table for each sweep; nothing where there is none."""
+    sweeps = metrics["protocol"]["sweeps"]
+    if not sweeps:
+        return []
+    return [
+        "## Sensitivity",
+        "CLLM4Rec as configured but for one thing, trained once for each value and ranked on the test split, as in the "
+        "paper's Figure 4. Nothing is chosen by it. Intervals are of one value over users; all values share the users, so "
+        "two values can differ more surely than their intervals show. A ring is what is configured; axes do not begin at 0.",
+        *(part for name in sweeps for part in _sweep(name, sweeps[name], metrics["sensitivity"][name])),
+    ]
+
+
+def _sweep(name: str, sweep: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> list[str]:
+    configured = ", ".join(f"{key} {words_of(value)}" for key, value in sweep["settings"].items())
+    seeds = f"split seed{'s' * (len(sweep['seeds']) > 1)} {', '.join(map(str, sweep['seeds']))}"
+    columns = [metric for metric in METRICS if any(metric in point for point in points)]
+    rows = [
+        [
+            words_of(point["value"]),
+            *(with_interval(point[metric]) if metric in point else "not trained" for metric in columns),
+        ]
+        for point in points
+    ]
+    failed = [f"{words_of(point['value'])}: {point['failed']}." for point in points if "failed" in point]
+    return [
+        f"### {name}",
+        f"{', '.join(sweep['settings'])}; {seeds}; configured: {configured}.",
+        *([f"![{name}]({_sweep_file(name)})"] if columns else []),
+        markdown_table([name, *columns], rows),
+        *failed,
+    ]
+
+
+def words_of(value: Any) -> str:
+    """A setting's value for people; a range as `0.1 to 0.9`."""
+    if isinstance(value, list):
+        return " to ".join(words_of(part) for part in value)
+    return f"{value:g}" if is_number(value) else str(value)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _sweep_file(name: str) -> str:
+    return f"sensitivity_{name.replace(' ', '_')}.png"
 
 
 def _results_table(metrics: Mapping[str, Any]) -> str:
@@ -76,7 +146,7 @@ def _results_table(metrics: Mapping[str, Any]) -> str:
             for name in columns
         ]
         rows.append([name_of(method), *cells])
-    return _table(["", *columns], rows)
+    return markdown_table(["", *columns], rows)
 
 
 def _mark(metrics: Mapping[str, Any], method: str, metric: str) -> str:
@@ -113,7 +183,7 @@ def _model_table(metrics: Mapping[str, Any]) -> str:
                     f"{found['p_holm']:.4f}",
                 ]
             )
-    return _table(["metric", "other", "CLLM4Rec less the other", "p", "p (Holm)"], rows) if rows else ""
+    return markdown_table(["metric", "other", "CLLM4Rec less the other", "p", "p (Holm)"], rows) if rows else ""
 
 
 _TURNED = {"mean": "mean", "low": "high", "high": "low"}
@@ -141,13 +211,13 @@ def _strata_table(kind: str, strata: Sequence[Mapping[str, Any]]) -> str:
     methods = methods_of(strata[0]["results"])
     header = [f"{strata[0]['metric']} by {kind}", *(f"{one['label']} ({one['users']:,} users)" for one in strata)]
     rows = [[name_of(method), *(with_interval(one["results"][method]) for one in strata)] for method in methods]
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def _beside_table(beside: Mapping[str, Mapping[str, float]]) -> str:
     names = list(next(iter(beside.values())))
     rows = [[name_of(method), *(f"{beside[method][name]:.3f}" for name in names)] for method in methods_of(beside)]
-    return _table(["", *names], rows)
+    return markdown_table(["", *names], rows)
 
 
 def _cost_table(metrics: Mapping[str, Any]) -> str:
@@ -162,7 +232,7 @@ def _cost_table(metrics: Mapping[str, Any]) -> str:
         ]
         for method in methods_of(cost)
     ]
-    return _table(
+    return markdown_table(
         ["", "settings tried on each split", "minutes on each split", "minutes a setting", "peak memory"], rows
     )
 
@@ -173,12 +243,7 @@ def _chosen_table(chosen: Mapping[str, Mapping[str, Any]]) -> str:
         for method in methods_of(chosen)
         for seed, params in chosen[method].items()
     ]
-    return _table(["", "split", "setting"], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table(["", "split", "setting"], rows)
 
 
 def _of_few(stratum: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,24 +254,92 @@ def _of_few(stratum: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Validation by epoch: CLLM4Rec and its variants on the left, neural baselines on the right."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    """Validation by epoch: CLLM4Rec and its variants, and neural baselines, in a panel each where there are any."""
     known = [method for method in methods_of(curves) if curves[method]]
-    for axes, title, is_ours in zip(panels, ("CLLM4Rec and its variants", "Baselines"), (True, False), strict=True):
-        for method in known:
-            if (method in VARIANTS) != is_ours:
-                continue
-            values = [entry["ndcg@100"] for entry in curves[method]]
-            axes.plot(range(1, len(values) + 1), values, color=colour_of(method, curves), label=name_of(method))
-            changes = [place for place, entry in enumerate(curves[method]) if entry["stage"] == "finetune"]
-            if method == MODEL and changes:
-                axes.axvline(changes[0] + 0.5, color=INK, linewidth=0.8, linestyle=":")
+    parts = {
+        "CLLM4Rec and its variants": [method for method in known if method in VARIANTS],
+        "Baselines": [method for method in known if method not in VARIANTS],
+    }
+    parts = {title: methods for title, methods in parts.items() if methods} or {"Nothing has epochs": []}
+    figure = Figure(figsize=(5.5 * len(parts), 4), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(parts), sharey=True))
+    for axes, (title, methods) in zip(panels, parts.items(), strict=True):
+        for method in methods:
+            _curve(axes, method, curves[method], colour_of(method, dict.fromkeys(methods)))
         axes.set_title(title, fontsize=11, color=INK)
-        axes.set_xlabel("epoch (dotted: CLLM4Rec's finetuning begins)" if is_ours else "epoch", color=INK)
+        axes.set_xlabel("epoch (dotted: CLLM4Rec's finetuning begins)" if MODEL in methods else "epoch", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         plain(axes, "y")
-        if axes.get_legend_handles_labels()[0]:
+        if methods:
             axes.legend(frameon=False, fontsize=8)
-    panels[0].set_ylabel("validation ndcg@100", color=INK)
+    panels[0].set_ylabel(f"validation {VALIDATION_METRIC}", color=INK)
     return figure
+
+
+def _curve(axes: Axes, method: str, curve: Sequence[Mapping[str, Any]], colour: str) -> None:
+    values = [entry[VALIDATION_METRIC] for entry in curve]
+    axes.plot(range(1, len(values) + 1), values, color=colour, label=name_of(method))
+    changes = [place for place, entry in enumerate(curve) if entry["stage"] == "finetune"]
+    if method == MODEL and changes:
+        axes.axvline(changes[0] + 0.5, color=INK, linewidth=0.8, linestyle=":")
+
+
+def plot_sweep(name: str, points: Sequence[Mapping[str, Any]], configured: Any) -> Figure:
+    """A panel a metric: mean and interval at every value, numbers joined by a line, what is configured in a ring."""
+    points = [point for point in points if "failed" not in point]
+    places = places_of([point["value"] for point in points])
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(SWEPT)), SWEPT, strict=True):
+        _join(axes, points, places, metric)
+        for point, place in zip(points, places, strict=True):
+            dot(axes, point[metric], place, COLOURS[MODEL], vertical=True)
+            if point["value"] == configured:
+                axes.plot([place], [point[metric]["mean"]], "o", markersize=15, fillstyle="none", color=INK)
+        axes.set_xticks(places, [words_of(point["value"]) for point in points])
+        axes.set_xlim(min(places, default=0) - 0.5, max(places, default=0) + 0.5)
+        axes.margins(y=0.12)
+        axes.set_xlabel(name, color=INK)
+        axes.set_title(metric, fontsize=11, color=INK)
+        plain(axes, "y")
+    return figure
+
+
+def _join(axes: Axes, points: Sequence[Mapping[str, Any]], places: Sequence[float], metric: str) -> None:
+    """A line through the numbers; to a 0 that a logarithmic axis has no place for it is dotted."""
+    numbers = sorted(
+        (place, point["value"], point[metric]["mean"])
+        for place, point in zip(places, points, strict=True)
+        if is_number(point["value"])
+    )
+    is_apart = _is_logarithmic([value for _, value, _ in numbers])
+    for (left, value, low), (right, _, high) in itertools.pairwise(numbers):
+        style = ":" if value == 0 and is_apart else "-"
+        axes.plot([left, right], [low, high], style, color=COLOURS[MODEL], linewidth=1.2, alpha=0.6)
+
+
+def places_of(values: Sequence[Any]) -> list[float]:
+    """Where values stand along an axis, neighbours 1 apart on average.
+
+    Numbers by their size, or by its logarithm where they span a decade, with a 0 one step left of the smallest; what is
+    no number stands to their right in the order given.
+    """
+    numbers = sorted({float(value) for value in values if is_number(value)})
+    place_of = dict(zip(numbers, _number_places(numbers), strict=True))
+    last, places = max(place_of.values(), default=-1.0), []
+    for value in values:
+        last += 0 if is_number(value) else 1
+        places.append(place_of[float(value)] if is_number(value) else last)
+    return places
+
+
+def _number_places(numbers: Sequence[float]) -> list[float]:
+    is_logarithmic = _is_logarithmic(numbers)
+    scaled = [math.log10(number) if is_logarithmic else number for number in numbers if number or not is_logarithmic]
+    span = (scaled[-1] - scaled[0]) / (len(scaled) - 1) if len(scaled) > 1 else 1.0
+    places = [(number - scaled[0]) / span for number in scaled]
+    return [-1.0, *places] if len(places) < len(numbers) else places
+
+
+def _is_logarithmic(numbers: Sequence[float]) -> bool:
+    positive = [number for number in numbers if number > 0]
+    return len(positive) > 1 and min(numbers) >= 0 and max(positive) >= 10 * min(positive)

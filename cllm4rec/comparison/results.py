@@ -24,14 +24,15 @@ from cllm4rec.comparison.statistics import (
     mean_over_splits,
     popularity_lift,
 )
+from cllm4rec.comparison.sweeps import describe_sweeps, rows_of_value
 from cllm4rec.comparison.trial import Result, Row, of_split, read_row
-from cllm4rec.config import Config
+from cllm4rec.config import Config, Sweep
 from cllm4rec.data.prepared import Histories
 from cllm4rec.data.ragged import Ragged
 from cllm4rec.errors import DataError
 from cllm4rec.evaluation.metrics import FloatArray, IntArray, compute, parse_metric
 from cllm4rec.evaluation.protocol import HeldOut, Stratum, history_strata, popularity_strata
-from cllm4rec.evaluation.stage import DEFINITIONS, HEADLINE, describe
+from cllm4rec.evaluation.stage import DEFINITIONS, HEADLINE, describe, published_figures
 from cllm4rec.training.run import VALIDATION_METRIC
 
 METRICS = ("recall@10", "recall@20", "recall@40", "ndcg@10", "ndcg@100")
@@ -51,14 +52,14 @@ class Splits:
     split_B: IntArray
 
     @classmethod
-    def load(cls, config: Config) -> Splits:
+    def load(cls, config: Config, seeds: list[int]) -> Splits:
         """Raises DataError where no user of a split has a test item."""
-        prepared = [of_split(config, seed).directory("prepared") for seed in config.compare.seeds]
+        prepared = [of_split(config, seed).directory("prepared") for seed in seeds]
         parts = [HeldOut.test(Histories.load(directory), config.evaluate) for directory in prepared]
         if not all(len(part.users) for part in parts):
             raise DataError("no user of a split has a test item to compare on; raise data.split.test")
         split_B = np.repeat(np.arange(len(parts)), [len(part.users) for part in parts])
-        return cls(config.compare.seeds, [Catalog.load(directory) for directory in prepared], _joined(parts), split_B)
+        return cls(seeds, [Catalog.load(directory) for directory in prepared], _joined(parts), split_B)
 
     def spread(self, value_R: FloatArray, rows: IntArray) -> FloatArray:
         """Values of some rows as value_IS; NaN elsewhere. Splits in which none of the rows lies are left out."""
@@ -106,7 +107,7 @@ def _joined(parts: Sequence[HeldOut]) -> HeldOut:
 
 def collect(config: Config, names: Sequence[str]) -> dict[str, Any]:
     """`metrics.json` of the finished rows. Raises ArtifactError where a row is not finished."""
-    splits = Splits.load(config)
+    splits = Splits.load(config, config.compare.seeds)
     rows = {name: [read_row(Row(of_split(config, seed), name)) for seed in splits.seeds] for name in names}
     reasons = {name: [result.facts["skipped"] for result in found] for name, found in rows.items()}
     skipped = {name: max(reason) for name, reason in reasons.items() if any(reason)}
@@ -114,10 +115,7 @@ def collect(config: Config, names: Sequence[str]) -> dict[str, Any]:
     ranked = {name: np.concatenate([result.ranked for result in found]) for name, found in rows.items()}
     values = _values(splits, ranked)
     samples, seed = config.evaluate.bootstrap_samples, config.seed
-    results = {
-        name: {metric: interval(value_IS, samples, seed) for metric, value_IS in by_metric.items()}
-        for name, by_metric in values.items()
-    }
+    results = {name: _intervals(by_metric, samples, seed) for name, by_metric in values.items()}
     return {
         "protocol": _protocol(config, splits, skipped),
         "results": results,
@@ -135,7 +133,33 @@ def collect(config: Config, names: Sequence[str]) -> dict[str, Any]:
         "cost": {name: _cost(found) for name, found in rows.items()} | _backbone_cost(config, list(rows)),
         "chosen": {name: _chosen(splits.seeds, found) for name, found in rows.items()},
         "curves": {name: found[0].facts["curve"] for name, found in rows.items()},
+        "sensitivity": _sensitivity(config),
+        **published_figures(config),
     }
+
+
+def _sensitivity(config: Config) -> dict[str, list[dict[str, Any]]]:
+    """Of each sweep its values with every metric, or with the reason why one could not be trained."""
+    if not config.compare.sweeps:
+        return {}
+    splits = Splits.load(config, config.compare.seeds_of_sweeps)
+    return {
+        sweep.name: [{"value": value, **_of_value(config, splits, sweep, value)} for value in sweep.values]
+        for sweep in config.compare.sweeps
+    }
+
+
+def _of_value(config: Config, splits: Splits, sweep: Sweep, value: Any) -> dict[str, Any]:
+    found = [read_row(row) for row in rows_of_value(config, sweep, value)]
+    reason = max(result.facts["skipped"] for result in found)
+    if reason:
+        return {"failed": reason}
+    (by_metric,) = _values(splits, {MODEL: np.concatenate([result.ranked for result in found])}).values()
+    return _intervals(by_metric, config.evaluate.bootstrap_samples, config.seed)
+
+
+def _intervals(values: Mapping[str, FloatArray], samples: int, seed: int) -> dict[str, Any]:
+    return {metric: interval(value_IS, samples, seed) for metric, value_IS in values.items()}
 
 
 def _values(splits: Splits, ranked: Mapping[str, IntArray]) -> dict[str, dict[str, FloatArray]]:
@@ -208,6 +232,7 @@ def _protocol(config: Config, splits: Splits, skipped: Mapping[str, str]) -> dic
         "test": {"kind": "paired randomisation over users, two-sided", "draws": DRAWS, "correction": "Holm"},
         "interval": {**described["interval"], "unit": "a user with all splits"},
         "skipped": dict(skipped),
+        "sweeps": describe_sweeps(config),
     }
 
 

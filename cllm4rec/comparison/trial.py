@@ -2,9 +2,10 @@
 
     <output_dir>/runs/compare/<seed>/
       prepared/             the split
-      backbone_<name>/      the language model that every variant of that architecture begins from, trained once
+      backbone_<what>/      a language model that rows begin from, trained once for all that begin from the same
       <method>/             result.json (every setting tried, the chosen one, its learning curve, seconds, memory),
                             lists.parquet (user, items: ranked), for cllm4rec its tables as well
+      sweep_<name>_<value>/ the same for one value of a sweep, without tables
 
 Everything runs on one thread of one process, without Ray, so that rows may run side by side.
 
@@ -57,7 +58,7 @@ from cllm4rec.model.grids import TensorBatch
 from cllm4rec.model.ranking import Ranker
 from cllm4rec.model.store import load_tables
 from cllm4rec.scoring.scorer import Scorer
-from cllm4rec.training.run import VALIDATION_METRIC, RunSettings, Shard, put_weights, run
+from cllm4rec.training.run import VALIDATION_METRIC, RunSettings, Shard, put_weights, run, run_settings
 from cllm4rec.training.stages import backbone_stages
 
 KIND = "compared"
@@ -95,29 +96,42 @@ class Fitted:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method on one split. `config` is that split's, as `of_split` gives it."""
+    """A method on one split. `config` is that split's, as `of_split` gives it.
+
+    label: of a row that is not tuned but trained once, as `config` says, in a directory of this name: a sweep's.
+    """
 
     config: Config
     name: str
+    label: str = ""
 
     @property
     def directory(self) -> str:
-        return self.config.directory(self.name)
+        return self.config.directory(self.label or self.name)
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """The settings to try."""
+        return [{}] if self.label else points_of(self.name, self.config)
+
+    @property
+    def varied(self) -> Config:
+        """The config as its method changes it."""
+        return config_of(self.name, self.config, {}) if self.name in VARIANTS else self.config
 
     def inputs(self) -> dict[str, str]:
         """Digests of everything the result depends on."""
         config = self.config
         settings: dict[str, Any] = {
-            "points": points_of(self.name, config),
-            "minutes": config.compare.minutes,
-            "evaluate": config.evaluate.model_dump(),
+            "points": self.points,
+            "evaluate": config.evaluate.model_dump(exclude={"published"}),
             "seed": config.seed,
         }
+        settings |= {} if self.label else {"minutes": config.compare.minutes}
         inputs = {"prepared": read_manifest(config.directory("prepared"), "prepared").digest}
         if self.name in VARIANTS:
-            varied = config_of(self.name, config, {})
             sections = ("model", "pretrain", "finetune", "training")
-            settings |= {section: getattr(varied, section).model_dump() for section in sections}
+            settings |= {section: getattr(self.varied, section).model_dump() for section in sections}
         if self.backbone is not None:
             inputs["backbone"] = read_manifest(self.backbone, "backbone").digest
         if self.name in AFTER:
@@ -127,12 +141,8 @@ class Row:
     @property
     def backbone(self) -> str | None:
         """Directory of the trained language model it begins from; None where it has none or an untrained one."""
-        if self.name == "m6_retrieval":
-            return backbone_directory(self.config)
-        if self.name not in VARIANTS:
-            return None
-        varied = config_of(self.name, self.config, {})
-        return backbone_directory(varied) if varied.backbone.epochs else None
+        is_read = self.name == "m6_retrieval" or (self.name in VARIANTS and self.varied.backbone.epochs)
+        return backbone_directory(self.varied) if is_read else None
 
     def is_done(self) -> bool:
         return is_current(self.directory, KIND, self.inputs())
@@ -157,7 +167,7 @@ def of_split(config: Config, seed: int) -> Config:
 def run_row(row: Row) -> str:
     """Tune, train and write one row; returns its directory. A row that this data cannot feed says why instead.
 
-    Raises TrainingError where no setting can be trained.
+    Raises TrainingError where no setting of a method can be trained; a sweep may try what cannot, and says so, too.
     """
     torch.set_num_threads(1)
     forget_peak_memory()
@@ -166,7 +176,7 @@ def run_row(row: Row) -> str:
     tried: list[dict[str, Any]] = []
     best: Fitted | None = None
     skipped = ""
-    for params in points_of(row.name, config):
+    for params in row.points:
         if tried and time.monotonic() - started > 60 * config.compare.minutes:
             break
         trial_started = time.monotonic()
@@ -182,6 +192,8 @@ def run_row(row: Row) -> str:
         is_best = best is None or reached[VALIDATION_METRIC] > _best_value(tried)
         best = fitted if is_best else best
         tried.append({"params": params, "validation": reached, "seconds": time.monotonic() - trial_started})
+    if best is None and not skipped and row.label:
+        skipped = str(tried[-1]["failed"])
     if best is None and not skipped:
         raise TrainingError(f"no setting of {row.name} could be trained: {tried[-1]['failed']}")
     facts = {"name": row.name, "skipped": skipped, "tried": tried, "seconds": time.monotonic() - started}
@@ -203,7 +215,7 @@ def _write(row: Row, inputs: dict[str, str], best: Fitted | None, data: Data, fa
             facts |= {"chosen": chosen["params"], "validation": chosen["validation"], "curve": best.curve}
             lists = Ragged.from_lists(best.rank(held_out)).to_arrow()
             write_table(pa.table({"user": held_out.users, "items": lists}), draft.path("lists.parquet"))
-            if row.name == MODEL and best.model is not None:
+            if row.name == MODEL and not row.label and best.model is not None:
                 tables = {name: table.data for name, table in best.model.tables().items()}
                 save_tensors(tables, draft.path("tables.safetensors"))
         write_json(draft.path("result.json"), facts | {"peak_memory_mb": peak_memory_mb()})
@@ -271,7 +283,7 @@ def fit_variant(name: str, config: Config, data: Data) -> Fitted:
         data.language.prompts,
         stages_of(name, config),
         Shard(documents, Validation(data.histories)),
-        _settings(config),
+        _run_settings(config),
         log=lambda entry: curve.append(_told(entry)) if f"validation_{VALIDATION_METRIC}" in entry else None,
     )
     model = make_model()
@@ -287,8 +299,23 @@ def _told(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def backbone_directory(config: Config) -> str:
-    backbone = config.model.backbone
-    return config.directory(f"backbone_{backbone.architecture if isinstance(backbone, BackboneSize) else 'stock'}")
+    """Named after all that makes it another language model, so that rows which begin from the same one share it."""
+    size = config.model.backbone
+    what = f"{size.architecture}_{size.layers}x{size.width}" if isinstance(size, BackboneSize) else "stock"
+    return config.directory(f"backbone_{what}_{digest_of(_backbone_settings(config))[:8]}")
+
+
+def _backbone_settings(config: Config) -> dict[str, Any]:
+    return {
+        "model": config.model.model_dump(exclude={"table_std"}),
+        "stage": config.backbone.model_dump(),
+        "run": dataclasses.asdict(_run_settings(config)),
+    }
+
+
+def _run_settings(config: Config) -> RunSettings:
+    """A row is trained by one process on plain torch, whatever the config says of workers."""
+    return dataclasses.replace(run_settings(config), engine="torch", zero_stage=0)
 
 
 def starting_backbone(config: Config, num_words: int) -> Backbone:
@@ -299,9 +326,8 @@ def starting_backbone(config: Config, num_words: int) -> Backbone:
 
 
 def backbone_inputs(config: Config) -> dict[str, str]:
-    settings = {section: getattr(config, section).model_dump() for section in ("model", "backbone", "training")}
     prepared = read_manifest(config.directory("prepared"), "prepared").digest
-    return {"prepared": prepared, "settings": digest_of(settings | {"seed": config.seed})}
+    return {"prepared": prepared, "settings": digest_of(_backbone_settings(config))}
 
 
 def run_backbone(config: Config) -> str:
@@ -313,7 +339,7 @@ def run_backbone(config: Config) -> str:
     model = CLLM4Rec(backbone, tokens, std=0.0)
     shard = Shard(load_documents(prepared_dir), None)
     weights = run(
-        lambda: model, language.prompts, backbone_stages(config), shard, _settings(config), log=lambda entry: None
+        lambda: model, language.prompts, backbone_stages(config), shard, _run_settings(config), log=lambda entry: None
     )
     put_weights(model, weights)
     directory = backbone_directory(config)
@@ -352,21 +378,6 @@ def text_vectors(texts: list[str], backbone: Backbone, data: Data, config: Confi
         for place, row in enumerate(rows.tolist()):
             vectors_DK[row] = hidden_RTK[place, : words.lengths[row]].float().mean(dim=0).numpy()
     return vectors_DK
-
-
-def _settings(config: Config) -> RunSettings:
-    training = config.training
-    return RunSettings(
-        engine="torch",
-        accumulation=config.accumulation,
-        gradient_clipping=training.gradient_clipping,
-        zero_stage=0,
-        bf16=training.bf16,
-        micro_batch_tokens=training.micro_batch_tokens,
-        max_tokens=config.model.max_tokens,
-        checkpoint_every_epochs=training.checkpoint_every_epochs,
-        seed=config.seed,
-    )
 
 
 def forget_peak_memory() -> None:

@@ -84,11 +84,14 @@ def prepare_inputs(config: Config) -> dict[str, str]:
         tokenizer += [config.model.revision, *_tokenizer_fingerprints(backbone)]
     files = [file for role, source in _sources(config.data) for file in source_files(source, role)]
     tombstones = Tombstones.load(config.output_dir)
+    expected = config.data.expected
     return {
-        "data": digest_of(config.data.model_dump(mode="json")),
+        "data": digest_of(config.data.model_dump(mode="json", exclude={"expected"})),
         "files": digest_of([fingerprint(file) for file in files]),
         "tokenizer": digest_of(tokenizer),
         **({"erased": tombstones.digest} if len(tombstones) else {}),
+        # It decides nothing that is written, but numbers that were not checked yet have to be.
+        **({"expected": digest_of(expected.model_dump())} if expected else {}),
     }
 
 
@@ -179,6 +182,7 @@ def _keep(staged: Staged, data: DataConfig, counts: dict[str, Any]) -> _Kept:
         )
     kept = _indexed(core, staged, data)
     _count_facts(kept, counts)
+    _check_counts(counts, data)
     return kept
 
 
@@ -223,6 +227,20 @@ def _count_facts(kept: _Kept, counts: dict[str, Any]) -> None:
         + ", ".join(f"{count:,} {name}" for name, count in counts["by_split"].items())
         + f"; {counts['users_without_test']:,} users without test items)"
     )
+
+
+def _check_counts(counts: dict[str, Any], data: DataConfig) -> None:
+    """Raises DataError where `data.expected` names other numbers than were kept."""
+    if data.expected is None:
+        return
+    expected = data.expected.model_dump()
+    if {name: counts[name] for name in expected} != expected:
+        kept, wanted = (" x ".join(f"{numbers[name]:,} {name}" for name in expected) for numbers in (counts, expected))
+        raise DataError(
+            f"prepare kept {kept} and data.expected names {wanted}; look at the edition of the files, at data.min_rating "
+            f"{'null' if data.min_rating is None else data.min_rating} (ratings strictly above it are kept) and at "
+            f"data.core {data.core}"
+        )
 
 
 def _choose_texts(kept: _Kept, staged: Staged, layouts: list[Layout], counts: dict[str, Any]) -> pa.Table:

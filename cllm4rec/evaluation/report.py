@@ -40,7 +40,7 @@ NAMES = {
 """Methods as people write them, in the order of every table; others follow by the name they have."""
 
 COLOURS = {"cllm4rec": "#0b6e99", "popularity": "#98a3ad", "ease": "#d9822b"}
-OTHER_COLOURS = ("#6b4c9a", "#3a923a", "#c03d3e", "#845b53", "#d684bd", "#b7950b", "#4c72b0")
+OTHER_COLOURS = ("#6b4c9a", "#3a923a", "#c03d3e", "#845b53", "#d684bd", "#b7950b", "#4c72b0", "#1f9e89")
 INK, PALE = "#2b2f33", "#e6e9eb"
 STRATA = {
     "history length": ("history_length.png", "training items of a user"),
@@ -89,6 +89,7 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         + verdict(metrics["comparison"]),
         *(f"{name_of(method)} is skipped: {reason}." for method, reason in protocol["skipped"].items()),
         "![Every method and metric with its interval](results.png)",
+        *published_sections(metrics),
         "## Protocol",
         "\n".join(f"- {line}" for line in protocol_in_words(protocol)),
         "## Where the methods differ",
@@ -99,6 +100,34 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         "![By item popularity](item_popularity.png)",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def published_sections(metrics: Mapping[str, Any]) -> list[str]:
+    """Figures of others beside those measured here, with what is to be said of the two; nothing where none are named."""
+    if "published" not in metrics:
+        return []
+    published, results = metrics["published"], metrics["results"]
+    figures = published["results"]
+    columns = sorted({name for row in figures.values() for name in row}, key=_by_function_and_k)
+    rows = [
+        [name_of(method), *(_pair(figures[method].get(name), results.get(method, {}).get(name)) for name in columns)]
+        for method in methods_of(figures)
+    ]
+    said = [f"Published: {published['source']}. Each cell: published / here.", published["note"]]
+    return [
+        "## Beside published figures",
+        " ".join(sentence for sentence in said if sentence),
+        markdown_table(["published / here", *columns], rows),
+    ]
+
+
+def _pair(published: float | None, here: Mapping[str, float] | None) -> str:
+    return f"{'–' if published is None else _number(published)} / {'–' if here is None else _number(here['mean'])}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def verdict(comparison: Mapping[str, Any]) -> str:
@@ -182,7 +211,7 @@ def plot_results(metrics: Mapping[str, Any]) -> Figure:
     panels = np.atleast_1d(figure.subplots(1, len(columns), sharey=True, gridspec_kw={"wspace": 0.08}))
     for axes, column in zip(panels, columns, strict=True):
         for row, method in enumerate(methods):
-            _dot(axes, results[method][column], row, colour_of(method, results), vertical=False)
+            dot(axes, results[method][column], row, colour_of(method, results), vertical=False)
         axes.set_yticks(range(len(methods)), [name_of(method) for method in methods])
         axes.set_ylim(-0.6, len(methods) - 0.4)
         axes.set_xlim(0, _limit(row[column] for row in results.values()))
@@ -201,7 +230,7 @@ def plot_strata(kind: str, strata: Sequence[Mapping[str, Any]]) -> Figure:
     for place, method in enumerate(methods):
         colour = colour_of(method, strata[0]["results"])
         for group, stratum in enumerate(strata):
-            _dot(
+            dot(
                 axes, stratum["results"][method], group + step * (place - (len(methods) - 1) / 2), colour, vertical=True
             )
         axes.plot([], [], "o", color=colour, label=name_of(method))
@@ -215,7 +244,8 @@ def plot_strata(kind: str, strata: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _dot(axes: Axes, value: Mapping[str, float], place: float, colour: str, *, vertical: bool) -> None:
+def dot(axes: Axes, value: Mapping[str, float], place: float, colour: str, *, vertical: bool) -> None:
+    """A mean as a dot and its interval as a line through it."""
     mean, ends, places = value["mean"], [value["low"], value["high"]], [place, place]
     if vertical:
         axes.plot(places, ends, color=colour, linewidth=2.2, solid_capstyle="round", alpha=0.55)
@@ -250,8 +280,11 @@ def png(figure: Figure) -> bytes:
 
 def metric_names(metrics: Mapping[str, Any]) -> list[str]:
     """Metrics in the order of the protocol: by function, then by k."""
-    names = next(iter(metrics["results"].values()))
-    return sorted(names, key=lambda name: (name.startswith("ndcg"), int(name.partition("@")[2])))
+    return sorted(next(iter(metrics["results"].values())), key=_by_function_and_k)
+
+
+def _by_function_and_k(metric: str) -> tuple[bool, int]:
+    return metric.startswith("ndcg"), int(metric.partition("@")[2])
 
 
 def methods_of(results: Mapping[str, Any]) -> list[str]:

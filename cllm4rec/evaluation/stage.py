@@ -73,7 +73,7 @@ def evaluate_inputs(config: Config) -> dict[str, str]:
     return {
         "prepared": read_manifest(config.directory("prepared"), "prepared").digest,
         "model": read_manifest(config.directory("model"), "model").digest,
-        "evaluate": digest_of({"evaluate": config.evaluate.model_dump(), "seed": config.seed}),
+        "evaluate": digest_of({"evaluate": config.evaluate.model_dump(exclude_none=True), "seed": config.seed}),
     }
 
 
@@ -128,6 +128,7 @@ def evaluate_methods(histories: Histories, catalog: Catalog, scorer: Scorer, con
                 popularity_strata(held_out, catalog.item_counts), ranked, samples, seed
             ),
         },
+        **published_figures(config),
     }
     return Evaluation(held_out, ranked, per_user, metrics)
 
@@ -197,6 +198,12 @@ def describe(config: Config, held_out: HeldOut, num_items: int) -> dict[str, Any
             "seed": config.seed,
         },
     }
+
+
+def published_figures(config: Config) -> dict[str, Any]:
+    """What `metrics.json` says of other people's figures: nothing where the config names none."""
+    published = config.evaluate.published
+    return {} if published is None else {"published": published.model_dump(mode="json")}
 
 
 def compare(headline: Mapping[str, FloatArray], samples: int, seed: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from cllm4rec.errors import ArtifactError
 from cllm4rec.model.backbone import load_backbone, new_backbone, save_backbone, save_reference
 from cllm4rec.model.store import ModelFacts, Prompt, load_tables, write_model
 from cllm4rec.training.loop import METRICS, Job, fit, fresh_model
-from cllm4rec.training.run import RunSettings, Validation
+from cllm4rec.training.run import Validation, run_settings
 from cllm4rec.training.stages import Stage, backbone_stages, finetune_stages, pretrain_stages
 
 MakeValidation = Callable[[Histories], Validation]
@@ -101,7 +101,7 @@ def _train(
         start_dir=artifacts.absolute(config.directory("pretrained")) if name == "finetune" else None,
         model=config.model,
         stages=stages,
-        settings=_settings(config),
+        settings=run_settings(config),
         make_validation=make_validation,
         fingerprint=digest_of(inputs),
         tensorboard=config.training.tensorboard,
@@ -159,24 +159,9 @@ def _forget_run(config: Config, name: str) -> None:
     artifacts.remove_directory(run_directory(config, name))
 
 
-def _settings(config: Config) -> RunSettings:
-    training = config.training
-    return RunSettings(
-        engine=training.engine,
-        accumulation=config.accumulation,
-        gradient_clipping=training.gradient_clipping,
-        zero_stage=training.zero_stage,
-        bf16=training.bf16,
-        micro_batch_tokens=training.micro_batch_tokens,
-        max_tokens=config.model.max_tokens,
-        checkpoint_every_epochs=training.checkpoint_every_epochs,
-        seed=config.seed,
-    )
-
-
 def _training_digest(config: Config, stages: list[Stage]) -> str:
     """What a result depends on. The number of workers is left out: a run may go on with other hardware."""
-    settings: dict[str, Any] = dataclasses.asdict(_settings(config))
+    settings: dict[str, Any] = dataclasses.asdict(run_settings(config))
     del settings["checkpoint_every_epochs"], settings["accumulation"]
     return digest_of(
         {

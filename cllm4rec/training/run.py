@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec.catalog import TokenSpace
+from cllm4rec.config import Config
 from cllm4rec.data.documents import Documents, Prompts
 from cllm4rec.data.epochs import Maker
 from cllm4rec.data.packing import Batch, Packer, PairPacker
@@ -62,6 +63,22 @@ class RunSettings:
     max_tokens: int
     checkpoint_every_epochs: int
     seed: int
+
+
+def run_settings(config: Config) -> RunSettings:
+    """What a config says of them."""
+    training = config.training
+    return RunSettings(
+        engine=training.engine,
+        accumulation=config.accumulation,
+        gradient_clipping=training.gradient_clipping,
+        zero_stage=training.zero_stage,
+        bf16=training.bf16,
+        micro_batch_tokens=training.micro_batch_tokens,
+        max_tokens=config.model.max_tokens,
+        checkpoint_every_epochs=training.checkpoint_every_epochs,
+        seed=config.seed,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
