@@ -123,6 +123,9 @@ class ModelConfig(_Section):
     table_std: float | None = Field(
         None, gt=0, description="spread of fresh ID rows; null: that of the word embeddings"
     )
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="items' logits are divided by it; near the root of the width they begin small"
+    )
 
 
 class BackboneStage(_Section):

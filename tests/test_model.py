@@ -88,16 +88,18 @@ def test_bf16_stays_near_float32(architecture):
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
 
 
-def test_loss_of_interactions_is_that_of_the_backbone_run_by_hand():
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_loss_of_interactions_is_that_of_the_backbone_run_by_hand(temperature):
     """Eq. 7 without packing or tied-head tricks: embed, run, softmax."""
     model = model_of("gpt2")
+    model.temperature = temperature
     space = parity().tokens
     one = parity().prompts.interactions(space, np.array([3]), Ragged.from_lists([[1, 5, 7]]))
     found, _ = total_and_gradients(model, [one])
     words = model.backbone.word_embeddings[torch.tensor(one.prompt[0][1:].astype(int))]
     read = torch.cat([model.collaborative_users[3:4], words, model.collaborative_items[[1, 5]]])
     hidden = model.backbone.model.transformer(inputs_embeds=read[None]).last_hidden_state[0]
-    log_p = torch.log_softmax(hidden[-3:] @ model.collaborative_items.T, dim=1)
+    log_p = torch.log_softmax(hidden[-3:] @ model.collaborative_items.T / temperature, dim=1)
     penalty = (model.collaborative_users[3] - model.content_users[3]).square().sum()
     penalty += (model.collaborative_items[[1, 5, 7]] - model.content_items[[1, 5, 7]]).square().sum()
     expected = -(log_p[0, 1] + log_p[1, 5] + log_p[2, 7]) + 0.35 * penalty

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from cllm4rec import artifacts
 from cllm4rec.artifacts import MANIFEST, digest_of_file, read_manifest
 from cllm4rec.catalog import Catalog
+from cllm4rec.data.ragged import Ragged
 from cllm4rec.errors import ArtifactError
 from cllm4rec.model.store import load_model, load_tables
 from cllm4rec.scoring.scorer import Scorer
@@ -58,6 +59,19 @@ def test_a_model_comes_back_with_its_tables_and_catalogue(written):
     assert (stored.ranker.prompt, stored.ranker.max_tokens, stored.language.num_words) == ("recommendation", 64, 300)
     assert Scorer.load(str(written)).model_version == read_manifest(str(written), "model").digest[:12]
     assert set(load_tables(str(written), "model")) == set(tables)
+
+
+def test_the_temperature_of_training_divides_the_scores(written, model):
+    facts = json.loads((model / "model.json").read_text())
+    assert facts["temperature"] == 1.0
+    (model / "model.json").write_text(json.dumps(facts | {"temperature": 4.0}))
+    seal(model)
+    asked = (np.arange(5), Ragged.from_lists([[0], [1], [2, 3], [], [4]]), 3)
+    (items, scores), (same_items, warm_scores) = (
+        Scorer.load(str(directory)).top_k(*asked) for directory in (written, model)
+    )
+    assert np.array_equal(items, same_items)
+    assert np.allclose(warm_scores, scores / 4.0)
 
 
 def test_a_model_is_loaded_from_any_file_system(written):

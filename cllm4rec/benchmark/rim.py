@@ -20,10 +20,11 @@ from cllm4rec.config import BackboneSize, Config
 from cllm4rec.data.documents import Documents
 from cllm4rec.data.prepared import Histories, load_documents, load_space
 from cllm4rec.model.backbone import load_backbone
+from cllm4rec.model.cllm4rec import new_model
 from cllm4rec.scoring.batch import score
 from cllm4rec.scoring.plan import plan_score
 from cllm4rec.scoring.scorer import Scorer
-from cllm4rec.training.loop import METRICS, Job, fit, fresh_model
+from cllm4rec.training.loop import METRICS, Job, fit
 from cllm4rec.training.run import RunSettings, Shard, run
 from cllm4rec.training.stages import COLLABORATIVE, Stage
 
@@ -88,7 +89,7 @@ def _bare_epochs(config: Config) -> list[float]:
 
     def make_model() -> Any:
         backbone = load_backbone(config.directory("backbone"), config.model.max_tokens)
-        return fresh_model(config.model, backbone, tokens, config.seed)
+        return new_model(config.model, backbone, tokens, config.seed)
 
     run(
         make_model, language.prompts, [_stage()], Shard(documents, None), _settings(config, "torch"), log=entries.append

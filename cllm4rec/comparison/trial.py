@@ -53,7 +53,7 @@ from cllm4rec.evaluation.metrics import IntArray, compute, depth
 from cllm4rec.evaluation.protocol import HeldOut, Validation, rank_with
 from cllm4rec.evaluation.stage import rank_with_scorer
 from cllm4rec.model.backbone import Backbone, load_backbone, new_backbone, save_backbone, save_reference, save_tensors
-from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
 from cllm4rec.model.grids import TensorBatch
 from cllm4rec.model.ranking import Ranker
 from cllm4rec.model.store import load_tables
@@ -276,7 +276,7 @@ def fit_variant(name: str, config: Config, data: Data) -> Fitted:
 
     def make_model() -> CLLM4Rec:
         backbone = starting_backbone(config, data.language.num_words)
-        return CLLM4Rec(backbone, tokens, std=config.model.table_std, seed=config.seed)
+        return new_model(config.model, backbone, tokens, config.seed)
 
     weights = run(
         make_model,
@@ -307,7 +307,7 @@ def backbone_directory(config: Config) -> str:
 
 def _backbone_settings(config: Config) -> dict[str, Any]:
     return {
-        "model": config.model.model_dump(exclude={"table_std"}),
+        "model": config.model.model_dump(exclude={"table_std", "temperature"}),
         "stage": config.backbone.model_dump(),
         "run": dataclasses.asdict(_run_settings(config)),
     }

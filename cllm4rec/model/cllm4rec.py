@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cllm4rec.catalog import TokenSpace
+from cllm4rec.config import ModelConfig
 from cllm4rec.data.packing import Table
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.grids import TensorBatch, TensorGrid
@@ -39,13 +40,23 @@ class CLLM4Rec(nn.Module):
     content_users: nn.Parameter
     content_items: nn.Parameter
 
-    def __init__(self, backbone: Backbone, tokens: TokenSpace, *, std: float | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokens: TokenSpace,
+        *,
+        std: float | None = None,
+        seed: int = 0,
+        temperature: float = 1.0,
+    ) -> None:
         """Fresh tables are normal with the given `std`, by default the spread of the word embeddings.
+
+        temperature: what the item head's logits are divided by; 1 is the paper's.
 
         z^l begins equal to z^c: with lambda_l = 0 that is where the prior's mode lies before anything is read (Eq. 3).
         """
         super().__init__()
-        self.tokens = tokens
+        self.tokens, self.temperature = tokens, temperature
         generator = torch.Generator().manual_seed(seed)
         spread = float(backbone.word_embeddings.detach().float().std()) if std is None else std
         for kind, num_rows in (("users", tokens.num_users), ("items", tokens.num_items)):
@@ -79,7 +90,7 @@ class CLLM4Rec(nn.Module):
     def forward(self, batch: TensorBatch, lambda_c: float) -> Losses:
         hidden_SK = self.hidden(batch)
         items = tied_cross_entropy(
-            hidden_SK[batch.item_slots],
+            self.queries(hidden_SK[batch.item_slots]),
             self.collaborative_items,
             batch.item_target_rows,
             batch.item_targets,
@@ -111,6 +122,10 @@ class CLLM4Rec(nn.Module):
             hidden_RTK: Tensor = self.backbone(embeddings, batch.grids)
         return hidden_RTK.flatten(0, 1)
 
+    def queries(self, hidden_PK: Tensor) -> Tensor:
+        """What the item head multiplies its table with: hidden states over the temperature."""
+        return hidden_PK if self.temperature == 1.0 else hidden_PK / self.temperature
+
     def _embed(self, grid: TensorGrid) -> Tensor:
         """Look every slot up in its table; slots of nobody and padding stay zero."""
         words = self.backbone.word_embeddings
@@ -123,3 +138,8 @@ class CLLM4Rec(nn.Module):
                 looked_up = getattr(self, name).index_select(0, rows).to(words.dtype)
                 vectors_SK = vectors_SK.index_copy(0, slots, looked_up)
         return vectors_SK.view(*grid.segment_RT.shape, -1)
+
+
+def new_model(config: ModelConfig, backbone: Backbone, tokens: TokenSpace, seed: int) -> CLLM4Rec:
+    """Fresh tables around a backbone, as the config describes them."""
+    return CLLM4Rec(backbone, tokens, std=config.table_std, seed=seed, temperature=config.temperature)

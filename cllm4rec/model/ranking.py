@@ -80,7 +80,7 @@ class Ranker:
                 rows = members[begin : begin + num_rows]
                 batch, slots = self._layout(documents.take(rows), num_rows, width)
                 hidden_SK = self.model.hidden(TensorBatch.of(batch, hidden_BK.device))
-                hidden_BK[rows] = hidden_SK[slots].float()
+                hidden_BK[rows] = self.model.queries(hidden_SK[slots].float())
         return hidden_BK
 
     def _documents(self, users: IntArray, histories: Ragged) -> Documents:

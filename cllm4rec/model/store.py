@@ -45,6 +45,7 @@ class ModelFacts:
     max_tokens: int
     prompt: Prompt
     bf16: bool
+    temperature: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def load_model(directory: str, kind: str = "model", device: str | None = None) -
     _check_sizes(directory, facts, catalog, language)
     _refuse_pickles(directory)
     backbone = load_backbone(artifacts.join(directory, "backbone"), facts.max_tokens)
-    model = CLLM4Rec(backbone, catalog.tokens(facts.num_words), std=0.0)
+    model = CLLM4Rec(backbone, catalog.tokens(facts.num_words), std=0.0, temperature=facts.temperature)
     tables = _read_tables(directory)
     for name, table in model.tables().items():
         if name not in tables or tables[name].shape != table.shape:

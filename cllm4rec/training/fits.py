@@ -17,8 +17,9 @@ from cllm4rec.config import Config
 from cllm4rec.data.prepared import Histories, load_space
 from cllm4rec.errors import ArtifactError
 from cllm4rec.model.backbone import load_backbone, new_backbone, save_backbone, save_reference
+from cllm4rec.model.cllm4rec import new_model
 from cllm4rec.model.store import ModelFacts, Prompt, load_tables, write_model
-from cllm4rec.training.loop import METRICS, Job, fit, fresh_model
+from cllm4rec.training.loop import METRICS, Job, fit
 from cllm4rec.training.run import Validation, run_settings
 from cllm4rec.training.stages import Stage, backbone_stages, finetune_stages, pretrain_stages
 
@@ -118,9 +119,7 @@ def _fresh_tables(config: Config) -> dict[str, Tensor]:
     """The tables before any training: what a stage of 0 epochs leaves."""
     _, _, tokens = load_space(config.directory("prepared"))
     backbone = load_backbone(config.directory("backbone"), config.model.max_tokens)
-    return {
-        name: table.data for name, table in fresh_model(config.model, backbone, tokens, config.seed).tables().items()
-    }
+    return {name: table.data for name, table in new_model(config.model, backbone, tokens, config.seed).tables().items()}
 
 
 def _write_model(
@@ -136,6 +135,7 @@ def _write_model(
         max_tokens=config.model.max_tokens,
         prompt=prompt,
         bf16=config.training.bf16,
+        temperature=config.model.temperature,
     )
     with write_directory(directory, kind=kind, inputs=inputs, config=config.model_dump()) as draft:
         write_model(draft, tables, facts, prepared_dir=prepared_dir, backbone_dir=config.directory("backbone"))
@@ -169,5 +169,6 @@ def _training_digest(config: Config, stages: list[Stage]) -> str:
             "settings": settings,
             "global_batch_tokens": config.training.global_batch_tokens,
             "table_std": config.model.table_std,
+            "temperature": config.model.temperature,
         }
     )

@@ -26,13 +26,12 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from cllm4rec import artifacts
-from cllm4rec.catalog import TokenSpace
 from cllm4rec.config import ClusterConfig, ModelConfig
 from cllm4rec.data.documents import Documents
 from cllm4rec.data.prepared import Histories, bucket_paths, load_space
 from cllm4rec.errors import ResourceError, TrainingError
-from cllm4rec.model.backbone import Backbone, load_backbone, new_backbone
-from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.model.backbone import load_backbone, new_backbone
+from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
 from cllm4rec.model.store import load_tables
 from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpoint, write_checkpoint
 from cllm4rec.training.run import RunSettings, Shard, Validation, put_weights, run
@@ -206,14 +205,10 @@ def _model(job: Job) -> CLLM4Rec:
         backbone = new_backbone(job.model, language.num_words, job.settings.seed)
     else:
         backbone = load_backbone(job.backbone_dir, job.settings.max_tokens)
-    model = fresh_model(job.model, backbone, tokens, job.settings.seed)
+    model = new_model(job.model, backbone, tokens, job.settings.seed)
     if job.start_dir is not None:
         put_weights(model, load_tables(job.start_dir, "pretrained"))
     return model.to(ray.train.torch.get_device())
-
-
-def fresh_model(config: ModelConfig, backbone: Backbone, tokens: TokenSpace, seed: int) -> CLLM4Rec:
-    return CLLM4Rec(backbone, tokens, std=config.table_std, seed=seed)
 
 
 def _shard(job: Job, cluster: ClusterConfig) -> Shard:
