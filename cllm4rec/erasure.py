@@ -35,6 +35,7 @@ from cllm4rec.artifacts import MANIFEST, Manifest, exists, filesystem, join, lis
 from cllm4rec.catalog import read_ids
 from cllm4rec.config import Config
 from cllm4rec.data.formats import ROLES
+from cllm4rec.data.sources import delta_files
 from cllm4rec.errors import ArtifactError, AuditError, ConfigError, ResourceError
 from cllm4rec.redact import (
     TABLES,
@@ -52,6 +53,7 @@ from cllm4rec.registry import MODELS, promoted_directories
 from cllm4rec.scoring.audit import hashed
 from cllm4rec.scoring.dumps import open_table, vacuum
 from cllm4rec.scoring.lease import hold
+from cllm4rec.scoring.publish import open_current
 from cllm4rec.tombstones import TOMBSTONES, Tombstones
 
 RECEIPTS = "erasures"
@@ -252,7 +254,8 @@ class _Erasure:
     def _erase_published(self) -> None:
         """Rewrite the files of the table's current version that hold somebody, and swap them in one commit."""
         dump_dir = self.config.directory("dump")
-        live = _live(dump_dir)
+        table = open_current(dump_dir)
+        live = [] if table is None else delta_files(table)
         rows = {name: count for name in live if (count := self._rows(join(dump_dir, name), name))}
         if not rows:
             return
@@ -359,13 +362,6 @@ def _by_table(rows: dict[str, int]) -> Counter[str]:
     for file, count in rows.items():
         counts[file.partition("/")[0].removesuffix(".parquet")] += count
     return counts
-
-
-def _live(dump_dir: str) -> list[str]:
-    """Files of the current version, below the table's folder; none where there is no table."""
-    if not exists(join(dump_dir, "_delta_log")):
-        return []
-    return [str(fragment.path) for fragment in open_table(dump_dir).to_pyarrow_dataset().get_fragments()]
 
 
 def _without_folder(name: str) -> str:

@@ -21,6 +21,25 @@ def shared_dir() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch on one core, so that its sums do not depend on how many there are."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def erasure_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output_dir that is never changed: tests erase from copies of it."""
+    from erasures import write_template
+
+    return write_template(tmp_path_factory.mktemp("template"))
+
+
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """One small local Ray for all tests that need one."""

@@ -1,14 +1,17 @@
 """Each promise about the lists, broken once: the audit names it and the users it caught, by hash."""
 
+import hashlib
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
 from cllm4rec.catalog import Catalog
+from cllm4rec.data.prepared import bucket_name, write_table
 from cllm4rec.data.ragged import Ragged
 from cllm4rec.errors import AuditError
-from cllm4rec.scoring.audit import audit_bucket, hashed
+from cllm4rec.scoring.audit import audit_bucket, audit_files, hashed
 from cllm4rec.scoring.publish import SCHEMA
 from cllm4rec.scoring.rules import Rules
 
@@ -127,3 +130,45 @@ def test_a_list_cut_short_by_a_full_category_is_right_and_one_entry_more_is_not(
         audit(table({**lists, "ann": (["i1", "i4", "i2"], [2.0, 1.0, 0.0])}), rules=capped)
     with pytest.raises(AuditError, match="shorter than 3"):
         audit(table({**lists, "ann": (["i1"], [2.0])}), rules=capped)
+
+
+def test_a_catalogue_smaller_than_k_makes_no_short_lists():
+    lists = {"ann": ([f"i{item}" for item in range(6)], [0.0] * 6), "bob": (["i0"], [1.0]), "cyd": (["i5"], [1.0])}
+    seen = Ragged.from_lists([[], range(1, 6), range(5)])
+    assert audit(table(lists), k=9, seen=seen, rules=Rules()) == {"users": 3, "short_lists": 2, "capped_lists": 0}
+
+
+@pytest.fixture
+def staged(tmp_path):
+    """What `audit_files` is given for a bucket of two files."""
+    (tmp_path / "model").mkdir()
+    CATALOG.save(str(tmp_path / "model"))
+    expected = pa.table({"user_id": list(CATALOG.user_ids), "items": SEEN.to_arrow()})
+    write_table(expected, str(tmp_path / "histories" / bucket_name(0)))
+    write_table(table(GOOD).slice(0, 2), str(tmp_path / "staging" / "one.parquet"))
+    write_table(table(GOOD).slice(2), str(tmp_path / "staging" / "two.parquet"))
+
+    def audited(*names):
+        folders = (str(tmp_path / name) for name in ("histories", "staging", "model"))
+        return audit_files((bucket_name(0), list(names)), *folders, RULES, 3)
+
+    return audited
+
+
+def test_the_files_of_a_bucket_are_audited_together_and_told_by_their_sha256(staged, tmp_path):
+    counts, sha256 = staged("one.parquet", "two.parquet")
+    assert counts == {"users": 3, "short_lists": 1, "capped_lists": 0}
+    contents = {path.name: path.read_bytes() for path in (tmp_path / "staging").iterdir()}
+    assert sha256 == {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    with pytest.raises(AuditError, match="1 users of whom each has no list"):
+        staged("one.parquet")
+
+
+def test_a_damaged_file_and_one_of_other_columns_are_refused(staged, tmp_path):
+    path = tmp_path / "staging" / "two.parquet"
+    write_table(table(GOOD).slice(2).drop(["run_date"]), str(path))
+    with pytest.raises(AuditError, match=r"two\.parquet has other columns than the table; run the same command with"):
+        staged("one.parquet", "two.parquet")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(AuditError, match=r"two\.parquet is damaged; nothing was published"):
+        staged("one.parquet", "two.parquet")

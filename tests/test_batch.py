@@ -18,7 +18,7 @@ from directories import write_prepared, write_random_model
 from nights import config_of, expected, published
 
 from cllm4rec import artifacts
-from cllm4rec.errors import ArtifactError, AuditError, ResourceError
+from cllm4rec.errors import AuditError, ResourceError
 from cllm4rec.scoring import batch
 from cllm4rec.scoring.batch import forget_staged, num_staged, score
 from cllm4rec.scoring.plan import is_published, plan_score
@@ -34,37 +34,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("batch")
     write_random_model(folder, write_prepared(folder / "prepared", NUM_BUCKETS), seed=0)
     return folder
-
-
-# Plans, without Ray
-
-
-def test_a_run_is_named_after_all_its_inputs(folder, tmp_path):
-    config = config_of(folder, "plans")
-    plan = plan_score(config)
-    assert (plan.attempt, plan.num_known_users, is_published(config)) == (1, NUM_USERS, False)
-    assert plan_score(config) == plan
-    (tmp_path / "deny.txt").write_text("item-03\n")
-    others = [
-        config_of(folder, "plans", k=6),
-        config_of(folder, "plans", run_date="2026-11-21"),
-        config_of(folder, "plans", rules={"deny": str(tmp_path / "deny.txt")}),
-    ]
-    plans = [plan, *map(plan_score, others)]
-    assert len({one.run_id for one in plans}) == len({one.checkpoint_dir for one in plans}) == 4
-    assert plan_score(config_of(folder, "plans", num_actors=3, batch_users=1)).run_id == plan.run_id
-
-
-def test_a_model_of_other_data_is_refused(folder, tmp_path):
-    write_random_model(tmp_path, write_prepared(tmp_path / "prepared"), seed=1)
-    config = config_of(folder, "foreign")
-    (folder / "foreign" / "model").unlink()
-    (folder / "foreign" / "model").symlink_to(tmp_path / "model")
-    with pytest.raises(ArtifactError, match="was trained on other data than"):
-        plan_score(config)
-
-
-# On Ray
 
 
 def test_a_staged_file_holds_some_batches_and_never_everything(folder):

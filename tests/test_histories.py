@@ -5,10 +5,12 @@ import pyarrow as pa
 import pytest
 from directories import write_prepared, write_random_model
 
+from cllm4rec.catalog import Catalog
 from cllm4rec.data.events import EVENTS, Places, events_of
-from cllm4rec.data.prepared import bucket_paths, write_table
+from cllm4rec.data.prepared import Histories, bucket_name, bucket_paths, read_tables, write_table
 from cllm4rec.data.ragged import Ragged
-from cllm4rec.scoring.histories import HISTORIES, Bucket, files_per_bucket, merge_bucket, with_events
+from cllm4rec.data.world import parity_world
+from cllm4rec.scoring.histories import HISTORIES, Bucket, files_per_bucket, merge_bucket, with_events, write_bucket
 from cllm4rec.tombstones import Tombstones
 
 KNOWN = pa.table({"user": [7, 3], "user_id": ["ann", "bob"], "items": Ragged.from_lists([[3, 1], [2]]).to_arrow()})
@@ -109,3 +111,70 @@ def test_a_user_is_never_in_two_buckets(world, tmp_path):
     bucket = Bucket(0, tuple(bucket_paths(prepared, "histories")[:1]), folder)
     with pytest.raises(AssertionError, match="in a bucket that is not its user's"):
         merge_bucket(bucket, prepared, model, Tombstones())
+
+
+def slowly_merged(known, rows):
+    merged = {row["user_id"]: list(dict.fromkeys(row["items"])) for row in known.to_pylist()}
+    for user_id, item, *_ in sorted(rows, key=lambda row: row[2:]):
+        items = merged.setdefault(user_id, [])
+        items += [item] if item not in items else []
+    names = known["user_id"].to_pylist()
+    return {user_id: merged[user_id] for user_id in [*names, *sorted(merged.keys() - set(names))]}
+
+
+def test_many_events_are_merged_as_a_slow_reference_does_it():
+    random = np.random.default_rng(0)
+    histories = Ragged.from_lists([random.integers(0, 90, random.integers(0, 40)) for _ in range(12)])
+    known = pa.table(
+        {"user": np.arange(12), "user_id": [f"u{user:02d}" for user in range(12)], "items": histories.to_arrow()}
+    )
+    order = random.permutation(900)  # every file and line once, in no order
+    rows = [
+        (f"u{random.integers(0, 15):02d}", int(random.integers(0, 90)), int(random.integers(0, 30)), int(one % 7), int(one))
+        for one in order
+    ]  # fmt: skip
+    merged, counts = with_events(known, events(*rows))
+    expected = slowly_merged(known, rows)
+    assert dict(zip(merged["user_id"].to_pylist(), merged["items"].to_pylist(), strict=True)) == expected
+    assert merged["user_id"].to_pylist() == list(expected)
+    before = slowly_merged(known, [])
+    assert counts == {
+        "new_users": 3,
+        "users_with_news": sum(len(expected[user_id]) > len(before[user_id]) for user_id in before),
+        "new_interactions": sum(map(len, expected.values())) - sum(map(len, before.values())),
+    }
+
+
+def test_a_bucket_is_never_empty_of_files_and_there_are_several_where_there_can_be():
+    assert [files_per_bucket(*sizes) for sizes in ((0, 0), (10, 0), (4, 40), (1, 10**6), (100, 10**8))] == [1] * 5
+    assert files_per_bucket(100, 0) == 12, "eight buckets or more"
+
+
+def test_a_bucket_is_in_the_terms_of_an_older_model_and_in_order(world, tmp_path):
+    """It knew user-02 and a stranger, and items of other indices."""
+    prepared, _ = world
+    histories, own = Histories.load(prepared), parity_world().catalog
+    older = Catalog(["someone", "user-02"], ["ghost", *own.item_ids[::-1][:12]])
+    (tmp_path / "model").mkdir()
+    older.save(str(tmp_path / "model"))
+    folder = events_of(str(tmp_path), 0)
+    write_table(events(("user-01", 0, 7, 1, 1)), f"{folder}/file-000001-line-000000000001.parquet")
+    write_table(events(("user-01", 12, 5, 0, 1)), f"{folder}/file-000000-line-000000000001.parquet")
+    bucket = Bucket(0, tuple(bucket_paths(prepared, "histories")[:1]), folder)
+    counts = write_bucket(bucket, prepared, str(tmp_path / "model"), Tombstones(), str(tmp_path / "out"))
+    merged = read_tables([str(tmp_path / "out" / bucket_name(0))])
+    assert merged["user"].to_pylist() == [-1, -1, 1, -1]
+    together = histories.together("train", "validation", "test").tolist()[:4]
+    expected = [[older.item_index(own.item_ids[item]) for item in row] for row in together]
+    expected = [[item for item in row if item >= 0] for row in expected]
+    expected[1] += [12, 0]  # user-01 is odd, item 12 even there, and item 0 nobody's
+    assert merged["items"].to_pylist() == expected
+    assert counts == {"users": 4, "new_users": 0, "users_with_news": 1, "new_interactions": 2, "erased_users": 0}
+
+
+def test_the_erased_are_not_counted_among_the_users_of_a_bucket(world, tmp_path):
+    prepared, model = world
+    bucket = Bucket(3, tuple(bucket_paths(prepared, "histories")[3:4]), "nowhere")
+    counts = write_bucket(bucket, prepared, model, Tombstones().with_users(["user-13"]), str(tmp_path))
+    assert (counts["users"], counts["erased_users"]) == (3, 1)
+    assert len(read_tables([str(tmp_path / bucket_name(3))])) == 3

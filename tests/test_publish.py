@@ -12,7 +12,7 @@ import pytest
 from deltalake import DeltaTable
 
 from cllm4rec.errors import ArtifactError
-from cllm4rec.scoring.publish import SCHEMA, current_run, publish, published_attempt
+from cllm4rec.scoring.publish import SCHEMA, current_files, current_run, publish, published_attempt
 
 FACTS = {"run_date": "2026-11-20", "model_version": "m"}
 
@@ -141,3 +141,25 @@ def test_a_table_that_cannot_be_read_is_told_in_a_sentence(dump):
         commit.write_text("not JSON")
     with pytest.raises(ArtifactError, match=r"dump cannot be read \(.*\); restore it or move it away"):
         published_attempt(dump, "first")
+
+
+def test_the_current_files_are_those_that_readers_see(tmp_path):
+    dump = str(tmp_path / "my runs" / "dump")  # a space, as people have them
+    staged = stage(dump, "first", ["a", "b"])
+    assert current_files(dump) == []
+    publish(dump, staged, "first", 1, FACTS)
+    assert published_attempt(dump, "second") == 0
+    publish(dump, stage(dump, "second", ["a"], parts=1), "second", 1, FACTS)
+    assert current_files(dump) == [f"{dump}/run=second/part-0.parquet"]
+    publish(dump, staged, "first", 2, FACTS)
+    assert current_files(dump) == [f"{dump}/{name}" for name in staged]
+
+
+def test_an_attempt_whose_commit_is_cleaned_up_is_told_by_the_oldest_version_that_is_kept(dump):
+    for run in ("first", "second", "third"):
+        publish(dump, stage(dump, run, ["a"]), run, 1, FACTS)
+    DeltaTable(dump, version=2).create_checkpoint()
+    for version in (0, 1):
+        (Path(dump) / "_delta_log" / f"{version:020d}.json").unlink()
+    assert publish(dump, [], "first", 1, FACTS) == 2
+    assert seen(dump) == {"a": "third"}

@@ -5,38 +5,37 @@ Shapes: B users, J items, T places, H width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from cllm4rec.baselines.data import Training
-from cllm4rec.baselines.neural import Network, hold_out, multinomial_nll, padded
-from cllm4rec.baselines.sequence import SequenceEncoder
+from cllm4rec.baselines.neural import hold_out, multinomial_nll, padded
+from cllm4rec.baselines.sequence import SequenceNetwork
 from cllm4rec.data.ragged import Ragged
 from cllm4rec.evaluation.metrics import IntArray
 
 
-class BERT4Rec(Network):
+class BERT4Rec(SequenceNetwork):
     """Pretraining: items hidden behind a mask are predicted from both sides (the Cloze task). Finetuning: `held_out` of a
     history is taken out, and what stands at a mask put first gives the multinomial likelihood of it."""
+
+    is_causal = False
+    num_masks = 1
 
     def __init__(
         self,
         training: Training,
-        width: int = 64,
-        layers: int = 2,
-        heads: int = 2,
-        dropout: float = 0.3,
-        max_length: int = 100,
         pretrain_epochs: int = 20,
         masked: float = 0.2,
         held_out: float = 0.2,
+        **params: Any,
     ) -> None:
-        super().__init__()
-        self.max_length, self.masked, self.held_out = max_length, masked, held_out
-        self.pretrain_epochs = pretrain_epochs
-        self.encoder = SequenceEncoder(training.num_items, max_length + 1, width, layers, heads, dropout, causal=False)
+        super().__init__(training, **params)
+        self.pretrain_epochs, self.masked, self.held_out = pretrain_epochs, masked, held_out
 
     def pretrain_loss(self, users: IntArray, histories: Ragged, random: np.random.Generator) -> Tensor:
         hidden_NH, item_N = self.hide(histories, random)

@@ -11,28 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cllm4rec.baselines.data import Training
-from cllm4rec.baselines.neural import Network, padded
-from cllm4rec.baselines.sequence import SequenceEncoder
+from cllm4rec.baselines.neural import padded
+from cllm4rec.baselines.sequence import SequenceNetwork
 from cllm4rec.data.ragged import Ragged
 from cllm4rec.evaluation.metrics import IntArray
 
 
-class SASRec(Network):
+class SASRec(SequenceNetwork):
     """Every item of a history, in time order, is predicted from those before it; the last place ranks."""
-
-    def __init__(
-        self,
-        training: Training,
-        width: int = 64,
-        layers: int = 2,
-        heads: int = 2,
-        dropout: float = 0.3,
-        max_length: int = 100,
-    ) -> None:
-        super().__init__()
-        self.max_length = max_length
-        self.encoder = SequenceEncoder(training.num_items, max_length, width, layers, heads, dropout, causal=True)
 
     def loss(self, users: IntArray, histories: Ragged, random: np.random.Generator) -> Tensor:
         item_BT = padded(histories, self.max_length + 1, self.encoder.no_item)

@@ -1,4 +1,4 @@
-"""The transformer over histories that SASRec, BERT4Rec and S3Rec share.
+"""What SASRec, BERT4Rec and S3Rec share: a transformer over histories, and the network around it.
 
 Shapes: B users, J items, T places, H width.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cllm4rec.baselines.neural import small_normal
+from cllm4rec.baselines.data import Training
+from cllm4rec.baselines.neural import Network, small_normal
 
 
 class SequenceEncoder(nn.Module):
@@ -45,3 +46,25 @@ class SequenceEncoder(nn.Module):
     def item_logits(self, hidden_BH: Tensor) -> Tensor:
         """Tied head over the whole catalogue."""
         return hidden_BH @ self.items.T + self.bias_J
+
+
+class SequenceNetwork(Network):
+    """Reads the latest `max_length` items of a history; `num_masks` places more are there for what is put before them."""
+
+    is_causal = True
+    num_masks = 0
+
+    def __init__(
+        self,
+        training: Training,
+        width: int = 64,
+        layers: int = 2,
+        heads: int = 2,
+        dropout: float = 0.3,
+        max_length: int = 100,
+    ) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.encoder = SequenceEncoder(
+            training.num_items, max_length + self.num_masks, width, layers, heads, dropout, self.is_causal
+        )

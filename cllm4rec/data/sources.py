@@ -72,15 +72,15 @@ def fingerprint(file: str) -> tuple[str, int, str]:
     return posixpath.basename(file), size, content
 
 
-def delta_files(table: DeltaTable, uri: str) -> list[str]:
-    """URIs of the files of a Delta table's version. (`file_uris` spells a space in the table's own path as %20.)"""
-    return sorted(join(uri, fragment.path) for fragment in table.to_pyarrow_dataset().get_fragments())
+def delta_files(table: DeltaTable) -> list[str]:
+    """The files of a Delta table's version, as paths below it. (`file_uris` spells a space above it as %20.)"""
+    return sorted(str(fragment.path) for fragment in table.to_pyarrow_dataset().get_fragments())
 
 
 def _files_of_table(uri: str, role: Role) -> list[str]:
     try:
         table = DeltaTable(absolute(uri))
-        files = delta_files(table, absolute(uri))
+        files = [join(absolute(uri), name) for name in delta_files(table)]
     except DeltaError as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(

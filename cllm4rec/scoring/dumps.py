@@ -27,8 +27,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cllm4rec import artifacts
 from cllm4rec.data.ragged import Ragged
+from cllm4rec.data.sources import delta_files
 from cllm4rec.errors import ArtifactError, ConfigError, DataError, ResourceError
-from cllm4rec.scoring.publish import SCHEMA
+from cllm4rec.scoring.publish import SCHEMA, open_current
 from cllm4rec.tombstones import Tombstones
 
 _BATCH_USERS = 16_384
@@ -77,17 +78,21 @@ def versions(dump_dir: str) -> list[Version]:
 
 def open_table(dump_dir: str, version: int | None = None) -> DeltaTable:
     """The table as it is, or as it was at a version. Raises ArtifactError where there is none, or no such version."""
+    table = open_current(dump_dir) if version is None else _open_version(dump_dir, version)
+    if table is None:
+        raise ArtifactError(f"{dump_dir} is no table yet; publish one with jobs.nightly or jobs.score")
+    return table
+
+
+def _open_version(dump_dir: str, version: int) -> DeltaTable | None:
     try:
         return DeltaTable(artifacts.absolute(dump_dir), version=version)
     except TableNotFoundError:
-        raise ArtifactError(f"{dump_dir} is no table yet; publish one with jobs.nightly or jobs.score") from None
-    except (DeltaError, OverflowError) as error:
-        if version is not None:
-            raise ArtifactError(
-                f"{dump_dir} has no version {version}; `python -m jobs.dump --config FILE versions` lists those it has"
-            ) from None
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"the table {dump_dir} cannot be read ({reason}); restore it or move it away") from None
+        return None
+    except (DeltaError, OverflowError):
+        raise ArtifactError(
+            f"{dump_dir} has no version {version}; `python -m jobs.dump --config FILE versions` lists those it has"
+        ) from None
 
 
 def tables(dump_dir: str, version: int | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -113,9 +118,9 @@ def restore(dump_dir: str, version: int, tombstones: Tombstones) -> int:
     any more, or holds somebody who was erased since; ResourceError where somebody else publishes at the same time.
     """
     wanted, current = _readable(dump_dir, version), open_table(dump_dir)
-    if set(_files(wanted)) == set(_files(current)):
+    if delta_files(wanted) == delta_files(current):
         return int(current.version())
-    if not _files(wanted):
+    if not delta_files(wanted):
         raise ArtifactError(f"version {version} of {dump_dir} holds no lists; restore one that does")
     if _holds_erased(dump_dir, version, tombstones):
         raise ArtifactError(
@@ -196,7 +201,7 @@ def vacuum(dump_dir: str, keep_days: int, dry_run: bool) -> Vacuumed:
 
 def _readable(dump_dir: str, version: int | None) -> DeltaTable:
     table = open_table(dump_dir, version)
-    if not set(_files(table)) <= set(artifacts.list_files(dump_dir)):
+    if not set(delta_files(table)) <= set(artifacts.list_files(dump_dir)):
         raise ArtifactError(
             f"version {table.version()} of {dump_dir} can be read no more: its files were removed by a vacuum; "
             "`versions` lists those that can"
@@ -204,13 +209,8 @@ def _readable(dump_dir: str, version: int | None) -> DeltaTable:
     return table
 
 
-def _files(table: DeltaTable) -> list[str]:
-    """Paths below the table. `file_uris()` would give the folders above it percent-encoded."""
-    return [str(fragment.path) for fragment in table.to_pyarrow_dataset().get_fragments()]
-
-
 def _files_of(dump_dir: str, version: int) -> list[str]:
-    return _files(open_table(dump_dir, version))
+    return delta_files(open_table(dump_dir, version))
 
 
 def _num_users(dump_dir: str, files: list[str], on_disk: set[str], counted: dict[str, int]) -> int | None:

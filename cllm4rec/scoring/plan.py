@@ -33,10 +33,14 @@ class ScorePlan:
     model_dir: str
     model_version: str
     is_nightly: bool
-    events: Source | None
     inputs: dict[str, str]
     """Digests of what histories are made from."""
     num_known_users: int
+
+    @property
+    def events(self) -> Source | None:
+        """What happened since training; None where the run does not read it or there is nothing to read."""
+        return _events(self.config, self.is_nightly)
 
     @property
     def dump_dir(self) -> str:
@@ -81,11 +85,10 @@ def plan_score(config: Config, force: bool = False, nightly: bool = False) -> Sc
         raise ArtifactError(
             f"{model_dir} was trained on other data than {prepared_dir} holds; run the training stages again"
         )
-    events = config.nightly.events if nightly else None
     inputs = {
         "model": model.digest,
         "prepared": prepared.digest,
-        "events": events_digest(events, config.data.min_rating),
+        "events": events_digest(_events(config, nightly), config.data.min_rating),
         "erased": Tombstones.load(config.output_dir).digest,
     }
     run_date = config.run_date or datetime.datetime.now(UTC).date()
@@ -102,10 +105,13 @@ def plan_score(config: Config, force: bool = False, nightly: bool = False) -> Sc
         model_dir=artifacts.absolute(model_dir),
         model_version=model.digest[:12],
         is_nightly=nightly,
-        events=events,
         inputs=inputs,
         num_known_users=int(prepared.counts["users"]),
     )
+
+
+def _events(config: Config, is_nightly: bool) -> Source | None:
+    return config.nightly.events if is_nightly else None
 
 
 def is_published(config: Config, nightly: bool = False) -> bool:

@@ -16,6 +16,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction
 
 from cllm4rec import artifacts
+from cllm4rec.artifacts import join
 from cllm4rec.data.sources import delta_files
 from cllm4rec.errors import ArtifactError, ResourceError
 
@@ -41,13 +42,24 @@ _PAUSE_S = 0.1
 
 def published_attempt(dump_dir: str, run_id: str) -> int:
     """How often a run was published: 0 where never (or where there is no table)."""
-    table = _open(dump_dir)
+    table = open_current(dump_dir)
     return 0 if table is None else table.transaction_version(run_id) or 0
+
+
+def open_current(dump_dir: str) -> DeltaTable | None:
+    """The table as readers see it; None where nothing was published. Raises ArtifactError where it cannot be read."""
+    try:
+        return DeltaTable(artifacts.absolute(dump_dir))
+    except TableNotFoundError:
+        return None
+    except DeltaError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ArtifactError(f"the table {dump_dir} cannot be read ({reason}); restore it or move it away") from None
 
 
 def current_run(dump_dir: str) -> str | None:
     """The run whose lists readers see; None where nothing was published."""
-    table = _open(dump_dir)
+    table = open_current(dump_dir)
     commits = [] if table is None else table.history()
     run_ids: list[str] = [commit["run_id"] for commit in commits if "run_id" in commit]
     return run_ids[0] if run_ids else None
@@ -55,8 +67,8 @@ def current_run(dump_dir: str) -> str | None:
 
 def current_files(dump_dir: str) -> list[str]:
     """URIs of the files readers see; none where nothing was published."""
-    table = _open(dump_dir)
-    return [] if table is None else delta_files(table, artifacts.absolute(dump_dir))
+    table, location = open_current(dump_dir), artifacts.absolute(dump_dir)
+    return [] if table is None else [join(location, name) for name in delta_files(table)]
 
 
 def publish(dump_dir: str, staged: list[str], run_id: str, attempt: int, facts: dict[str, Any]) -> int:
@@ -87,18 +99,8 @@ def publish(dump_dir: str, staged: list[str], run_id: str, attempt: int, facts: 
     raise ResourceError(f"{dump_dir} is being published to by others all the time; run the same command again")
 
 
-def _open(dump_dir: str) -> DeltaTable | None:
-    try:
-        return DeltaTable(artifacts.absolute(dump_dir))
-    except TableNotFoundError:
-        return None
-    except DeltaError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ArtifactError(f"the table {dump_dir} cannot be read ({reason}); restore it or move it away") from None
-
-
 def _open_or_create(dump_dir: str) -> DeltaTable:
-    table = _open(dump_dir)
+    table = open_current(dump_dir)
     if table is not None:
         return table
     DeltaTable.create(artifacts.absolute(dump_dir), schema=SCHEMA, mode="ignore", name="recommendations")

@@ -85,7 +85,7 @@ def _drift_section(facts: Mapping[str, Any], plots: list[str]) -> list[str]:
     measured = facts.get("drift")
     if measured is None:
         return ["Nothing to compare with."]
-    rows = {key.replace("_", " "): _number(value) for key, value in measured.items() if not isinstance(value, tuple)}
+    rows = {key.replace("_", " "): _number(value) for key, value in measured.items() if isinstance(value, int | float)}
     breaches, gone = facts.get("drift_breaches", []), facts.get("users_gone_such_as", [])
     return [
         _table(rows),

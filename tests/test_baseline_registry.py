@@ -1,0 +1,45 @@
+"""Baselines by name, and what may be tried of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from trainings import NEURAL, parity_training
+
+from cllm4rec.baselines.data import Budget
+from cllm4rec.baselines.ease import GRID
+from cllm4rec.baselines.registry import BASELINES, make, trials
+from cllm4rec.baselines.registry import GRID as GRIDS
+from cllm4rec.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_value_of_a_grid_is_a_parameter_of_its_method(name: str) -> None:
+    assert set(GRIDS) == set(BASELINES)
+    # A neural network checks its parameters when it is fitted.
+    training = dataclasses.replace(parity_training(), budget=Budget(0, 60.0))
+    for parameter, values in GRIDS[name].items():
+        assert len(set(values)) >= 3
+        if name in NEURAL:
+            make(name, **{parameter: values[0]}).fit(training)
+        else:
+            make(name, **{parameter: values[0]})
+
+
+def test_trials_are_the_whole_grid_or_the_defaults_and_a_fixed_choice_of_it() -> None:
+    assert trials("popularity", 5) == [{}]
+    assert [params["regularisation"] for params in trials("ease", 9)] == list(GRID)
+    some = trials("multi_vae", 6)
+    assert some == trials("multi_vae", 6) != trials("multi_vae", 6, seed=1)
+    assert some[0] == {}
+    assert len({json.dumps(params) for params in some}) == 6
+    assert all(params[name] in GRIDS["multi_vae"][name] for params in some for name in params)
+
+
+def test_a_baseline_of_another_name_is_refused() -> None:
+    with pytest.raises(ConfigError, match="there is no baseline 'easy'; use one of popularity, item_knn"):
+        make("easy")
