@@ -57,6 +57,8 @@ from cllm4rec.scoring.publish import open_current
 from cllm4rec.tombstones import TOMBSTONES, Tombstones
 
 RECEIPTS = "erasures"
+_EXAMPLES = "examples.md"
+"""What tells the evaluation of a comparison from that of one model."""
 UNFINISHED = "unfinished.json"
 STAGES = ("prepared", "backbone", "pretrained", "model")
 """Directories in the order in which one's digest is another's input; promoted models and the evaluation follow."""
@@ -272,6 +274,11 @@ class _Erasure:
         if not (self.journal.entries or self._holding(dump_dir) or self._holding(runs_dir)):
             return
         self._clean_dump(dump_dir)
+        evaluation = self.config.directory("evaluation")
+        if self._holding(runs_dir) and exists(join(evaluation, _EXAMPLES)):
+            # A comparison shows what a few users had and liked; without its runs nobody can say whom. It is made anew.
+            self.journal.note("evaluation", None, removed=True)
+            artifacts.remove_directory(evaluation)
         for run in _folders(runs_dir):
             self.journal.note(f"runs/{run}", None, removed=True)
             artifacts.remove_directory(join(runs_dir, run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,7 +28,7 @@ from erasures import (
 )
 from safetensors.numpy import load_file
 
-from cllm4rec.artifacts import list_files, read_manifest
+from cllm4rec.artifacts import exists, list_files, read_manifest, write_bytes, write_directory
 from cllm4rec.catalog import Catalog
 from cllm4rec.config import Config
 from cllm4rec.data.documents import Documents
@@ -157,6 +158,18 @@ def test_lists_staged_for_a_first_publication_go(tmp_path: Path) -> None:
     stage(config, "first")
     erase(config, [CANARY])
     assert list_files(config.directory("dump")) == [], "who is left of them would be staged twice"
+
+
+@pytest.mark.parametrize("knows_them", [True, False])
+def test_examples_of_a_comparison_go_with_the_runs_that_knew_the_user(config: Config, knows_them: bool) -> None:
+    evaluation, runs = config.directory("evaluation"), config.directory("runs")
+    shutil.rmtree(runs, ignore_errors=True)
+    if knows_them:
+        shutil.copytree(config.directory("prepared"), f"{runs}/compare/0/prepared")
+    with write_directory(evaluation, kind="evaluation", inputs={}, config={}) as draft:
+        write_bytes(draft.path("examples.md"), b"what five users had")
+    erase(config, [CANARY])
+    assert exists(f"{evaluation}/examples.md") is not knows_them
 
 
 def test_a_damaged_directory_is_refused_before_new_digests_would_hide_it(config: Config) -> None:

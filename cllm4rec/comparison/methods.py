@@ -40,11 +40,18 @@ VARIANTS: dict[str, Variant] = {
 }
 
 GRID: Mapping[str, tuple[Any, ...]] = {
-    "pretrain.learning_rate": (2e-3, 1e-3, 4e-3),
-    "pretrain.user_dropout": (0.9, 1.0),
+    "model.temperature": (5.0, 3.0, 1.0),
+    "pretrain.learning_rate": (5e-3, 2e-3),
     "finetune.target": ("all", "heldout"),
 }
-"""What may be tried of every variant, beside the config's own values."""
+"""What may be tried of every variant around a frozen backbone, beside the config's own values."""
+
+WHOLE_GRID: Mapping[str, tuple[Any, ...]] = {
+    "model.temperature": (5.0, 1.0),
+    "pretrain.learning_rate": (1e-3, 5e-4),
+    "finetune.learning_rate": (5e-4, 1e-4),
+}
+"""The same where the backbone is trained too: its weights bear less."""
 
 MAIN = (MODEL, "llm_cf", "llm_ftall", "multi_vae", "sasrec", "ease", "ials", "popularity")
 ALL = (*VARIANTS, *BASELINES)
@@ -68,7 +75,8 @@ def points_of(name: str, config: Config) -> list[dict[str, Any]]:
     most = config.compare.trials
     if name not in VARIANTS:
         return trials(name, most, config.seed)
-    varied = {key: values for key, values in GRID.items() if not _is_moot(key, config_of(name, config, {}))}
+    grid = WHOLE_GRID if VARIANTS[name].trains_backbone else GRID
+    varied = {key: values for key, values in grid.items() if not _is_moot(key, config_of(name, config, {}))}
     return points(varied, most, config.seed)
 
 
