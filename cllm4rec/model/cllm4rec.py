@@ -81,11 +81,11 @@ class CLLM4Rec(nn.Module):
     def use_bf16(self) -> None:
         """Run the backbone in bfloat16, its frozen weights converted, or autocast where they are being trained; and the heads."""
         self.precision = torch.bfloat16
-        self.backbone.use_exact_gelu()
         if any(weight.requires_grad for weight in self.backbone.parameters()):
+            self.backbone.use_exact_gelu()
             self.autocast = True
         else:
-            self.backbone.to(torch.bfloat16)
+            self.backbone.use_frozen_bf16()
 
     def forward(self, batch: TensorBatch, lambda_c: float) -> Losses:
         hidden_SK = self.hidden(batch)

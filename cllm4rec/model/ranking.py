@@ -27,7 +27,7 @@ from cllm4rec.model.grids import TensorBatch
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
-_BATCH_TOKENS = 512
+_BATCH_TOKENS = 256
 _COLUMNS_STEP = 8
 _HEAD_ROWS = 64
 _HEAD_ITEMS = 65_536

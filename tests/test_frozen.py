@@ -1,0 +1,86 @@
+"""Layers in the CPU's own layout give what the layers they replace gave."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from parity import ARCHITECTURES, parity
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from cllm4rec.model.frozen import FrozenLinear, can_lay_out
+
+LAYERS = [lambda: nn.Linear(48, 80), lambda: nn.Linear(48, 80, bias=False), lambda: Conv1D(80, 48)]
+
+
+def both(make, dtype):
+    torch.manual_seed(0)
+    layer = make().to(dtype).requires_grad_(False)
+    return layer, FrozenLinear.of(layer)
+
+
+def product_and_gradient(layer, dtype):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(3, 7, 48, generator=generator).to(dtype).requires_grad_()
+    output = layer(inputs)
+    output.backward(torch.randn(output.shape, generator=generator).to(dtype))
+    return output, inputs.grad
+
+
+@pytest.mark.parametrize("make", LAYERS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-6)])
+def test_products_and_gradients_are_those_of_the_layer(make, dtype, tolerance):
+    layer, frozen = both(make, dtype)
+    for found, wanted in zip(product_and_gradient(frozen, dtype), product_and_gradient(layer, dtype), strict=True):
+        assert found.shape == wanted.shape
+        assert torch.allclose(found.float(), wanted.float(), atol=tolerance)
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_inference_in_bf16_gives_the_same_products(make):
+    layer, frozen = both(make, torch.bfloat16)
+    inputs = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.allclose(frozen(inputs).float(), layer(inputs).float(), atol=2e-2)
+    assert frozen(inputs).shape == (3, 7, 80)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_used_layer_can_be_copied_and_sent(again):
+    _, frozen = both(LAYERS[2], torch.bfloat16)
+    inputs = torch.randn(5, 48).bfloat16()
+    output = frozen(inputs)
+    assert torch.equal(again(frozen)(inputs), output)
+
+
+@pytest.mark.skipif(not can_lay_out(), reason="this CPU has no bf16 products with a layout of their own")
+def test_weights_are_laid_out_once_and_only_for_inference():
+    _, frozen = both(LAYERS[0], torch.bfloat16)
+    inputs = torch.randn(2, 48, dtype=torch.bfloat16)
+    frozen(inputs.clone().requires_grad_())
+    assert frozen._layout is None
+    frozen(inputs)
+    layout = frozen._layout
+    assert layout is not None
+    frozen(inputs)
+    assert frozen._layout is layout
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_frozen_backbone_in_bf16_keeps_its_weights_and_their_names(architecture):
+    model = parity().make_model(architecture)
+    before = {name: weight.bfloat16() for name, weight in model.backbone.model.state_dict().items()}
+    model.train_only(())
+    model.use_bf16()
+    model.use_bf16()  # each stage of training does
+    after = model.backbone.model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert any(isinstance(module, FrozenLinear) for module in model.backbone.modules())
+
+
+def test_a_backbone_that_is_trained_keeps_its_layers():
+    model = parity().make_model("gpt2")
+    model.train_only(("backbone",))
+    model.use_bf16()
+    assert not any(isinstance(module, FrozenLinear) for module in model.backbone.modules())
