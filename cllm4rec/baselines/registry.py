@@ -61,9 +61,9 @@ GRID: dict[str, Mapping[str, tuple[Any, ...]]] = {
         "alpha": (0.0, 1.0, 3.0, 10.0, 30.0, 100.0),
     },
     "ials": {
-        "factors": (8, 16, 32, 64, 128),
-        "regularisation": (1.0, 3.0, 10.0, 30.0, 100.0),
-        "alpha": (1.0, 5.0, 20.0, 50.0),
+        "factors": (64, 128),
+        "regularisation": (30.0, 100.0, 300.0),
+        "alpha": (20.0, 50.0),
     },
     "multi_vae": _VAE,
     "md_cvae": {**_VAE, "tie": (0.1, 1.0, 10.0, 100.0)},
