@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-Row = dict[str, Any]
+from cllm4rec.benchmark.figures import Row
 
 
 def report(told: Row) -> str:

@@ -5,6 +5,7 @@ The model is small, so an epoch takes about a minute with some ten thousand user
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from cllm4rec.scoring.batch import score
 from cllm4rec.scoring.plan import plan_score
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.training.loop import METRICS, Job, fit
-from cllm4rec.training.run import RunSettings, Shard, run
+from cllm4rec.training.run import RunSettings, Shard, run, run_settings
 from cllm4rec.training.stages import COLLABORATIVE, Stage
 
 _BACKBONE = BackboneSize(layers=4, width=256, heads=4, vocab_size=2048)
@@ -71,9 +72,13 @@ def _stage() -> Stage:
 
 
 def _settings(config: Config, engine: Any) -> RunSettings:
-    training = config.training
-    return RunSettings(
-        engine, 1, None, 0, training.bf16, training.micro_batch_tokens, config.model.max_tokens, _EPOCHS, config.seed
+    return dataclasses.replace(
+        run_settings(config),
+        engine=engine,
+        accumulation=1,
+        gradient_clipping=None,
+        zero_stage=0,
+        checkpoint_every_epochs=_EPOCHS,
     )
 
 

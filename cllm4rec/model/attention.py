@@ -28,7 +28,7 @@ _STEP = 16
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """B blocks of L slots. `read_S` says which slot stands where, `write_S` the same with S for what is padding."""
+    """B blocks of L slots. `read` says which slot stands where (B·L), `write` the same with S for what is padding."""
 
     read: Tensor
     write: Tensor
