@@ -18,11 +18,13 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import yaml
+from matplotlib.figure import Figure
 
 from cllm4rec.benchmark.directories import fresh
 from cllm4rec.benchmark.figures import Row
 from cllm4rec.data.world import sample_world
 from cllm4rec.errors import ResourceError
+from cllm4rec.page import plain, png
 
 STAGES = ("prepare", "backbone", "pretrain", "finetune", "score")
 _WATCH_S = 0.2
@@ -141,9 +143,7 @@ def _private_bytes(pid: int) -> list[int]:
 
 
 def _plot(told: Row, path: str) -> None:
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
     users = [one["users"] for one in told["users"]]
     for name in ("prepare", "epoch", "score"):
@@ -155,5 +155,6 @@ def _plot(told: Row, path: str) -> None:
     time_axes.set(xscale="log", xlabel="users", ylabel="ms a user", ylim=(0, None))
     memory_axes.set(xscale="log", yscale="log", xlabel="users or items", ylabel="MB, largest process")
     for axes in (time_axes, memory_axes):
-        axes.legend()
-    figure.savefig(path)
+        plain(axes, "y")
+        axes.legend(frameon=False)
+    Path(path).write_bytes(png(figure))

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from cllm4rec.benchmark.figures import Row
+from cllm4rec.page import markdown_table
 
 
 def report(told: Row) -> str:
     """Everything measured as Markdown tables; parts that were not run are left out."""
-    parts: tuple[tuple[str, Callable[[Row], list[str]]], ...] = (
+    parts: tuple[tuple[str, Callable[[Row], str]], ...] = (
         ("machine", _machine),
         ("training", _training),
         ("scoring", _scoring),
@@ -21,12 +22,12 @@ def report(told: Row) -> str:
     lines = [f"{note}" for note in told.get("notes", [])]
     for name, table in parts:
         if name in told:
-            lines += ["", f"### {name}", "", *table(told[name])]
+            lines += ["", f"### {name}", "", table(told[name])]
     return "\n".join(lines).strip() + "\n"
 
 
-def _machine(row: Row) -> list[str]:
-    return _table(
+def _machine(row: Row) -> str:
+    return markdown_table(
         ("what", "median", "spread"),
         [
             ("fp32 matrix products, GFLOP/s", *_figure(row, "fp32_flops_per_s", 1e9)),
@@ -37,24 +38,24 @@ def _machine(row: Row) -> list[str]:
     )
 
 
-def _training(rows: Row) -> list[str]:
+def _training(rows: Row) -> str:
     head = ("documents", "users/s", "documents/s", "tokens/s", "useful GFLOP/s", "of bf16 rate", "× reference")
     names = (("users_per_s", 1.0), ("documents_per_s", 1.0), ("tokens_per_s", 1.0), ("useful_flops_per_s", 1e9))
-    return _table(
+    return markdown_table(
         head, [(kind, *(_with_spread(row, *name) for name in names), *_shares(row)) for kind, row in rows.items()]
     )
 
 
-def _scoring(row: Row) -> list[str]:
+def _scoring(row: Row) -> str:
     names = (("users_per_s", 1.0), ("tokens_per_s", 1.0), ("useful_flops_per_s", 1e9))
-    return _table(
+    return markdown_table(
         ("users/s", "tokens/s", "useful GFLOP/s", "of bf16 rate", "× reference"),
         [(*(_with_spread(row, *name) for name in names), *_shares(row))],
     )
 
 
-def _rim(row: Row) -> list[str]:
-    return _table(
+def _rim(row: Row) -> str:
+    return markdown_table(
         ("what", "bare, s", "through Ray, s", "lost"),
         [
             (part, f"{row[f'{part}_bare_s']:.1f}", f"{row[f'{part}_ray_s']:.1f}", f"{row[f'{part}_lost']:.1%}")
@@ -63,19 +64,19 @@ def _rim(row: Row) -> list[str]:
     )
 
 
-def _growth(row: Row) -> list[str]:
-    lines: list[str] = []
+def _growth(row: Row) -> str:
+    tables = []
     for axis in ("users", "items"):
         rows = row.get(axis, [])
         if rows:
             names = list(rows[0])
-            lines += [*_table(names, [[_short(one[name]) for name in names] for one in rows]), ""]
-    return lines
+            tables.append(markdown_table(names, [[_short(one[name]) for name in names] for one in rows]))
+    return "\n\n".join(tables)
 
 
-def _startup(row: Row) -> list[str]:
+def _startup(row: Row) -> str:
     names = [name for name in row if name != "spread"]
-    return _table(("what", "s", "spread"), [(name, *_figure(row, name, 1.0, 2)) for name in names])
+    return markdown_table(("what", "s", "spread"), [(name, *_figure(row, name, 1.0, 2)) for name in names])
 
 
 def _shares(row: Row) -> tuple[str, str]:
@@ -95,8 +96,3 @@ def _with_spread(row: Row, name: str, unit: float) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _table(head: Any, rows: Any) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    return lines + [f"| {' | '.join(cells)} |" for cells in rows]

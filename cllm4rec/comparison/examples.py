@@ -23,7 +23,8 @@ from cllm4rec.data.documents import Kind
 from cllm4rec.data.prepared import Histories, load_documents
 from cllm4rec.evaluation.metrics import IntArray
 from cllm4rec.evaluation.protocol import HeldOut
-from cllm4rec.evaluation.report import markdown_table, name_of
+from cllm4rec.evaluation.report import name_of
+from cllm4rec.page import markdown_table
 from cllm4rec.training.run import VALIDATION_METRIC
 
 NUM_USERS, LIST_LENGTH, MOST_READ, TEXT_CHARS = 5, 10, 12, 60

@@ -16,22 +16,19 @@ from cllm4rec.comparison.methods import MAIN, MODEL, VARIANTS
 from cllm4rec.evaluation.metrics import METRICS
 from cllm4rec.evaluation.report import (
     COLOURS,
-    INK,
     colour_of,
     dot,
-    markdown_table,
     methods_of,
     metric_names,
     metrics_in_words,
     name_of,
-    plain,
     plot_results,
     plot_strata,
-    png,
     published_sections,
     with_interval,
 )
 from cllm4rec.evaluation.stage import HEADLINE
+from cllm4rec.page import INK, markdown_table, plain, png
 from cllm4rec.training.run import VALIDATION_METRIC
 
 LEVEL = 0.05

@@ -5,7 +5,6 @@ Everything here is made from the content of `metrics.json` alone, so a report ca
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from cllm4rec.page import INK, markdown_table, plain, png
 
 NAMES = {
     "cllm4rec": "CLLM4Rec",
@@ -41,7 +42,6 @@ NAMES = {
 
 COLOURS = {"cllm4rec": "#0b6e99", "popularity": "#98a3ad", "ease": "#d9822b"}
 OTHER_COLOURS = ("#6b4c9a", "#3a923a", "#c03d3e", "#845b53", "#d684bd", "#b7950b", "#4c72b0", "#1f9e89")
-INK, PALE = "#2b2f33", "#e6e9eb"
 STRATA = {
     "history length": ("history_length.png", "training items of a user"),
     "item popularity": (
@@ -84,7 +84,7 @@ def markdown(metrics: Mapping[str, Any]) -> str:
     protocol = metrics["protocol"]
     sections = [
         "# Evaluation",
-        "\n".join(_markdown_table(metrics)),
+        _results_table(metrics),
         f"Mean over {protocol['users_evaluated']:,} users and 95 % bootstrap interval; a column's best mean is bold. "
         + verdict(metrics["comparison"]),
         *(f"{name_of(method)} is skipped: {reason}." for method, reason in protocol["skipped"].items()),
@@ -123,11 +123,6 @@ def published_sections(metrics: Mapping[str, Any]) -> list[str]:
 
 def _pair(published: float | None, here: Mapping[str, float] | None) -> str:
     return f"{'–' if published is None else _number(published)} / {'–' if here is None else _number(here['mean'])}"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def verdict(comparison: Mapping[str, Any]) -> str:
@@ -185,22 +180,19 @@ def _tuning_in_words(name: str, choice: Mapping[str, Any]) -> str:
     return f"{name}: regularisation {choice['regularisation']:g}, tuned on {choice['tuned_on']} ({tried})."
 
 
-def _markdown_table(metrics: Mapping[str, Any]) -> list[str]:
+def _results_table(metrics: Mapping[str, Any]) -> str:
     results, comparison = metrics["results"], metrics["comparison"]
     columns = metric_names(metrics)
     best = {name: max(row[name]["mean"] for row in results.values()) for name in columns}
-    lines = [
-        f"| | {' | '.join(columns)} | {comparison['metric']} less {name_of(comparison['baseline'])}'s |",
-        "|---" * (len(columns) + 2) + "|",
-    ]
+    header = ["", *columns, f"{comparison['metric']} less {name_of(comparison['baseline'])}'s"]
+    rows = []
     for method in methods_of(results):
         cells = [
             with_interval(results[method][name], bold=results[method][name]["mean"] == best[name]) for name in columns
         ]
         difference = comparison["difference"].get(method)
-        cells.append(with_interval(difference, signed=True) if difference else "–")
-        lines.append(f"| {name_of(method)} | {' | '.join(cells)} |")
-    return lines
+        rows.append([name_of(method), *cells, with_interval(difference, signed=True) if difference else "–"])
+    return markdown_table(header, rows)
 
 
 def plot_results(metrics: Mapping[str, Any]) -> Figure:
@@ -259,23 +251,6 @@ def dot(axes: Axes, value: Mapping[str, float], place: float, colour: str, *, ve
 def _limit(values: Iterable[Mapping[str, float]]) -> float:
     """End of a measured axis: a little above the highest interval, also where everything is 0."""
     return 1.08 * max(value["high"] for value in values) or 1.0
-
-
-def plain(axes: Axes, along: str) -> None:
-    """A quiet frame: grid lines along the measured axis only."""
-    for side in ("top", "right", "left" if along == "y" else "bottom"):
-        axes.spines[side].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.grid(axis="x" if along == "x" else "y", color=PALE, linewidth=1)
-    axes.tick_params(length=0, colors=INK)
-    for spine in axes.spines.values():
-        spine.set_color(INK)
-
-
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
-    return buffer.getvalue()
 
 
 def metric_names(metrics: Mapping[str, Any]) -> list[str]:

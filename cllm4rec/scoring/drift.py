@@ -11,7 +11,6 @@ all its lists, J different items.
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -21,12 +20,12 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cllm4rec.config import DriftLimits
 from cllm4rec.data.prepared import read_tables
 from cllm4rec.data.ragged import Ragged, offsets_of
+from cllm4rec.page import INK, plain, png
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -39,7 +38,7 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 """Where `score_quantiles_old` and `_new` are taken: 0 is the lowest score and 1 the highest."""
 
 _SCHEMA = pa.schema([("user_id", pa.string()), ("item_ids", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))])
-_OLD_COLOUR, _NEW_COLOUR, _INK, _PALE = "#98a3ad", "#0b6e99", "#2b2f33", "#e6e9eb"
+_OLD_COLOUR, _NEW_COLOUR = "#98a3ad", "#0b6e99"
 _NUM_BINS = 60
 
 
@@ -167,7 +166,7 @@ def breaches(drift: Drift, limits: DriftLimits) -> list[str]:
 
 def render(drift: Drift, old: pa.Table, new: pa.Table) -> dict[str, bytes]:
     """PNG files by name: the scores' distributions, and what is recommended, old against new."""
-    return {"drift_scores.png": _png(_plot_scores(drift, old, new)), "drift_items.png": _png(_plot_items(drift))}
+    return {"drift_scores.png": png(_plot_scores(drift, old, new)), "drift_items.png": png(_plot_items(drift))}
 
 
 def _of_sampled_users(table: pa.Table, most: int, num_users: int) -> pa.Table:
@@ -270,10 +269,10 @@ def _plot_scores(drift: Drift, old: pa.Table, new: pa.Table) -> Figure:
         share = np.histogram(scores_E, edges)[0] / max(len(scores_E), 1)
         axes.stairs(share, edges, fill=True, alpha=0.25, color=colour)
         axes.stairs(share, edges, color=colour, linewidth=1.6, label=name)
-    axes.set_xlabel("score of a recommended item", color=_INK)
-    axes.set_ylabel("share of the table's scores", color=_INK)
-    axes.set_title(f"Kolmogorov-Smirnov distance {drift.score_shift:.3f}", fontsize=11, color=_INK)
-    _plain(axes)
+    axes.set_xlabel("score of a recommended item", color=INK)
+    axes.set_ylabel("share of the table's scores", color=INK)
+    axes.set_title(f"Kolmogorov-Smirnov distance {drift.score_shift:.3f}", fontsize=11, color=INK)
+    plain(axes, "y")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
@@ -293,26 +292,10 @@ def _plot_items(drift: Drift) -> Figure:
     for axes, (title, values, shown) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         colours = [_OLD_COLOUR, _NEW_COLOUR] if "last" in values else [_NEW_COLOUR] * len(values)
         bars = axes.bar(list(values), list(values.values()), color=colours, width=0.55)
-        axes.bar_label(bars, [shown.format(value) for value in values.values()], padding=2, fontsize=9, color=_INK)
-        axes.set_title(title, fontsize=11, color=_INK)
+        axes.bar_label(bars, [shown.format(value) for value in values.values()], padding=2, fontsize=9, color=INK)
+        axes.set_title(title, fontsize=11, color=INK)
         axes.set_xlim(-0.6, len(values) - 0.4)
         axes.set_ylim(0, 1.15 * max(values.values()) or 1.0)
         axes.yaxis.set_major_formatter(lambda value, _, shown=shown: shown.format(value))
-        _plain(axes)
+        plain(axes, "y")
     return figure
-
-
-def _plain(axes: Axes) -> None:
-    """A quiet frame: grid lines along the measured axis only."""
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_INK)
-    axes.set_axisbelow(True)
-    axes.grid(axis="y", color=_PALE, linewidth=1)
-    axes.tick_params(length=0, colors=_INK)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
-    return buffer.getvalue()
