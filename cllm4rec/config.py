@@ -106,6 +106,11 @@ class BackboneSize(_Section):
         True,
         description="attention begins by passing on what it sees, as heads of a pretrained model do; false: random",
     )
+    final_norm: bool = Field(
+        False,
+        description="the last LayerNorm, as pretrained models have it; false: a hidden state's length tells how much of "
+        "a history agrees",
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -122,6 +127,10 @@ class ModelConfig(_Section):
     max_tokens: Annotated[int, Field(ge=16)] = Field(256, description="length of a packed row and longest document")
     table_std: float | None = Field(
         None, gt=0, description="spread of fresh ID rows; null: that of the word embeddings"
+    )
+    table_start: Literal["noise", "texts"] = Field(
+        "texts",
+        description="fresh item rows; texts: principal components of texts and reviews, noise for items without",
     )
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="items' logits are divided by it; near the root of the width they begin small"
@@ -236,6 +245,10 @@ class CompareConfig(_Section):
     trials: Positive = Field(6, description="most settings tried of a method on a split; validation chooses")
     minutes: Annotated[float, Field(gt=0)] = Field(
         6.0, description="no further setting of a method is tried on a split after so long"
+    )
+    backbone_epochs: Positive = Field(
+        8,
+        description="epochs of the language model that LLM-FtAll and M6-Retrieval read with, where backbone.epochs is 0",
     )
     sweeps: list[Sweep] = Field([], description="how CLLM4Rec depends on its settings; nothing is chosen by it")
     sweep_seeds: Annotated[list[int], Field(min_length=1)] | None = Field(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparisons import NUM_WORDS, make_config
 from directories import write_prepared
 from parity import MAX_TOKENS, parity
 from safetensors.torch import load_file
@@ -17,7 +18,18 @@ from cllm4rec.baselines.registry import BASELINES
 from cllm4rec.comparison import examples as examples_page
 from cllm4rec.comparison import trial
 from cllm4rec.comparison.examples import chosen_users, examples, plain_markdown, shortened, shown_methods
-from cllm4rec.comparison.methods import ALL, GRID, MAIN, VARIANTS, chosen_methods, config_of, points_of, stages_of
+from cllm4rec.comparison.methods import (
+    ALL,
+    GRID,
+    MAIN,
+    VARIANTS,
+    chosen_methods,
+    config_of,
+    points_of,
+    setting,
+    stages_of,
+    with_settings,
+)
 from cllm4rec.comparison.report import markdown, places_of, render
 from cllm4rec.comparison.results import METRICS, Splits, collect
 from cllm4rec.comparison.sweeps import describe_sweeps, sweep_rows
@@ -42,35 +54,6 @@ from cllm4rec.evaluation.protocol import HeldOut
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.training.stages import CONTENT
 from jobs import compare
-
-NUM_WORDS = 300
-
-
-def make_config(tmp_path, **compare):
-    return parse_config(
-        {
-            "output_dir": str(tmp_path),
-            "data": {
-                "interactions": {"path": "none.jsonl", "columns": {"user": "user", "item": "item"}},
-                "split": {"kind": "leave_one_out"},
-                "max_text_tokens": 24,
-            },
-            "model": {
-                "backbone": {"layers": 2, "width": 32, "heads": 4, "vocab_size": NUM_WORDS},
-                "max_tokens": MAX_TOKENS,
-                "table_std": 0.1,
-            },
-            "backbone": {"epochs": 1},
-            "pretrain": {"warmup_epochs": 1, "epochs": 2, "learning_rate": 1e-2},
-            "finetune": {
-                "epochs": 20, "learning_rate": 3e-2, "mask_fraction": [0.1, 0.9], "target": "all", "user_dropout": 0.5,
-                "lambda_c": 0.0, "patience": 20,
-            },
-            "training": {"engine": "torch", "bf16": False, "micro_batch_tokens": 8 * MAX_TOKENS},
-            "evaluate": {"bootstrap_samples": 50},
-            "compare": {"trials": 1, "seeds": [0, 1], **compare},
-        }
-    )  # fmt: skip
 
 
 def prepared(config):
@@ -113,7 +96,7 @@ def data(split):
 
 def model_of(name, split, data, **settings):
     """A variant's model after a short training, and the same before."""
-    short = {"finetune.epochs": 1, "pretrain.epochs": 1} | settings
+    short = {"finetune.epochs": 1, "pretrain.epochs": 1, "model.table_start": "noise"} | settings
     varied = config_of(name, split, short)
     fresh = CLLM4Rec(starting_backbone(varied, NUM_WORDS), data.catalog.tokens(NUM_WORDS), std=0.1, seed=varied.seed)
     return fit_variant(name, varied, data).model, fresh
@@ -179,11 +162,32 @@ def test_t5_is_trained_as_one_more_architecture(split, data):
 def test_every_named_row_is_known_and_tuned_by_a_grid_that_fits_the_config(split):
     assert set(MAIN) <= set(ALL)
     assert set(ALL) == set(VARIANTS) | set(BASELINES)
-    for params in points_of("cllm4rec", make_config(split.output_dir, trials=100)):
+    tried = points_of("cllm4rec", make_config(split.output_dir, trials=100))
+    for params in tried:
         config_of("cllm4rec", split, params)
-    assert len(points_of("cllm4rec", make_config(split.output_dir, trials=100))) == np.prod(
-        [len(values) for values in GRID.values()]
-    )
+    assert tried[0] == {key: setting(split, key) for key in GRID}
+    assert len(tried) == 1 + np.prod([len(values) for values in GRID.values()])
+
+
+def test_a_backbone_that_is_trained_is_given_no_higher_rate_than_it_bears(split):
+    assert split.pretrain.learning_rate == 1e-2
+    assert config_of("llm_ftall", split, {}).pretrain.learning_rate == 1e-3
+    assert config_of("llm_ftall", split, {"pretrain.learning_rate": 5e-4}).pretrain.learning_rate == 5e-4
+    slow = with_settings(split, {"pretrain.learning_rate": 1e-5}, "this test")
+    assert config_of("llm_scratch", slow, {}).pretrain.learning_rate == 1e-5
+
+
+def test_rows_that_read_words_begin_from_a_trained_language_model_whatever_the_others_do(split):
+    untrained = with_settings(split, {"backbone.epochs": 0, "compare.backbone_epochs": 3}, "this test")
+    assert {name for name in ALL if Row(untrained, name).backbone} == {"llm_ftall", "m6_retrieval"}
+    assert Row(untrained, "llm_ftall").varied.backbone.epochs == 3
+    assert Row(untrained, "llm_ftall").backbone == Row(untrained, "m6_retrieval").backbone
+    assert Row(split, "llm_ftall").varied.backbone.epochs == split.backbone.epochs == 1
+
+
+def test_what_reads_no_texts_does_not_begin_from_them(split):
+    assert split.model.table_start == "texts"
+    assert config_of("llm_cf", split, {}).model.table_start == "noise"
 
 
 def test_chosen_methods_bring_what_they_need_and_refuse_what_is_none(tmp_path):
@@ -598,26 +602,3 @@ def test_published_figures_stand_beside_those_measured_here(job, config):
     metrics["published"] = {"source": "a paper", "note": "Other data.", "results": {"ease": {"recall@20": 0.5}}}
     assert f"| EASE | 0.5000 / {metrics['results']['ease']['recall@20']['mean']:.4f} |" in markdown(metrics)
     assert "Published: a paper. Each cell: published / here. Other data." in markdown(metrics)
-
-
-@pytest.mark.ray
-def test_the_job_runs_on_ray_from_raw_files_and_again_does_nothing(tmp_path, ray_local, capsys):
-    parity().world.write(str(tmp_path))
-    columns = {"user": "user", "item": "item", "rating": "rating", "text": "text", "timestamp": "timestamp"}
-    sweeps = [{"name": "width", "settings": ["model.backbone.width"], "values": [16, 32]}]
-    methods = ["popularity", "ease", "cllm4rec"]
-    raw = make_config(tmp_path / "run", methods=methods, sweeps=sweeps).model_dump(mode="json")
-    raw["data"] |= {
-        "interactions": {"path": str(tmp_path / "interactions.jsonl"), "columns": columns},
-        "items": {"path": str(tmp_path / "items.jsonl"), "columns": {"item": "item", "text": "text"}},
-        "core": 1,
-        "expected": {"users": 40, "items": 20, "interactions": 400},
-    }
-    given = parse_config(raw)
-    told = compare.run(given, argparse.Namespace(quick=False, force=False))
-    metrics = json.loads(Path(told["directory"], "metrics.json").read_text())
-    assert metrics["results"]["cllm4rec"]["recall@10"]["mean"] == 1.0
-    assert [point["value"] for point in metrics["sensitivity"]["width"]] == [16, 32]
-    capsys.readouterr()
-    compare.run(given, argparse.Namespace(quick=False, force=False))
-    assert "8 of 8 rows are finished" in capsys.readouterr().out

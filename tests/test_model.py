@@ -5,12 +5,21 @@ import pytest
 import torch
 from parity import ARCHITECTURES, MAX_TOKENS, parity
 
+from cllm4rec.config import BackboneSize
 from cllm4rec.data.documents import Documents
 from cllm4rec.data.epochs import Maker, interaction_source
 from cllm4rec.data.ragged import Ragged
-from cllm4rec.model.backbone import load_backbone, new_backbone, pretrained_backbone, save_backbone, save_reference
+from cllm4rec.model.backbone import (
+    build_backbone,
+    load_backbone,
+    new_backbone,
+    pretrained_backbone,
+    save_backbone,
+    save_reference,
+)
 from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
 from cllm4rec.model.grids import TensorBatch
+from cllm4rec.model.ranking import Ranker
 from cllm4rec.training.run import packer_for
 from cllm4rec.training.stages import CONTENT
 
@@ -104,6 +113,30 @@ def test_loss_of_interactions_is_that_of_the_backbone_run_by_hand(temperature):
     penalty += (model.collaborative_items[[1, 5, 7]] - model.content_items[[1, 5, 7]]).square().sum()
     expected = -(log_p[0, 1] + log_p[1, 5] + log_p[2, 7]) + 0.35 * penalty
     assert found == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("final_norm", [False, True])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5"])
+def test_without_its_last_norm_a_hidden_state_tells_how_much_a_history_agrees(
+    architecture, final_norm, tmp_path, caplog
+):
+    """Items 0 to 3 are alike, 4 to 7 are not."""
+    size = BackboneSize(architecture=architecture, layers=1, width=32, heads=4, vocab_size=300, final_norm=final_norm)
+    backbone = build_backbone(size, parity().tokens.num_words, MAX_TOKENS, 0)
+    save_backbone(backbone, str(tmp_path))
+    lengths = []
+    for each in (backbone, load_backbone(str(tmp_path), MAX_TOKENS)):
+        model = CLLM4Rec(each, parity().tokens, std=1.0, seed=0)
+        with torch.no_grad():
+            model.collaborative_items[:4] = model.collaborative_items[0].clone()
+        ranker = Ranker(model.eval(), parity().prompts, MAX_TOKENS)
+        histories = Ragged.from_lists([[0, 1, 2, 3], [4, 5, 6, 7]])
+        lengths.append(ranker.hidden(np.array([-1, -1]), histories).norm(dim=1).tolist())
+    assert lengths[0] == lengths[1]
+    assert "MISSING" not in caplog.text
+    alike, unlike = lengths[0]
+    assert (alike > 1.005 * unlike) == (not final_norm)
+    assert (alike == pytest.approx(unlike, rel=1e-3)) == final_norm
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

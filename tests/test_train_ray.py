@@ -36,7 +36,7 @@ def job(prepared_dir: str, name: str) -> Job:
     return Job(
         prepared_dir=prepared_dir,
         backbone_dir=None,
-        start_dir=None,
+        start=None,
         model=ModelConfig(backbone=size, max_tokens=MAX_TOKENS),
         stages=[stage],
         settings=settings(engine="deepspeed", zero_stage=1),

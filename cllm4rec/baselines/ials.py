@@ -24,7 +24,7 @@ class IALS:
     """
 
     def __init__(
-        self, factors: int = 32, regularisation: float = 10.0, alpha: float = 5.0, iterations: int = 20
+        self, factors: int = 64, regularisation: float = 100.0, alpha: float = 50.0, iterations: int = 20
     ) -> None:
         self.factors, self.regularisation, self.alpha, self.iterations = factors, regularisation, alpha, iterations
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import sparse
 
+from cllm4rec.data import tf_idf as weights
 from cllm4rec.errors import DataError
 
 MAX_WORDS = 5000
@@ -34,14 +35,8 @@ def word_counts(texts: Sequence[str], max_words: int = MAX_WORDS) -> sparse.csr_
 
 
 def tf_idf(texts: Sequence[str], max_words: int = MAX_WORDS) -> sparse.csr_array:
-    """D × W: (1 + log count) · log(D / texts with the word), rows of length 1; a text without words is a row of zeros."""
-    count_DW = word_counts(texts, max_words)
-    idf_W = np.log(len(texts) / np.bincount(count_DW.indices, minlength=count_DW.shape[1]).clip(1))
-    weight_DW = count_DW.copy()
-    weight_DW.data = ((1 + np.log(count_DW.data)) * idf_W[count_DW.indices]).astype(np.float32)
-    length_D = np.sqrt(weight_DW.multiply(weight_DW).sum(axis=1))
-    weight_DW.data /= np.repeat(length_D, np.diff(weight_DW.indptr))
-    return weight_DW.astype(np.float32)
+    """D × W: the texts' `word_counts` weighed by how telling a word is."""
+    return weights.tf_idf(word_counts(texts, max_words))
 
 
 def item_tf_idf(texts: Sequence[str], method: str) -> sparse.csr_array:

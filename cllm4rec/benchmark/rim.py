@@ -106,7 +106,7 @@ def _ray_epochs(config: Config) -> list[float]:
     job = Job(
         prepared_dir=artifacts.absolute(config.directory("prepared")),
         backbone_dir=artifacts.absolute(config.directory("backbone")),
-        start_dir=None,
+        start=None,
         model=config.model,
         stages=[_stage()],
         settings=_settings(config, "deepspeed"),

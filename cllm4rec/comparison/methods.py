@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from cllm4rec.baselines.registry import BASELINES, points, trials
-from cllm4rec.config import Config, parse_config
+from cllm4rec.config import BackboneSize, Config, parse_config
 from cllm4rec.errors import ConfigError
 from cllm4rec.training.stages import CONTENT, Stage, finetune_stages, pretrain_stages
 
@@ -20,34 +21,40 @@ class Variant:
 
     reads_texts: False is the paper's LLM-CF: no text documents, no content tables, nothing that pulls towards them.
     trains_backbone: the language model's weights are trained in every stage, beside the tables.
+    reads_words: it begins from a language model trained on the texts, by `compare.backbone_epochs` where
+    `backbone.epochs` is 0.
     """
 
     what: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reads_texts: bool = True
     trains_backbone: bool = False
+    reads_words: bool = False
 
+
+_RATES = {"pretrain.learning_rate": 1e-3, "finetune.learning_rate": 5e-4}
+"""The highest that a backbone can bear which is trained, too: a config's are for tables."""
 
 VARIANTS: dict[str, Variant] = {
     MODEL: Variant("the method as configured"),
     "cllm4rec_t5": Variant("with a T5 backbone", {"model.backbone.architecture": "t5"}),
     "cllm4rec_llama": Variant("with a Llama-like backbone", {"model.backbone.architecture": "llama"}),
     "llm_scratch": Variant("backbone not pretrained, all trained", {"backbone.epochs": 0}, trains_backbone=True),
-    "llm_cf": Variant("no content model, interactions alone", reads_texts=False),
-    "llm_ftall": Variant("backbone trained too", trains_backbone=True),
+    "llm_cf": Variant("no content model, interactions alone", {"model.table_start": "noise"}, reads_texts=False),
+    "llm_ftall": Variant("backbone pretrained and trained on", trains_backbone=True, reads_words=True),
     "llm_fixord": Variant("items in a fixed order", {"pretrain.reorder_items": False}),
     "llm_prerec": Variant("pretrained only, no finetuning", {"finetune.epochs": 0}),
 }
 
 GRID: Mapping[str, tuple[Any, ...]] = {
-    "model.temperature": (5.0, 3.0, 1.0),
-    "pretrain.learning_rate": (5e-3, 2e-3),
+    "model.temperature": (1.0, 2.0),
+    "pretrain.learning_rate": (3e-3, 1e-3),
     "finetune.target": ("all", "heldout"),
 }
-"""What may be tried of every variant around a frozen backbone, beside the config's own values."""
+"""What may be tried of every variant around a frozen backbone, after the config's own values."""
 
 WHOLE_GRID: Mapping[str, tuple[Any, ...]] = {
-    "model.temperature": (5.0, 1.0),
+    "model.temperature": (1.0, 2.0),
     "pretrain.learning_rate": (1e-3, 5e-4),
     "finetune.learning_rate": (5e-4, 1e-4),
 }
@@ -55,6 +62,9 @@ WHOLE_GRID: Mapping[str, tuple[Any, ...]] = {
 
 MAIN = (MODEL, "llm_cf", "llm_ftall", "multi_vae", "sasrec", "ease", "ials", "popularity")
 ALL = (*VARIANTS, *BASELINES)
+
+READS_WORDS = ("m6_retrieval", *(name for name, variant in VARIANTS.items() if variant.reads_words))
+"""Rows that begin from a language model which has read the texts, whatever CLLM4Rec begins from."""
 
 AFTER = {"cllm4rec_emb": MODEL}
 """Rows that read what another row of the same split has learnt."""
@@ -75,9 +85,9 @@ def points_of(name: str, config: Config) -> list[dict[str, Any]]:
     most = config.compare.trials
     if name not in VARIANTS:
         return trials(name, most, config.seed)
-    grid = WHOLE_GRID if VARIANTS[name].trains_backbone else GRID
-    varied = {key: values for key, values in grid.items() if not _is_moot(key, config_of(name, config, {}))}
-    return points(varied, most, config.seed)
+    grid, varied = WHOLE_GRID if VARIANTS[name].trains_backbone else GRID, config_of(name, config, {})
+    tried = {key: values for key, values in grid.items() if not _is_moot(key, varied)}
+    return points(tried, most, config.seed, first={key: setting(varied, key) for key in tried})
 
 
 def _is_moot(key: str, config: Config) -> bool:
@@ -86,12 +96,23 @@ def _is_moot(key: str, config: Config) -> bool:
 
 
 def config_of(name: str, config: Config, params: Mapping[str, Any]) -> Config:
-    """The config of a variant with what is tried of it. Raises ConfigError where the two do not fit."""
+    """The config as a method changes it, with what is tried of a variant. Raises ConfigError where they do not fit."""
     if name == "llm_scratch" and isinstance(config.model.backbone, str):
         raise ConfigError(
             f"{name} begins from random weights, so it needs model.backbone to be a size to build, not a name"
         )
-    return with_settings(config, {**VARIANTS[name].settings, **params}, name)
+    settings: dict[str, Any] = dict(VARIANTS[name].settings) if name in VARIANTS else {}
+    if name in VARIANTS and VARIANTS[name].trains_backbone:
+        settings |= {key: min(setting(config, key), most) for key, most in _RATES.items()}
+    if name in READS_WORDS and isinstance(config.model.backbone, BackboneSize) and not config.backbone.epochs:
+        settings["backbone.epochs"] = config.compare.backbone_epochs
+    settings.update(params)
+    return with_settings(config, settings, name) if settings else config
+
+
+def setting(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def with_settings(config: Config, settings: Mapping[str, Any], who: str) -> Config:

@@ -58,6 +58,7 @@ from cllm4rec.model.grids import TensorBatch
 from cllm4rec.model.ranking import Ranker
 from cllm4rec.model.store import load_tables
 from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.training.from_texts import fresh_tables
 from cllm4rec.training.run import VALIDATION_METRIC, RunSettings, Shard, put_weights, run, run_settings
 from cllm4rec.training.stages import backbone_stages
 
@@ -117,7 +118,7 @@ class Row:
     @property
     def varied(self) -> Config:
         """The config as its method changes it."""
-        return config_of(self.name, self.config, {}) if self.name in VARIANTS else self.config
+        return config_of(self.name, self.config, {})
 
     def inputs(self) -> dict[str, str]:
         """Digests of everything the result depends on."""
@@ -255,7 +256,7 @@ def training_of(name: str, data: Data, config: Config) -> Training:
     budget = Budget(max_seconds=60 * config.compare.minutes)
     training = Training.of(data.histories, data.catalog, item_texts=data.item_texts, seed=config.seed, budget=budget)
     if name == "m6_retrieval":
-        backbone = load_backbone(backbone_directory(config), config.model.max_tokens)
+        backbone = load_backbone(backbone_directory(config_of(name, config, {})), config.model.max_tokens)
         if backbone.pairs:
             raise DataError("m6_retrieval embeds texts with a decoder, and model.backbone is an encoder-decoder")
         read = functools.partial(text_vectors, backbone=backbone, data=data, config=config)
@@ -274,9 +275,13 @@ def fit_variant(name: str, config: Config, data: Data) -> Fitted:
     documents = data.documents if VARIANTS[name].reads_texts else data.documents.of_kinds([Kind.INTERACTIONS])
     curve: list[dict[str, Any]] = []
 
+    start = fresh_tables(config, starting_backbone(config, data.language.num_words), tokens, lambda: data.documents)
+
     def make_model() -> CLLM4Rec:
         backbone = starting_backbone(config, data.language.num_words)
-        return new_model(config.model, backbone, tokens, config.seed)
+        model = new_model(config.model, backbone, tokens, config.seed)
+        put_weights(model, start)
+        return model
 
     weights = run(
         make_model,
@@ -307,7 +312,7 @@ def backbone_directory(config: Config) -> str:
 
 def _backbone_settings(config: Config) -> dict[str, Any]:
     return {
-        "model": config.model.model_dump(exclude={"table_std", "temperature"}),
+        "model": config.model.model_dump(exclude={"table_std", "table_start", "temperature"}),
         "stage": config.backbone.model_dump(),
         "run": dataclasses.asdict(_run_settings(config)),
     }

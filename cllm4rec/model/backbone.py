@@ -39,6 +39,8 @@ class Backbone(nn.Module, abc.ABC):
     def __init__(self, model: Any, max_tokens: int) -> None:
         super().__init__()
         self.model = model
+        if not getattr(model.config, "final_norm", True):
+            _without_final_norm(model)
         limit = getattr(model.config, "n_positions", None) or getattr(model.config, "max_position_embeddings", None)
         if limit is not None and limit < max_tokens and not self.pairs:
             raise ConfigError(
@@ -166,9 +168,38 @@ def build_backbone(size: BackboneSize, num_words: int, max_tokens: int, seed: in
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _BUILDERS[size.architecture](size, num_words, max_tokens)
+    model.config.final_norm = size.final_norm  # kept in config.json, and so with the weights
+    if not size.final_norm:
+        model.config.scale_decoder_outputs = False  # T5's division, which goes with its norm
     if size.copying_heads:
         start_with_copying_heads(model)
     return EncoderDecoder(model, max_tokens) if size.architecture == "t5" else Decoder(model, max_tokens)
+
+
+def _without_final_norm(model: nn.Module) -> None:
+    """Hand the last layer's sum on as it is. The norm gives every hidden state one length, so that what is common to all
+    histories drowns what differs (DECISIONS.md, "Quality")."""
+    base: Any = model.base_model
+    stack = base.decoder if hasattr(base, "decoder") else base
+    for name in _FINAL_NORMS:
+        if hasattr(stack, name):
+            setattr(stack, name, _Unused(getattr(stack, name)))
+
+
+class _Unused(nn.Module):
+    """Hands its input on. The norm's weights stay as buffers, so that what is saved is a whole model's."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        for name, weight in norm.named_parameters():
+            self.register_buffer(name, weight.detach())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+_FINAL_NORMS = ("ln_f", "norm", "final_layer_norm")
+"""Of GPT-2, Llama and T5, the architectures that are built here."""
 
 
 def start_with_copying_heads(model: nn.Module) -> None:
@@ -253,7 +284,7 @@ def _t5(size: BackboneSize, num_words: int, max_tokens: int) -> nn.Module:
     return model
 
 
-_BUILDERS: dict[str, Callable[[BackboneSize, int, int], nn.Module]] = {"gpt2": _gpt2, "llama": _llama, "t5": _t5}
+_BUILDERS: dict[str, Callable[[BackboneSize, int, int], Any]] = {"gpt2": _gpt2, "llama": _llama, "t5": _t5}
 
 
 def pretrained_backbone(name: str, revision: str | None, max_tokens: int) -> Backbone:

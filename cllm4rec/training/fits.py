@@ -14,12 +14,12 @@ from torch import Tensor
 from cllm4rec import artifacts
 from cllm4rec.artifacts import Manifest, digest_of, read_manifest, write_directory
 from cllm4rec.config import Config
-from cllm4rec.data.prepared import Histories, load_space
+from cllm4rec.data.prepared import Histories, load_documents, load_space
 from cllm4rec.errors import ArtifactError
-from cllm4rec.model.backbone import load_backbone, new_backbone, save_backbone, save_reference
-from cllm4rec.model.cllm4rec import new_model
-from cllm4rec.model.store import ModelFacts, Prompt, load_tables, write_model
-from cllm4rec.training.loop import METRICS, Job, fit
+from cllm4rec.model.backbone import load_backbone, new_backbone, save_backbone, save_reference, save_tensors
+from cllm4rec.model.store import ModelFacts, Prompt, write_model
+from cllm4rec.training.from_texts import fresh_tables
+from cllm4rec.training.loop import METRICS, Job, Start, fit
 from cllm4rec.training.run import Validation, run_settings
 from cllm4rec.training.stages import Stage, backbone_stages, finetune_stages, pretrain_stages
 
@@ -75,22 +75,32 @@ def fit_backbone(config: Config, make_validation: MakeValidation) -> Manifest:
 
 def fit_pretrained(config: Config, make_validation: MakeValidation) -> Manifest:
     """Content warm-up and mutually regularised pretraining of the four tables around the frozen backbone."""
-    inputs = pretrain_inputs(config)
-    tables = _fresh_tables(config) | _train(config, "pretrain", pretrain_stages(config), inputs, make_validation)
+    inputs, fresh = pretrain_inputs(config), _fresh_tables(config)
+    start_dir = run_directory(config, "start")
+    with write_directory(start_dir, kind="start", inputs=inputs, config=config.model_dump()) as draft:
+        save_tensors(fresh, draft.path("tables.safetensors"))
+    start = Start(artifacts.absolute(start_dir), "start")
+    tables = fresh | _train(config, "pretrain", pretrain_stages(config), inputs, make_validation, start)
+    _forget_run(config, "start")
     return _write_model(config, "pretrained", "interactions", tables, inputs, "pretrain")
 
 
 def fit_finetuned(config: Config, make_validation: MakeValidation) -> Manifest:
     """Recommendation-oriented finetuning of the collaborative tables: the `model/` that is scored and served."""
     inputs = finetune_inputs(config)
-    before = load_tables(config.directory("pretrained"), "pretrained")
-    tables = before | _train(config, "finetune", finetune_stages(config), inputs, make_validation)
+    start = Start(artifacts.absolute(config.directory("pretrained")), "pretrained")
+    tables = start.tables() | _train(config, "finetune", finetune_stages(config), inputs, make_validation, start)
     prompt: Prompt = "recommendation" if config.finetune.epochs else "interactions"
     return _write_model(config, "model", prompt, tables, inputs, "finetune")
 
 
 def _train(
-    config: Config, name: str, stages: list[Stage], inputs: dict[str, str], make_validation: MakeValidation
+    config: Config,
+    name: str,
+    stages: list[Stage],
+    inputs: dict[str, str],
+    make_validation: MakeValidation,
+    start: Start | None = None,
 ) -> dict[str, Tensor]:
     if not any(stage.epochs for stage in stages):
         return {}
@@ -99,7 +109,7 @@ def _train(
     job = Job(
         prepared_dir=artifacts.absolute(config.directory("prepared")),
         backbone_dir=artifacts.absolute(backbone_dir) if frozen else None,
-        start_dir=artifacts.absolute(config.directory("pretrained")) if name == "finetune" else None,
+        start=start,
         model=config.model,
         stages=stages,
         settings=run_settings(config),
@@ -116,10 +126,11 @@ def _train(
 
 
 def _fresh_tables(config: Config) -> dict[str, Tensor]:
-    """The tables before any training: what a stage of 0 epochs leaves."""
-    _, _, tokens = load_space(config.directory("prepared"))
+    """The tables before any training: what pretraining begins from, and a stage of 0 epochs leaves."""
+    prepared_dir = config.directory("prepared")
+    _, _, tokens = load_space(prepared_dir)
     backbone = load_backbone(config.directory("backbone"), config.model.max_tokens)
-    return {name: table.data for name, table in new_model(config.model, backbone, tokens, config.seed).tables().items()}
+    return fresh_tables(config, backbone, tokens, lambda: load_documents(prepared_dir))
 
 
 def _write_model(
@@ -169,6 +180,7 @@ def _training_digest(config: Config, stages: list[Stage]) -> str:
             "settings": settings,
             "global_batch_tokens": config.training.global_batch_tokens,
             "table_std": config.model.table_std,
+            "table_start": config.model.table_start,
             "temperature": config.model.temperature,
         }
     )

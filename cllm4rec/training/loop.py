@@ -46,15 +46,26 @@ _POLL_INTERVAL_S = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """Tables to begin from, in a finished directory of a kind."""
+
+    directory: str
+    kind: str
+
+    def tables(self) -> dict[str, Tensor]:
+        return load_tables(self.directory, self.kind)
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
-    """All a worker needs to know; paths are absolute. `start_dir` is a `pretrained/` directory to begin from.
+    """All a worker needs to know; paths are absolute.
 
     `backbone_dir` None means the backbone is the one the config describes, before any training.
     """
 
     prepared_dir: str
     backbone_dir: str | None
-    start_dir: str | None
+    start: Start | None
     model: ModelConfig
     stages: list[Stage]
     settings: RunSettings
@@ -206,8 +217,8 @@ def _model(job: Job) -> CLLM4Rec:
     else:
         backbone = load_backbone(job.backbone_dir, job.settings.max_tokens)
     model = new_model(job.model, backbone, tokens, job.settings.seed)
-    if job.start_dir is not None:
-        put_weights(model, load_tables(job.start_dir, "pretrained"))
+    if job.start is not None:
+        put_weights(model, job.start.tables())
     return model.to(ray.train.torch.get_device())
 
 
