@@ -4,7 +4,6 @@ python -m jobs.backbone --config jobs/configs/demo.yaml backbone.epochs=3
 """
 
 from jobs.cli import main
-from jobs.stages import BACKBONE
 
 if __name__ == "__main__":
-    main(BACKBONE, __doc__)
+    main("backbone", __doc__)

@@ -32,6 +32,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="PART,...", help=f"these parts alone, of {', '.join(PARTS)}")
     parser.add_argument("--json", metavar="FILE", help="write all figures here too")
     parser.add_argument("--threads", type=int, metavar="N", help="torch threads; by default a thread a core")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of machine, training and scoring")
     parser.add_argument("--output", metavar="DIR", help="where report.md and the plot go, instead of output_dir")
     parser.add_argument("--users", default="10000,100000", metavar="N,...", help="sizes of the growth part")
     parser.add_argument("--items", default="10000,100000", metavar="N,...", help="catalogues of the growth part")
@@ -41,6 +42,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     from cllm4rec.benchmark.report import report
 
+    if args.device == "cuda":
+        _refuse_without_gpu()
     if args.output:
         config = config.model_copy(update={"output_dir": args.output})
     parts = _parts(args.only)
@@ -70,7 +73,7 @@ def _measure(config: Config, parts: list[str], args: argparse.Namespace) -> dict
     torch.set_num_threads(threads)
     told: dict[str, Any] = {"notes": []}
     if {"machine", "training", "scoring"} & set(parts):
-        told = _measure_model(config, parts)
+        told = _measure_model(config, parts, args.device)
     others: dict[str, Callable[[], dict[str, Any]]] = {
         "rim": lambda: _rim(config, threads, args.rim_users),
         "growth": lambda: _growth(config, _sizes(args.users, "--users"), _sizes(args.items, "--items")),
@@ -83,7 +86,7 @@ def _measure(config: Config, parts: list[str], args: argparse.Namespace) -> dict
     return told
 
 
-def _measure_model(config: Config, parts: list[str]) -> dict[str, Any]:
+def _measure_model(config: Config, parts: list[str], device: str) -> dict[str, Any]:
     """The parts without Ray, in this process. Shares need the machine's rate, so it is always measured."""
     from cllm4rec.benchmark.corpora import load_corpora
     from cllm4rec.benchmark.machine import machine
@@ -92,13 +95,14 @@ def _measure_model(config: Config, parts: list[str]) -> dict[str, Any]:
     from cllm4rec.model.backbone import new_backbone
 
     say("benchmark: machine")
-    told: dict[str, Any] = {"machine": machine(), "notes": []}
+    told: dict[str, Any] = {"machine": machine(device=device), "notes": []}
     if not {"training", "scoring"} & set(parts):
         return told
     corpora = load_corpora(Path(os.environ.get(_SHARED, "../shared")))
     told["notes"] += corpora.notes
     backbone = new_backbone(config.model, corpora.histories.tokens.num_words, config.seed)
-    setting = Setting(config.training.micro_batch_tokens, config.model.max_tokens, config.score.batch_users)
+    micro_batch_tokens, max_tokens = config.training.micro_batch_tokens, config.model.max_tokens
+    setting = Setting(micro_batch_tokens, max_tokens, config.score.batch_users, device=device)
     if "training" in parts:
         told["training"] = training(corpora, backbone, setting, say)
     if "scoring" in parts:
@@ -107,6 +111,13 @@ def _measure_model(config: Config, parts: list[str]) -> dict[str, Any]:
     for row in [*told.get("training", {}).values(), *([told["scoring"]] if "scoring" in told else [])]:
         row["flops_share"] = row["useful_flops_per_s"] / rate
     return told
+
+
+def _refuse_without_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda needs a GPU that torch can see; leave it out to measure the CPU")
 
 
 def _sizes(words: str, flag: str) -> list[int]:

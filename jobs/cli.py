@@ -20,7 +20,6 @@ from cllm4rec.config import Config, load_config
 from cllm4rec.errors import Cllm4RecError, ConfigError, ResourceError, causes, is_full_disk
 from jobs import ENVIRONMENT
 from jobs.progress import say
-from jobs.stages import Stage, run_stage
 
 _CONNECT_TIMEOUT_S = 20.0
 _AFTER_VERB = "section.key=value after these replace settings of the file; --config stands before the verb"
@@ -30,9 +29,15 @@ AddVerb = Callable[[str, str], argparse.ArgumentParser]
 """Name of a verb and a line of help → its parser, for operands and flags."""
 
 
-def main(stage: Stage, description: str | None) -> None:
-    """Run one stage as a program."""
-    program(f"jobs.{stage.name}", description, lambda config, args: {stage.name: run_stage(stage, config, args.force)})
+def main(stage: str, description: str | None) -> None:
+    """Run one stage of the pipeline, by its name, as a program."""
+
+    def job(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+        from jobs.stages import STAGES, run_stage  # here: --help and a wrong config should not wait for Ray and torch
+
+        return {stage: run_stage(STAGES[stage], config, args.force)}
+
+    program(f"jobs.{stage}", description, job)
 
 
 def program(

@@ -6,7 +6,6 @@ Writes metrics.json, per_user.parquet, top100.parquet, plots and report.md.
 """
 
 from jobs.cli import main
-from jobs.stages import EVALUATE
 
 if __name__ == "__main__":
-    main(EVALUATE, __doc__)
+    main("evaluate", __doc__)

@@ -4,7 +4,6 @@ python -m jobs.finetune --config jobs/configs/demo.yaml finetune.epochs=30
 """
 
 from jobs.cli import main
-from jobs.stages import FINETUNE
 
 if __name__ == "__main__":
-    main(FINETUNE, __doc__)
+    main("finetune", __doc__)

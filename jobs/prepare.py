@@ -6,7 +6,6 @@ Prints how many rows went where and the leakage audit. The demo's 2,000 users ta
 """
 
 from jobs.cli import main
-from jobs.stages import PREPARE
 
 if __name__ == "__main__":
-    main(PREPARE, __doc__)
+    main("prepare", __doc__)

@@ -6,7 +6,6 @@ Prints each epoch's loss, validation recall and rates. An interrupted run goes o
 """
 
 from jobs.cli import main
-from jobs.stages import PRETRAIN
 
 if __name__ == "__main__":
-    main(PRETRAIN, __doc__)
+    main("pretrain", __doc__)

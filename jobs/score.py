@@ -6,7 +6,6 @@ An interrupted run goes on with the users it has not scored. Lists that fail the
 """
 
 from jobs.cli import main
-from jobs.stages import SCORE
 
 if __name__ == "__main__":
-    main(SCORE, __doc__)
+    main("score", __doc__)

@@ -89,6 +89,7 @@ EVALUATE = _artifact("evaluate", "evaluation", evaluate_inputs, lambda config, _
 SCORE = Stage("score", "dump", is_published, _score)
 
 PIPELINE = (PREPARE, BACKBONE, PRETRAIN, FINETUNE, EVALUATE, SCORE)
+STAGES = {stage.name: stage for stage in PIPELINE}
 
 
 def run_stage(stage: Stage, config: Config, force: bool) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The benchmark compares like with like: the reference's loss and lists are ours, and useful work is counted right."""
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,18 +20,19 @@ from cllm4rec.benchmark.reference import Reference
 from cllm4rec.benchmark.report import report
 from cllm4rec.benchmark.training import Setting, epoch_of, our_steps, reference_steps
 from cllm4rec.benchmark.work import Work, document_lengths
-from cllm4rec.config import BackboneSize
+from cllm4rec.config import BackboneSize, load_config
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.epochs import Maker, interaction_source
 from cllm4rec.data.packing import Packer
 from cllm4rec.data.ragged import no_values
-from cllm4rec.errors import ResourceError
+from cllm4rec.errors import ConfigError, ResourceError
 from cllm4rec.model.backbone import build_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.grids import TensorBatch
 from cllm4rec.model.ranking import Ranker
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.training.stages import COLLABORATIVE, CONTENT
+from jobs import benchmark
 
 ROOT = Path(__file__).parents[1]
 WORLD = parity()
@@ -117,6 +120,36 @@ def test_a_part_that_does_not_exist_is_named_in_one_sentence():
     )
     assert done.returncode == 2
     assert json.loads(done.stdout.splitlines()[-1])["error"].startswith("--only knows no part rain;")
+
+
+def test_a_gpu_that_is_not_there_is_asked_for_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="--device cuda needs a GPU"):
+        benchmark.run(load_config("jobs/configs/benchmark.yaml", []), argparse.Namespace(device="cuda"))
+
+
+def test_the_bare_loop_is_measured_on_a_machine_without_ray_and_deepspeed(tmp_path):
+    """As on a GPU machine that has torch and transformers alone."""
+    words = ["--only", "training,scoring", "--output", str(tmp_path), "--threads", "1", "model.max_tokens=160",
+             "training.micro_batch_tokens=160", "score.batch_users=400",
+             "model.backbone={layers: 1, width: 8, heads: 1, vocab_size: 50257}"]  # fmt: skip
+    code = (
+        "import runpy, sys\n"
+        "for name in ('ray', 'deepspeed', 'deltalake', 'implicit'): sys.modules[name] = None\n"
+        "from cllm4rec.benchmark import figures, machine\n"
+        "rates = ('fp32_flops_per_s', 'bf16_flops_per_s', 'copy_bytes_per_s')\n"
+        "machine.machine = lambda **_: figures.row({rate: [1e9] for rate in rates}) | {'threads': 1}\n"
+        f"sys.argv = ['jobs.benchmark', *{words!r}]\n"
+        "runpy.run_module('jobs.benchmark', run_name='__main__')\n"
+    )
+    environment = os.environ | {"CLLM4REC_SHARED": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = (tmp_path / "report.md").read_text()
+    assert "### training" in report
+    assert "### scoring" in report
 
 
 def test_a_programs_peak_memory_and_last_line_are_seen():

@@ -4,7 +4,7 @@ Every batch is padded to its longest document, in fp32. Prompt and main text run
 Batches hold 20 documents; logits of the whole head are made on every position, targets are dense, and Adam goes over
 whole tables. Ranking sorts all scores. The loss is the project's own (a test compares them), so a ratio compares the same.
 
-Lengths: D documents, T tokens of the longest, K hidden size, V rows of a head.
+Lengths: D documents, T tokens of the longest, M tokens of all main texts, K hidden size, V rows of a head.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,6 +29,10 @@ class Reference:
     """A GPT-2-like model of the project, run the plain way. Documents of one call are all of one kind."""
 
     model: CLLM4Rec
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.collaborative_items.device
 
     def optimizer(self, learning_rate: float = 1e-3) -> torch.optim.Optimizer:
         return torch.optim.Adam([table for table in self.model.tables().values() if table.requires_grad], learning_rate)
@@ -53,15 +59,15 @@ class Reference:
         """The k best unseen items of each recommendation prompt."""
         hidden_DTK = self._hidden(prompts, is_text=False)
         logits_DTJ = hidden_DTK @ self.model.collaborative_items.T
-        last = torch.from_numpy(prompts.prompt.lengths - 1)
-        scores_DJ = torch.softmax(logits_DTJ[torch.arange(len(prompts)), last], dim=1)
-        scores_DJ[torch.from_numpy(seen.rows), torch.from_numpy(seen.values)] = -1.0
+        last = self._tensor(prompts.prompt.lengths - 1)
+        scores_DJ = torch.softmax(logits_DTJ[self._tensor(np.arange(len(prompts))), last], dim=1)
+        scores_DJ[self._tensor(seen.rows), self._tensor(seen.values)] = -1.0
         return scores_DJ.argsort(dim=1, descending=True, stable=True)[:, :k]
 
     def _hidden(self, documents: Documents, is_text: bool) -> Tensor:
         """Hidden states of prompt and main text side by side, each padded to its longest."""
-        prompt_DT, prompt_mask_DT = _padded(documents.prompt)
-        main_DT, main_mask_DT = _padded(documents.main)
+        prompt_DT, prompt_mask_DT = _padded(documents.prompt, self.device)
+        main_DT, main_mask_DT = _padded(documents.main, self.device)
         run: Any = self.model.backbone.model.base_model
         first = run(
             inputs_embeds=self._embed(prompt_DT, is_text),
@@ -75,7 +81,7 @@ class Reference:
         second = run(
             inputs_embeds=self._embed(main_DT, is_text),
             attention_mask=torch.cat([prompt_mask_DT, main_mask_DT], dim=1),
-            position_ids=_places(main_DT) + torch.from_numpy(documents.prompt.lengths)[:, None],
+            position_ids=_places(main_DT) + self._tensor(documents.prompt.lengths)[:, None],
             past_key_values=first.past_key_values,
         )
         return torch.cat([first.last_hidden_state, second.last_hidden_state], dim=1)
@@ -88,7 +94,7 @@ class Reference:
             if is_text
             else (model.collaborative_users, model.collaborative_items)
         )
-        embedding_DTK = torch.zeros(*token_DT.shape, model.backbone.width)
+        embedding_DTK = torch.zeros(*token_DT.shape, model.backbone.width, device=self.device)
         tables = (
             (model.backbone.word_embeddings, 0, space.num_words),
             (users, space.num_words, space.num_users),
@@ -109,17 +115,15 @@ class Reference:
             return target_DTV
         # The first main token is predicted by the prompt's last position, the others by the main text before them.
         main, longest_prompt = documents.main, int(documents.prompt.lengths.max())
-        position = torch.from_numpy(main.places + longest_prompt - 1)
-        is_first = torch.from_numpy(main.places == 0)
-        position[is_first] = torch.from_numpy(last[main.rows])[is_first]
+        position_M = np.where(main.places == 0, last[main.rows], main.places + longest_prompt - 1)
         first = 0 if documents.kind[0] != Kind.INTERACTIONS else int(self.model.tokens.item_token(0))
-        target_DTV[main.rows, position, torch.from_numpy(main.values.astype("int64")) - first] = 1.0
+        target_DTV[main.rows, position_M, main.values.astype("int64") - first] = 1.0
         return target_DTV
 
     def _penalty(self, documents: Documents) -> Tensor:
         """Squared distance of the two embeddings of every distinct ID of each document."""
         model, space = self.model, self.model.tokens
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.device)
         for row in range(len(documents)):
             ids = {*documents.prompt[row].tolist(), *documents.main[row].tolist()}
             ids |= {int(space.item_token(item)) for item in documents.target[row]}
@@ -132,15 +136,18 @@ class Reference:
                     total = total + (model.collaborative_items[item] - model.content_items[item]).square().sum()
         return total
 
+    def _tensor(self, values: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
-def _padded(tokens: Ragged) -> tuple[Tensor, Tensor]:
+
+def _padded(tokens: Ragged, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens side by side, -1 behind the end of each row, and which of them are real."""
     longest = int(tokens.lengths.max())
     token_DT = torch.full((len(tokens), longest), -1)
     token_DT[tokens.rows, tokens.places] = torch.from_numpy(tokens.values.astype("int64"))
-    lengths = torch.from_numpy(tokens.lengths)
-    return token_DT, (torch.arange(longest) < lengths[:, None]).long()
+    mask_DT = torch.arange(longest) < torch.from_numpy(tokens.lengths)[:, None]
+    return token_DT.to(device), mask_DT.long().to(device)
 
 
 def _places(token_DT: Tensor) -> Tensor:
-    return torch.arange(token_DT.shape[1]).expand_as(token_DT)
+    return torch.arange(token_DT.shape[1], device=token_DT.device).expand_as(token_DT)

@@ -60,7 +60,7 @@ def _reference(
     setting: Setting,
 ) -> Row:  # fmt: skip
     tokens = corpora.histories.tokens
-    reference = Reference(CLLM4Rec(backbone, tokens, seed=setting.seed))
+    reference = Reference(CLLM4Rec(backbone, tokens, seed=setting.seed).to(setting.device))
     rates = []
     for number in range(setting.reference_steps + 1):
         rows = np.arange(number * BATCH, (number + 1) * BATCH)
@@ -68,7 +68,7 @@ def _reference(
 
         def rank(rows: np.ndarray[tuple[int], np.dtype[np.int64]] = rows, seen: Ragged = seen) -> None:
             prompts = corpora.prompts.recommendation(tokens, users[rows], seen, no_values(len(rows)))
-            reference.top_k(prompts, seen, K)
+            reference.top_k(prompts, seen, K).cpu()
 
         rates += [BATCH / one for one in seconds_of(rank, 1, warm_up=int(number == 0))]
     return row({"users_per_s": rates[1:]})

@@ -107,7 +107,7 @@ def our_steps(
 def reference_steps(
     documents: Documents, corpus: Corpus, backbone: Backbone, trained: tuple[str, ...], setting: Setting
 ) -> Row:
-    model = CLLM4Rec(backbone, corpus.tokens, seed=setting.seed)
+    model = CLLM4Rec(backbone, corpus.tokens, seed=setting.seed).to(setting.device)
     model.train_only(trained)
     reference, counted = Reference(model), _Counted(corpus)
     optimizer = reference.optimizer()
