@@ -17,11 +17,12 @@ from typing import Any
 
 from cllm4rec.artifacts import digest_of, is_current, join, read_manifest, write_bytes, write_directory, write_json
 from cllm4rec.comparison.examples import examples
+from cllm4rec.comparison.language import backbone_inputs, run_backbone
 from cllm4rec.comparison.methods import AFTER, chosen_methods
 from cllm4rec.comparison.report import EXAMPLES, render
 from cllm4rec.comparison.results import collect
 from cllm4rec.comparison.sweeps import sweep_rows
-from cllm4rec.comparison.trial import Row, backbone_inputs, of_split, run_backbone, run_row
+from cllm4rec.comparison.trial import Row, of_split, run_row
 from cllm4rec.config import Config
 from cllm4rec.data.prepare import prepare, prepare_inputs
 from cllm4rec.data.staging import each

@@ -18,6 +18,7 @@ from cllm4rec.baselines.registry import BASELINES
 from cllm4rec.comparison import examples as examples_page
 from cllm4rec.comparison import trial
 from cllm4rec.comparison.examples import chosen_users, examples, plain_markdown, shortened, shown_methods
+from cllm4rec.comparison.language import backbone_directory, bare_settings, run_backbone, starting_backbone
 from cllm4rec.comparison.methods import (
     ALL,
     GRID,
@@ -36,14 +37,11 @@ from cllm4rec.comparison.sweeps import describe_sweeps, sweep_rows
 from cllm4rec.comparison.trial import (
     Data,
     Row,
-    backbone_directory,
     fit,
     fit_variant,
     of_split,
     read_row,
-    run_backbone,
     run_row,
-    starting_backbone,
 )
 from cllm4rec.config import parse_config
 from cllm4rec.data.epochs import Maker
@@ -231,7 +229,7 @@ def test_rows_share_a_language_model_only_where_it_is_the_same(split):
 
 def test_rows_are_trained_by_plain_torch_whatever_the_engine(split):
     training = split.training.model_copy(update={"engine": "deepspeed", "zero_stage": 3})
-    settings = trial._run_settings(split.model_copy(update={"training": training}))
+    settings = bare_settings(split.model_copy(update={"training": training}))
     assert (settings.engine, settings.zero_stage) == ("torch", 0)
     assert settings.micro_batch_tokens == split.training.micro_batch_tokens
 

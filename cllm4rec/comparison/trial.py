@@ -9,7 +9,7 @@
 
 Everything runs on one thread of one process, without Ray, so that rows may run side by side.
 
-Lengths: B users, J items, K hidden size, T tokens of a text.
+Lengths: B users, J items.
 """
 
 from __future__ import annotations
@@ -24,16 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import tokenizers
 import torch
 
 from cllm4rec.artifacts import (
     digest_of,
     is_current,
     join,
-    read_bytes,
     read_json,
     read_manifest,
     write_directory,
@@ -42,30 +39,26 @@ from cllm4rec.artifacts import (
 from cllm4rec.baselines.data import Budget, Training, item_texts_with_reviews
 from cllm4rec.baselines.registry import make
 from cllm4rec.catalog import Catalog
+from cllm4rec.comparison.language import backbone_directory, bare_settings, starting_backbone, text_vectors
 from cllm4rec.comparison.methods import AFTER, MODEL, VARIANTS, config_of, points_of, stages_of
-from cllm4rec.config import BackboneSize, Config
+from cllm4rec.config import Config
 from cllm4rec.data.documents import Documents, Kind
-from cllm4rec.data.packing import Packer
 from cllm4rec.data.prepared import Histories, Language, load_documents, load_space, read_tables, write_table
-from cllm4rec.data.ragged import Ragged, no_values
+from cllm4rec.data.ragged import Ragged
 from cllm4rec.errors import DataError, TrainingError
 from cllm4rec.evaluation.metrics import IntArray, compute, depth
 from cllm4rec.evaluation.protocol import HeldOut, Validation, rank_with
 from cllm4rec.evaluation.stage import rank_with_scorer
-from cllm4rec.model.backbone import Backbone, load_backbone, new_backbone, save_backbone, save_reference, save_tensors
+from cllm4rec.model.backbone import load_backbone, save_tensors
 from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
-from cllm4rec.model.grids import TensorBatch
 from cllm4rec.model.ranking import Ranker
 from cllm4rec.model.store import load_tables
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.training.from_texts import fresh_tables
-from cllm4rec.training.run import VALIDATION_METRIC, RunSettings, Shard, put_weights, run, run_settings
-from cllm4rec.training.stages import backbone_stages
+from cllm4rec.training.run import VALIDATION_METRIC, Shard, put_weights, run
 
 KIND = "compared"
 """Of the directories of finished rows."""
-
-_TEXTS_AT_ONCE = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +252,8 @@ def training_of(name: str, data: Data, config: Config) -> Training:
         backbone = load_backbone(backbone_directory(config_of(name, config, {})), config.model.max_tokens)
         if backbone.pairs:
             raise DataError("m6_retrieval embeds texts with a decoder, and model.backbone is an encoder-decoder")
-        read = functools.partial(text_vectors, backbone=backbone, data=data, config=config)
+        tokens = data.catalog.tokens(data.language.num_words)
+        read = functools.partial(text_vectors, backbone=backbone, tokens=tokens, config=config)
         users = read(data.catalog.user_texts) if any(data.catalog.user_texts) else None
         return dataclasses.replace(training, item_text_vectors=read(data.item_texts), user_text_vectors=users)
     if name in AFTER:
@@ -288,7 +282,7 @@ def fit_variant(name: str, config: Config, data: Data) -> Fitted:
         data.language.prompts,
         stages_of(name, config),
         Shard(documents, Validation(data.histories)),
-        _run_settings(config),
+        bare_settings(config),
         log=lambda entry: curve.append(_told(entry)) if f"validation_{VALIDATION_METRIC}" in entry else None,
     )
     model = make_model()
@@ -301,88 +295,6 @@ def fit_variant(name: str, config: Config, data: Data) -> Fitted:
 
 def _told(entry: dict[str, Any]) -> dict[str, Any]:
     return {"stage": entry["stage"], VALIDATION_METRIC: entry[f"validation_{VALIDATION_METRIC}"], "loss": entry["loss"]}
-
-
-def backbone_directory(config: Config) -> str:
-    """Named after all that makes it another language model, so that rows which begin from the same one share it."""
-    size = config.model.backbone
-    what = f"{size.architecture}_{size.layers}x{size.width}" if isinstance(size, BackboneSize) else "stock"
-    return config.directory(f"backbone_{what}_{digest_of(_backbone_settings(config))[:8]}")
-
-
-def _backbone_settings(config: Config) -> dict[str, Any]:
-    return {
-        "model": config.model.model_dump(exclude={"table_std", "table_start", "temperature"}),
-        "stage": config.backbone.model_dump(),
-        "run": dataclasses.asdict(_run_settings(config)),
-    }
-
-
-def _run_settings(config: Config) -> RunSettings:
-    """A row is trained by one process on plain torch, whatever the config says of workers."""
-    return dataclasses.replace(run_settings(config), engine="torch", zero_stage=0)
-
-
-def starting_backbone(config: Config, num_words: int) -> Backbone:
-    """The language model before the tables are trained: with no epochs of its own, as `model.backbone` describes it."""
-    if not config.backbone.epochs:
-        return new_backbone(config.model, num_words, config.seed)
-    return load_backbone(backbone_directory(config), config.model.max_tokens)
-
-
-def backbone_inputs(config: Config) -> dict[str, str]:
-    prepared = read_manifest(config.directory("prepared"), "prepared").digest
-    return {"prepared": prepared, "settings": digest_of(_backbone_settings(config))}
-
-
-def run_backbone(config: Config) -> str:
-    """Train the language model of one split on its training texts and write it; returns its directory."""
-    torch.set_num_threads(1)
-    inputs, prepared_dir, started = backbone_inputs(config), config.directory("prepared"), time.monotonic()
-    _, language, tokens = load_space(prepared_dir)
-    backbone = new_backbone(config.model, language.num_words, config.seed)
-    model = CLLM4Rec(backbone, tokens, std=0.0)
-    shard = Shard(load_documents(prepared_dir), None)
-    weights = run(
-        lambda: model, language.prompts, backbone_stages(config), shard, _run_settings(config), log=lambda entry: None
-    )
-    put_weights(model, weights)
-    directory = backbone_directory(config)
-    with write_directory(directory, kind="backbone", inputs=inputs, config=config.model_dump(mode="json")) as draft:
-        if isinstance(config.model.backbone, str) and not weights:
-            save_reference(backbone, config.model, draft.uri)
-        else:
-            save_backbone(backbone, draft.uri)
-        draft.counts["seconds"] = time.monotonic() - started
-    return directory
-
-
-def text_vectors(texts: list[str], backbone: Backbone, data: Data, config: Config) -> npt.NDArray[np.float32]:
-    """Mean hidden state of each text's first tokens (text × K); zeros where there is no text."""
-    tokenizer = tokenizers.Tokenizer.from_buffer(
-        read_bytes(join(config.directory("prepared"), "tokenizer", "tokenizer.json"))
-    )
-    tokens = data.catalog.tokens(data.language.num_words)
-    model = CLLM4Rec(backbone, tokens, std=0.0).eval()
-    most = config.data.max_text_tokens
-    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-    words = Ragged.from_lists([one.ids[:most] for one in encoded], np.int32)
-    vectors_DK = np.zeros((len(texts), backbone.width), np.float32)
-    packer = Packer(tokens, _TEXTS_AT_ONCE, most)
-    for begin in range(0, len(texts), _TEXTS_AT_ONCE):
-        rows = np.arange(begin, min(begin + _TEXTS_AT_ONCE, len(texts)))
-        rows = rows[words.lengths[rows] > 0]
-        part = words.take(rows)
-        none = np.full(len(rows), -1, np.int64)
-        kinds = np.full(len(rows), int(Kind.ITEM_TEXT), np.int8)
-        # As a prompt: words of a main text would be predicted, too, for nothing.
-        documents = Documents(kinds, none, none, part, no_values(len(rows)), no_values(len(rows)))
-        batch = packer.layout(documents, np.arange(len(rows)), np.zeros(len(rows), np.int64))
-        with torch.inference_mode():
-            hidden_RTK = model.hidden(TensorBatch.of(batch, torch.device("cpu"))).view(_TEXTS_AT_ONCE, most, -1)
-        for place, row in enumerate(rows.tolist()):
-            vectors_DK[row] = hidden_RTK[place, : words.lengths[row]].float().mean(dim=0).numpy()
-    return vectors_DK
 
 
 def forget_peak_memory() -> None:
