@@ -98,7 +98,7 @@ class BackboneSize(_Section):
     """A language model to build from scratch, with a byte-level BPE trained on the training split's texts."""
 
     architecture: Literal["gpt2", "llama", "t5"] = "gpt2"
-    layers: Positive = 2
+    layers: Positive = Field(1, description="untrained, a second one only blurs what the first passes on")
     width: Positive = 128
     heads: Positive = 4
     vocab_size: Annotated[int, Field(ge=257)] = 4096
