@@ -137,7 +137,7 @@ def _vacuum(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         )
         if planned.versions:
             say(f"dump: without them these versions can be read no more: {', '.join(map(str, planned.versions))}")
-        if not args.dry_run:
+        if planned.num_files and not args.dry_run:
             dumps.vacuum(dump_dir, args.keep_days, dry_run=False)
             say("dump: removed")
     return {**dataclasses.asdict(planned), "dry_run": args.dry_run}

@@ -28,8 +28,8 @@ from cllm4rec.page import plain, png
 
 STAGES = ("prepare", "backbone", "pretrain", "finetune", "score")
 _WATCH_S = 0.2
-_ITEMS_PER_USER = 0.1
-_FEWEST_ITEMS = 100
+_NUM_ITEMS = 5_000
+"""The same at every number of users: the catalogue grows in a part of its own."""
 
 
 def growth(output_dir: str, users: list[int], items: list[int], say: Callable[[str], None]) -> Row:
@@ -47,7 +47,7 @@ def growth(output_dir: str, users: list[int], items: list[int], say: Callable[[s
 
 def _of_users(output_dir: str, num_users: int) -> Row:
     folder = fresh(os.path.join(output_dir, f"growth-{num_users}"))
-    sample_world(folder, num_users, max(_FEWEST_ITEMS, int(num_users * _ITEMS_PER_USER)))
+    sample_world(folder, num_users, _NUM_ITEMS)
     file = Path(folder) / "config.yaml"
     file.write_text(yaml.safe_dump(_config(folder)))
     told: Row = {"users": num_users}

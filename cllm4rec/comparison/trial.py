@@ -269,7 +269,7 @@ def fit_variant(name: str, config: Config, data: Data) -> Fitted:
     documents = data.documents if VARIANTS[name].reads_texts else data.documents.of_kinds([Kind.INTERACTIONS])
     curve: list[dict[str, Any]] = []
 
-    start = fresh_tables(config, starting_backbone(config, data.language.num_words), tokens, lambda: data.documents)
+    start = fresh_tables(config, starting_backbone(config, data.language.num_words), tokens, lambda: [data.documents])
 
     def make_model() -> CLLM4Rec:
         backbone = starting_backbone(config, data.language.num_words)

@@ -16,7 +16,7 @@ Buckets partition the users (and, for item texts, the items): a worker owns whol
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,6 +117,12 @@ class Language:
 def load_documents(prepared_dir: str, rank: int = 0, world_size: int = 1) -> Documents:
     """One worker's documents, read without Ray; see `cllm4rec.training.loop` for the same through Ray Data."""
     return Documents.from_arrow(read_tables(bucket_paths(prepared_dir, "documents", rank, world_size))).in_order()
+
+
+def documents_by_bucket(prepared_dir: str) -> Iterator[Documents]:
+    """All documents, a bucket of users at a time: no more of them is in memory."""
+    for path in bucket_paths(prepared_dir, "documents"):
+        yield Documents.from_arrow(read_tables([path]))
 
 
 def load_space(prepared_dir: str) -> tuple[Catalog, Language, TokenSpace]:

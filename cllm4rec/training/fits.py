@@ -14,7 +14,7 @@ from torch import Tensor
 from cllm4rec import artifacts
 from cllm4rec.artifacts import Manifest, digest_of, read_manifest, write_directory
 from cllm4rec.config import Config
-from cllm4rec.data.prepared import Histories, load_documents, load_space
+from cllm4rec.data.prepared import Histories, documents_by_bucket, load_space
 from cllm4rec.errors import ArtifactError
 from cllm4rec.model.backbone import load_backbone, new_backbone, save_backbone, save_reference, save_tensors
 from cllm4rec.model.store import ModelFacts, Prompt, write_model
@@ -130,7 +130,7 @@ def _fresh_tables(config: Config) -> dict[str, Tensor]:
     prepared_dir = config.directory("prepared")
     _, _, tokens = load_space(prepared_dir)
     backbone = load_backbone(config.directory("backbone"), config.model.max_tokens)
-    return fresh_tables(config, backbone, tokens, lambda: load_documents(prepared_dir))
+    return fresh_tables(config, backbone, tokens, lambda: documents_by_bucket(prepared_dir))
 
 
 def _write_model(

@@ -1,12 +1,14 @@
 """Item rows that begin from what was written of the items, so that training starts near its goal where texts tell items
 apart: latent semantic analysis (Deerwester et al., "Indexing by Latent Semantic Analysis", JASIS 1990).
 
-Shapes: J items, N words, K width of the tables.
+Shapes: J items, N words, R components, K width of the tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -24,21 +26,23 @@ from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
 
 
 def fresh_tables(
-    config: Config, backbone: Backbone, tokens: TokenSpace, read: Callable[[], Documents]
+    config: Config, backbone: Backbone, tokens: TokenSpace, read: Callable[[], Iterable[Documents]]
 ) -> dict[str, Tensor]:
-    """The tables before any training, as `model.table_start` asks; `read` gives the training documents where it does."""
+    """The tables before any training, as `model.table_start` asks; `read` gives the training documents, part by part."""
     model = new_model(config.model, backbone, tokens, config.seed)
     if config.model.table_start == "texts":
         start_from_texts(model, read(), config.seed)
     return {name: table.data for name, table in model.tables().items()}
 
 
-def start_from_texts(model: CLLM4Rec, documents: Documents, seed: int) -> None:
+def start_from_texts(model: CLLM4Rec, parts: Iterable[Documents], seed: int) -> None:
     """Put `text_components` in the place of both tables' fresh item rows, at a mean square length of 1.
 
     An item without a text keeps its noise, and so do all where no text tells items apart.
     """
-    rows_JK, has_text_J = text_components(documents, model.tokens.num_items, model.content_items.shape[1], seed)
+    count_JN = word_counts(parts, model.tokens.num_items, model.tokens.num_words)
+    has_text_J = np.diff(count_JN.indptr) > 0
+    rows_JK = text_components(count_JN, model.content_items.shape[1], seed)
     length = np.sqrt(np.square(rows_JK[has_text_J]).sum(axis=1).mean()) if has_text_J.any() else 0.0
     if length < _SAME:
         return
@@ -51,25 +55,36 @@ def start_from_texts(model: CLLM4Rec, documents: Documents, seed: int) -> None:
 _SAME = 1e-6
 
 
-def text_components(
-    documents: Documents, num_items: int, width: int, seed: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """J × K: the items' texts and reviews as TF-IDF of tokens, centred principal components of it, turned at random so
-    that every dimension bears as much; and which of the J items have a text."""
-    about = documents.take(np.flatnonzero(np.isin(documents.kind, TEXT_KINDS) & (documents.item >= 0)))
-    item, word = np.repeat(about.item, about.main.lengths), about.main.values
-    num_words = int(word.max(initial=0)) + 1
-    ones = np.ones(len(word), np.float32)
-    weight_JN = tf_idf(sparse.coo_array((ones, (item, word)), shape=(num_items, num_words)).tocsr())
-    has_text_J = np.diff(weight_JN.indptr) > 0
+def word_counts(parts: Iterable[Documents], num_items: int, num_words: int) -> sparse.csr_array:
+    """J × N: how often each item's texts and reviews have each token. Grows with the catalogue, not with the reviews."""
+    total_JN = sparse.csr_array((num_items, num_words), dtype=np.float32)
+    pending: list[sparse.csr_array] = []
+    for documents in parts:
+        about = documents.take(np.flatnonzero(np.isin(documents.kind, TEXT_KINDS) & (documents.item >= 0)))
+        place = (np.repeat(about.item, about.main.lengths), about.main.values)
+        ones = np.ones(len(about.main.values), np.float32)
+        pending.append(sparse.coo_array((ones, place), shape=total_JN.shape).tocsr())
+        # Adding copies the total, so it waits until there is as much to add.
+        if sum(part.nnz for part in pending) > max(total_JN.nnz, _AT_ONCE):
+            total_JN, pending = total_JN + functools.reduce(operator.add, pending), []
+    return functools.reduce(operator.add, pending, total_JN)
+
+
+_AT_ONCE = 1 << 20
+
+
+def text_components(count_JN: sparse.csr_array, width: int, seed: int) -> npt.NDArray[np.float32]:
+    """J × K: principal components of the TF-IDF of the items that have words, centred, and turned at random so that every
+    dimension bears as much; the others are rows of zeros."""
+    weight_JN, has_text_J = tf_idf(count_JN), np.diff(count_JN.indptr) > 0
     rank = min(width, min(weight_JN.shape) - 1)
-    rows_JK = np.zeros((num_items, width), np.float32)
+    rows_JK = np.zeros((len(has_text_J), width), np.float32)
     if rank < 1 or not np.abs(weight_JN.data).sum():
-        return rows_JK, has_text_J
+        return rows_JK
     rng = np.random.default_rng(seed)
     _, _, direction_RN = svds(weight_JN, k=rank, v0=rng.standard_normal(min(weight_JN.shape)).astype(np.float32))
     turn_KK = np.linalg.qr(rng.standard_normal((width, width)))[0]
     part_JR = weight_JN @ direction_RN.T
     part_JR -= part_JR[has_text_J].mean(axis=0)
     rows_JK[has_text_J] = (part_JR @ turn_KK[:rank])[has_text_J]
-    return rows_JK, has_text_J
+    return rows_JK
