@@ -15,7 +15,7 @@ from parity import MAX_TOKENS, parity
 from cllm4rec.benchmark import machine as machine_module
 from cllm4rec.benchmark.corpora import load_corpora
 from cllm4rec.benchmark.figures import row
-from cllm4rec.benchmark.growth import run_watched
+from cllm4rec.benchmark.growth import further, run_watched
 from cllm4rec.benchmark.reference import Reference
 from cllm4rec.benchmark.report import report
 from cllm4rec.benchmark.training import Setting, epoch_of, our_steps, reference_steps
@@ -160,6 +160,16 @@ def test_a_programs_peak_memory_and_last_line_are_seen():
     assert 200 <= peak_mb < 400
     with pytest.raises(ResourceError, match="no such thing"):
         run_watched([sys.executable, "-c", "raise SystemExit('no such thing')"])
+
+
+def test_a_further_user_costs_what_is_left_without_the_start():
+    small = {"users": 1_000, "prepare_s": 11.0, "epoch_s": 1.0, "score_s": 5.0}
+    large = {"users": 11_000, "prepare_s": 31.0, "epoch_s": 11.0, "score_s": 5.5}
+    assert further(small, large) == pytest.approx(
+        {"prepare_ms_per_further_user": 2.0, "epoch_ms_per_further_user": 1.0, "score_ms_per_further_user": 0.05}
+    )
+    text = report({"growth": {"users": [small, large | further(small, large)]}})
+    assert "| 1,000 | 11 | 1 | 5 | – | – | – |" in text
 
 
 def test_figures_are_medians_with_their_spread():

@@ -27,6 +27,7 @@ from cllm4rec.errors import ResourceError
 from cllm4rec.page import plain, png
 
 STAGES = ("prepare", "backbone", "pretrain", "finetune", "score")
+_PARTS = ("prepare", "epoch", "score")
 _WATCH_S = 0.2
 _NUM_ITEMS = 5_000
 """The same at every number of users: the catalogue grows in a part of its own."""
@@ -36,7 +37,8 @@ def growth(output_dir: str, users: list[int], items: list[int], say: Callable[[s
     """A row for each number of users and each catalogue, and `growth.png`."""
     told: Row = {"users": [], "items": []}
     for num_users in users:
-        told["users"].append(_of_users(output_dir, num_users))
+        row = _of_users(output_dir, num_users)
+        told["users"].append(row | (further(told["users"][-1], row) if told["users"] else {}))
         say(f"growth: {num_users:,} users, {json.dumps(told['users'][-1])}")
     for num_items in items:
         told["items"].append(_of_items(num_items))
@@ -58,10 +60,18 @@ def _of_users(output_dir: str, num_users: int) -> Row:
             told["epoch_s"] = _epoch_s(Path(folder) / "model" / "metrics.jsonl")
         if stage == "prepare":
             told["kept_users"] = last["prepare"]["counts"]["users"]
-    for name in ("prepare_s", "epoch_s", "score_s"):
-        told[f"{name.removesuffix('_s')}_ms_per_user"] = 1000 * told[name] / num_users
+    for name in _PARTS:
+        told[f"{name}_ms_per_user"] = 1000 * told[f"{name}_s"] / num_users
     fresh(folder)
     return told
+
+
+def further(smaller: Row, larger: Row) -> Row:
+    """What a user more costs from one size to the next: without what every job takes to start."""
+    users = larger["users"] - smaller["users"]
+    return {
+        f"{name}_ms_per_further_user": 1000 * (larger[f"{name}_s"] - smaller[f"{name}_s"]) / users for name in _PARTS
+    }
 
 
 def _config(folder: str) -> dict[str, Any]:
@@ -146,7 +156,7 @@ def _plot(told: Row, path: str) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
     users = [one["users"] for one in told["users"]]
-    for name in ("prepare", "epoch", "score"):
+    for name in _PARTS:
         time_axes.plot(users, [one[f"{name}_ms_per_user"] for one in told["users"]], marker="o", label=name)
     for name in ("prepare", "finetune", "score"):
         memory_axes.plot(users, [one[f"{name}_peak_mb"] for one in told["users"]], marker="o", label=name)

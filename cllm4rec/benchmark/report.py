@@ -69,8 +69,8 @@ def _growth(row: Row) -> str:
     for axis in ("users", "items"):
         rows = row.get(axis, [])
         if rows:
-            names = list(rows[0])
-            tables.append(markdown_table(names, [[_short(one[name]) for name in names] for one in rows]))
+            names = list(rows[-1])  # the first size has no smaller one to compare with
+            tables.append(markdown_table(names, [[_short(one.get(name, "–")) for name in names] for one in rows]))
     return "\n\n".join(tables)
 
 
