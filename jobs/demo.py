@@ -3,7 +3,7 @@
     python -m jobs.demo
 
 Writes 2,000 users × 600 items as raw review files to runs/demo/raw, then runs jobs.pipeline with
-jobs/configs/demo.yaml. About 3 minutes on 2 cores; CLLM4Rec should end far above popularity and not below EASE.
+jobs/configs/demo.yaml. Under 2 minutes on 2 cores; CLLM4Rec should end far above popularity, and above EASE.
 """
 
 from __future__ import annotations
