@@ -21,7 +21,7 @@ class Variant:
 
     reads_texts: False is the paper's LLM-CF: no text documents, no content tables, nothing that pulls towards them.
     trains_backbone: the language model's weights are trained in every stage, beside the tables.
-    reads_words: it begins from a language model trained on the texts, by `compare.backbone_epochs` where
+    begins_trained: from a language model that was trained on the texts, for `compare.backbone_epochs` where
     `backbone.epochs` is 0.
     """
 
@@ -29,7 +29,7 @@ class Variant:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     reads_texts: bool = True
     trains_backbone: bool = False
-    reads_words: bool = False
+    begins_trained: bool = False
 
 
 _RATES = {"pretrain.learning_rate": 1e-3, "finetune.learning_rate": 5e-4}
@@ -41,7 +41,7 @@ VARIANTS: dict[str, Variant] = {
     "cllm4rec_llama": Variant("with a Llama-like backbone", {"model.backbone.architecture": "llama"}),
     "llm_scratch": Variant("backbone not pretrained, all trained", {"backbone.epochs": 0}, trains_backbone=True),
     "llm_cf": Variant("no content model, interactions alone", {"model.table_start": "noise"}, reads_texts=False),
-    "llm_ftall": Variant("backbone pretrained and trained on", trains_backbone=True, reads_words=True),
+    "llm_ftall": Variant("backbone pretrained and trained on", trains_backbone=True, begins_trained=True),
     "llm_fixord": Variant("items in a fixed order", {"pretrain.reorder_items": False}),
     "llm_prerec": Variant("pretrained only, no finetuning", {"finetune.epochs": 0}),
 }
@@ -63,8 +63,8 @@ WHOLE_GRID: Mapping[str, tuple[Any, ...]] = {
 MAIN = (MODEL, "llm_cf", "llm_ftall", "multi_vae", "sasrec", "ease", "ials", "popularity")
 ALL = (*VARIANTS, *BASELINES)
 
-READS_WORDS = ("m6_retrieval", *(name for name, variant in VARIANTS.items() if variant.reads_words))
-"""Rows that begin from a language model which has read the texts, whatever CLLM4Rec begins from."""
+BEGIN_TRAINED = ("m6_retrieval", *(name for name, variant in VARIANTS.items() if variant.begins_trained))
+"""Rows that begin from a language model trained on the texts, whatever CLLM4Rec begins from."""
 
 AFTER = {"cllm4rec_emb": MODEL}
 """Rows that read what another row of the same split has learnt."""
@@ -104,7 +104,7 @@ def config_of(name: str, config: Config, params: Mapping[str, Any]) -> Config:
     settings: dict[str, Any] = dict(VARIANTS[name].settings) if name in VARIANTS else {}
     if name in VARIANTS and VARIANTS[name].trains_backbone:
         settings |= {key: min(setting(config, key), most) for key, most in _RATES.items()}
-    if name in READS_WORDS and isinstance(config.model.backbone, BackboneSize) and not config.backbone.epochs:
+    if name in BEGIN_TRAINED and isinstance(config.model.backbone, BackboneSize) and not config.backbone.epochs:
         settings["backbone.epochs"] = config.compare.backbone_epochs
     settings.update(params)
     return with_settings(config, settings, name) if settings else config
