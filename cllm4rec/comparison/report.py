@@ -154,8 +154,10 @@ def _mark(metrics: Mapping[str, Any], method: str, metric: str) -> str:
 
 def _legend(metrics: Mapping[str, Any]) -> str:
     protocol, tests = metrics["protocol"], metrics["significance"]
+    num_splits = len(protocol["split"]["seed"])
+    mean = f"Mean over {num_splits} splits" if num_splits > 1 else "Mean of one split"
     return (
-        f"Mean over {len(protocol['split']['seed'])} splits and {protocol['interval']['confidence']:.0%} bootstrap interval "
+        f"{mean} and {protocol['interval']['confidence']:.0%} bootstrap interval "
         f"over {protocol['users_evaluated']:,} users; a column's best mean is bold. † ({', '.join(tests)}): differs from the "
         f"best other method, paired randomisation test over users, Holm-corrected p < {LEVEL:g}."
     )
