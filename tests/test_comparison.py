@@ -175,7 +175,7 @@ def test_a_backbone_that_is_trained_is_given_no_higher_rate_than_it_bears(split)
     assert config_of("llm_scratch", slow, {}).pretrain.learning_rate == 1e-5
 
 
-def test_rows_that_read_words_begin_from_a_trained_language_model_whatever_the_others_do(split):
+def test_rows_that_begin_trained_do_so_whatever_the_others_begin_from(split):
     untrained = with_settings(split, {"backbone.epochs": 0, "compare.backbone_epochs": 3}, "this test")
     assert {name for name in ALL if Row(untrained, name).backbone} == {"llm_ftall", "m6_retrieval"}
     assert Row(untrained, "llm_ftall").varied.backbone.epochs == 3
