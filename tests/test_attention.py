@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm4rec.model.attention import attend, blocks_of, is_plain
+from cllm4rec.model.attention import attend, blocks_of
 
 CPU = torch.device("cpu")
 
@@ -35,40 +35,43 @@ def masked(query, key, value, segment_RT):
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True).transpose(1, 2)
 
 
-@given(st.lists(st.integers(1, 90), min_size=2, max_size=40), st.integers(1, 3))
-def test_every_slot_stands_in_one_block_with_its_whole_document(lengths, num_rows):
+@given(st.lists(st.integers(1, 90), min_size=2, max_size=40), st.integers(1, 3), st.booleans())
+def test_every_slot_stands_in_one_block_with_its_whole_document(lengths, num_rows, alone):
     segment_RT = grid_of(lengths, num_rows, 160)
-    written = np.concatenate([block.write.numpy() for block in blocks_of(segment_RT, CPU)])
-    assert sorted(written[written < segment_RT.size]) == list(range(segment_RT.size))
-    for block in blocks_of(segment_RT, CPU):
-        looked_at = (block.bias_BLL == 0).sum(dim=2).numpy().ravel()
-        real = block.write.numpy() < segment_RT.size
-        slot = block.write.numpy()[real]
-        row, column = slot // 160, slot % 160
-        before = [(segment_RT[r, : c + 1] == segment_RT[r, c]).sum() for r, c in zip(row, column, strict=True)]
-        assert looked_at[real].tolist() == before
+    segment_S = segment_RT.ravel()
+    blocks = blocks_of(segment_RT, CPU, alone)
+    slots = torch.arange(segment_S.size)
+    cut = torch.cat([blocks.cut(slots.view(-1, 1, 1), group, 1).flatten() for group in blocks.groups])
+    has_place = segment_S > 0 if alone else np.ones(segment_S.size, bool)
+    assert (blocks.paste(cut[:, None], 1, 1).flatten() == slots)[has_place].all()
+    sees = torch.cat([(group.bias_BLL == 0).sum(dim=2).flatten() for group in blocks.groups])
+    found = blocks.paste(sees[:, None], 1, 1).flatten().numpy()
+    row, column = slots.numpy() // 160, slots.numpy() % 160
+    before = [(segment_RT[r, : c + 1] == segment_RT[r, c]).sum() for r, c in zip(row, column, strict=True)]
+    assert (found == before)[has_place].all()
 
 
+def test_alone_the_shapes_of_a_group_follow_from_its_documents_length():
+    shapes = {
+        group.bias_BLL.shape
+        for lengths in ([3] * 50, [20, 30, 3], [17], [24] * 6, [21, 3] * 4)
+        for group in blocks_of(grid_of(lengths, 1, 160), CPU, alone=True).groups
+    }
+    assert len({shape[1] for shape in shapes}) == len(shapes)
+
+
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("lengths", [[3, 5, 1, 7] * 8, [100, 20, 64, 65], [150, 1]])
-def test_blocks_give_what_a_mask_gives(lengths, key_heads):
+def test_blocks_give_what_a_mask_gives(lengths, key_heads, alone):
     segment_RT = grid_of(lengths, 3, 160)
     inputs = states(segment_RT, 4, key_heads)
     weight = torch.randn(3, 160, 4, 4, generator=torch.Generator().manual_seed(1))
+    weight *= torch.from_numpy(segment_RT > 0)[:, :, None, None]  # nothing is promised of padding
     expected = masked(*inputs, segment_RT)
     expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
-    found, _ = attend(None, *inputs, None, blocks=blocks_of(segment_RT, CPU))
+    found, _ = attend(None, *inputs, None, blocks=blocks_of(segment_RT, CPU, alone))
     found_grads = torch.autograd.grad((found * weight).sum(), inputs)
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(found * weight, expected * weight, atol=1e-5)
     for one, other in zip(found_grads, expected_grads, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
-
-
-def test_rows_of_one_document_need_no_blocks():
-    assert is_plain(np.array([[1, 1, 0], [1, 1, 1], [0, 0, 0]]))
-    assert not is_plain(np.array([[1, 2, 0]]))
-    assert not is_plain(np.array([[0, 1, 1]]))
-    segment_RT = np.ones((2, 9), np.int32)
-    inputs = states(segment_RT, 4, 2)
-    found, _ = attend(None, *inputs, None, blocks=())
-    assert torch.allclose(found, masked(*inputs, segment_RT), atol=1e-6)

@@ -3,13 +3,17 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from parity import ARCHITECTURES, parity
 from torch import nn
+from transformers import AttentionInterface, GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
-from cllm4rec.model.frozen import FrozenLinear, can_lay_out
+from cllm4rec.model.attention import IMPLEMENTATION, attend, blocks_of
+from cllm4rec.model.frozen import FrozenGPT2Layer, FrozenLinear, can_lay_out
 
 LAYERS = [lambda: nn.Linear(48, 80), lambda: nn.Linear(48, 80, bias=False), lambda: Conv1D(80, 48)]
 
@@ -66,6 +70,41 @@ def test_weights_are_laid_out_once_and_only_for_inference():
     assert frozen._layout is layout
 
 
+def gpt2_layers(dtype):
+    """A layer with the exact GELU whose attention runs in blocks, and its frozen copy."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=64, n_head=4, n_layer=1, attn_pdrop=0.0, resid_pdrop=0.0)
+    config._attn_implementation = IMPLEMENTATION
+    layer = GPT2Block(config, layer_idx=0).to(dtype).requires_grad_(False)
+    layer.mlp.act = nn.GELU()
+    layer.ln_1.weight.normal_(1.0, 0.2)
+    layer.ln_2.bias.normal_(0.0, 0.2)
+    inner = copy.deepcopy(layer)
+    for part in (inner.attn, inner.mlp):
+        part.c_proj = FrozenLinear.of(part.c_proj)
+    inner.attn.c_attn, inner.mlp.c_fc = FrozenLinear.of(inner.attn.c_attn), FrozenLinear.of(inner.mlp.c_fc)
+    return layer, FrozenGPT2Layer.of(inner)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-6)])
+def test_a_frozen_layer_of_gpt2_gives_its_states_and_gradients(dtype, tolerance):
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    segment_RT = np.repeat([[1, 2, 3, 0]], [20, 5, 30, 5], axis=1)
+    blocks = blocks_of(segment_RT, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    inputs, weights = (torch.randn(1, 60, 64, generator=generator).to(dtype) for _ in range(2))
+    told = []
+    for layer in gpt2_layers(dtype):
+        given = inputs.clone().requires_grad_()
+        trained = layer(given, attention_mask=None, blocks=blocks)
+        trained.backward(weights)
+        with torch.inference_mode():
+            told.append((trained.detach(), layer(inputs, attention_mask=None, blocks=blocks), given.grad))
+    for wanted, found in zip(*told, strict=True):
+        # In bf16 the error of rounding, measured against the size of what is rounded.
+        assert float((found - wanted).float().norm() / wanted.float().norm()) < tolerance
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_frozen_backbone_in_bf16_keeps_its_weights_and_their_names(architecture):
     model = parity().make_model(architecture)
@@ -77,6 +116,7 @@ def test_a_frozen_backbone_in_bf16_keeps_its_weights_and_their_names(architectur
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert any(isinstance(module, FrozenLinear) for module in model.backbone.modules())
+    assert any(isinstance(module, FrozenGPT2Layer) for module in model.backbone.modules()) == (architecture == "gpt2")
 
 
 def test_a_backbone_that_is_trained_keeps_its_layers():

@@ -1,15 +1,15 @@
 """Attention among the tokens of each document, for packed rows.
 
 A mask over whole rows makes every token meet the whole row: with documents of a dozen tokens in rows of 256, twenty times
-the work. Here neighbouring documents are cut out together as short blocks, and attention runs inside of these.
+the work. Here documents are cut out, neighbours together, as short blocks, and attention runs inside of these.
 
-Lengths: S slots of a grid, B blocks × L slots, H heads × D numbers a head.
+Lengths: S slots of a grid, B blocks × L slots of a group, H heads × D numbers a head, P parts side by side (query, key and
+value are three).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,73 +20,128 @@ from torch import Tensor
 IMPLEMENTATION = "cllm4rec_blocks"
 """Under this name transformers finds `attend`."""
 
-_WINDOW = 64
+_WINDOW = 32
 """Documents that begin in the same window of a row share a block."""
 _STEP = 16
 """Blocks are padded to a multiple of this, so that few shapes exist."""
+_ALONE_STEP = 8
+"""The same where each document has a block of its own."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """B blocks of L slots."""
+
+    read: Tensor
+    """(B·L) slots, block by block."""
+    bias_BLL: Tensor
+    """0 where a slot may look (earlier slots of the same document), -inf elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """B blocks of L slots. `read` says which slot stands where (B·L), `write` the same with S for what is padding."""
+    """Every slot of a packed grid in one block, with its whole document; a group for each block length."""
 
-    read: Tensor
-    write: Tensor
-    bias_BLL: Tensor
-    """0 where a slot may look (earlier slots of the same document), -inf elsewhere."""
+    groups: tuple[Group, ...]
+    num_places: int
+    """B·L, summed over groups."""
+    group_begin_S: Tensor
+    """Where each slot stands: places in the groups before its own, places of its group, the first place of its block
+    in the group, its place in the block, and the block's length."""
+    group_size_S: Tensor
+    block_begin_S: Tensor
+    place_S: Tensor
+    length_S: Tensor
 
-    def cut(self, states_SHD: Tensor) -> Tensor:
-        """(S, H, D) → (B·H, L, D)."""
-        num_blocks, length = self.bias_BLL.shape[:2]
-        taken = states_SHD.index_select(0, self.read).view(num_blocks, length, *states_SHD.shape[1:])
-        return taken.transpose(1, 2).reshape(-1, length, states_SHD.shape[2])
+    def cut(self, states: Tensor, group: Group, num_parts: int) -> Tensor:
+        """(S, P·H, D) → (P, B·H, L, D)."""
+        num_slots, num_rows, size = states.shape
+        num_heads, (num_blocks, length) = num_rows // num_parts, group.bias_BLL.shape[:2]
+        part_and_head = torch.arange(num_rows, device=states.device).view(num_parts, 1, num_heads, 1)
+        index = group.read.view(num_blocks, 1, length) * num_rows + part_and_head
+        cut = states.reshape(num_slots * num_rows, size).index_select(0, index.flatten())
+        return cut.view(num_parts, num_blocks * num_heads, length, size)
 
-    def paste(self, states_CLD: Tensor, target_SHD: Tensor) -> None:
-        """The inverse of `cut`, into its slots of (S + 1, H, D)."""
-        num_blocks, length = self.bias_BLL.shape[:2]
-        blocks = states_CLD.view(num_blocks, -1, length, states_CLD.shape[2]).transpose(1, 2)
-        target_SHD.index_copy_(0, self.write, blocks.reshape(-1, *target_SHD.shape[1:]))
-
-
-def blocks_of(segment_RT: npt.NDArray[Any], device: torch.device) -> tuple[Blocks, ...]:
-    """Every slot of a packed grid in exactly one block, with its whole document; one entry a block length."""
-    begins, ends, segment = _blocks(segment_RT)
-    lengths = -(-(ends - begins) // _STEP) * _STEP
-    return tuple(
-        _gathered(begins[lengths == length], ends[lengths == length], segment, int(length), device)
-        for length in np.unique(lengths)
-    )
-
-
-def is_plain(segment_RT: npt.NDArray[Any]) -> bool:
-    """Whether every row is one document from its first column on: then looking back is all the mask there is."""
-    return bool((segment_RT <= 1).all() and (np.diff(segment_RT, axis=1) <= 0).all())
+    def paste(self, cuts: Tensor, num_parts: int, num_heads: int) -> Tensor:
+        """The inverse: what was cut, group after group as rows of D, → (S, P·H, D)."""
+        first_S = self.group_begin_S * (num_parts * num_heads) + self.block_begin_S * num_heads + self.place_S
+        part = torch.arange(num_parts, device=cuts.device).view(1, num_parts, 1)
+        head = torch.arange(num_heads, device=cuts.device)
+        index = first_S[:, None, None] + part * (self.group_size_S * num_heads)[:, None, None]
+        index = index + head * self.length_S[:, None, None]
+        return cuts.index_select(0, index.flatten()).view(len(first_S), num_parts * num_heads, -1)
 
 
-def _blocks(segment_RT: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
-    """First slot and end of each block, and a number for every slot that tells documents (and padding) apart."""
-    num_rows, num_columns = segment_RT.shape
-    is_first = np.ones((num_rows, num_columns), bool)
+def blocks_of(segment_RT: Array, device: torch.device, alone: bool = False) -> Blocks:
+    """The blocks of a grid whose documents are numbered in each row (0 is padding).
+
+    alone: a document a block, as many blocks a group as depends on their length and the grid's size alone: then what
+    attention gives a document is bit for bit the same whatever else is in the grid.
+    """
+    segment_S, is_first = _runs(segment_RT)
+    starts = np.flatnonzero(is_first)
+    if alone:
+        ends = np.append(starts[1:], segment_S.size)
+        is_document = segment_RT.ravel()[starts] > 0
+        begins, ends, step = starts[is_document], ends[is_document], _ALONE_STEP
+    else:
+        num_columns = segment_RT.shape[1]
+        windows = starts // num_columns * num_columns + starts % num_columns // _WINDOW
+        begins = starts[np.concatenate([[True], windows[1:] != windows[:-1]])]
+        ends, step = np.append(begins[1:], segment_S.size), _STEP
+    lengths = -(-(ends - begins) // step) * step
+    layout = _Layout(segment_S, device)
+    for length in np.unique(lengths).tolist():
+        members = np.flatnonzero(lengths == length)
+        # Alone, the most of this length that a grid can hold: one group is enough but for the shortest.
+        size = segment_S.size // max(length - step + 1, step // 2) if alone else len(members)
+        for first in range(0, len(members), max(1, size)):
+            some = members[first : first + max(1, size)]
+            layout.add(begins[some], ends[some], length, max(1, size) if alone else len(some))
+    return layout.blocks()
+
+
+def _runs(segment_RT: Array) -> tuple[Array, Array]:
+    """A number for every slot that tells documents (and padding) apart, and which slots begin one."""
+    is_first = np.ones(segment_RT.shape, bool)
     is_first[:, 1:] = segment_RT[:, 1:] != segment_RT[:, :-1]
-    starts = np.flatnonzero(is_first.ravel())
-    windows = starts // num_columns * num_columns + starts % num_columns // _WINDOW
-    begins = starts[np.concatenate([[True], windows[1:] != windows[:-1]])]
-    ends = np.concatenate([begins[1:], [segment_RT.size]])
-    return begins, ends, np.cumsum(is_first.ravel())
+    return np.cumsum(is_first.ravel()), is_first.ravel()
 
 
-def _gathered(
-    begins: npt.NDArray[Any], ends: npt.NDArray[Any], segment: npt.NDArray[Any], length: int, device: torch.device
-) -> Blocks:
-    slot_BL = begins[:, None] + np.arange(length)
-    is_real_BL = slot_BL < ends[:, None]
-    read_BL = np.where(is_real_BL, slot_BL, begins[:, None])
-    segment_BL = np.where(is_real_BL, segment[read_BL], 0)
-    may_look = (segment_BL[:, :, None] == segment_BL[:, None, :]) & np.tri(length, dtype=bool)
-    bias_BLL = np.where(may_look, np.float32(0.0), np.float32(-np.inf))
-    write_BL = np.where(is_real_BL, slot_BL, len(segment))
-    read, write, bias = (torch.from_numpy(array).to(device) for array in (read_BL.ravel(), write_BL.ravel(), bias_BLL))
-    return Blocks(read, write, bias)
+class _Layout:
+    """Blocks in the making."""
+
+    def __init__(self, segment_S: Array, device: torch.device) -> None:
+        self._segment_S, self._device = segment_S, device
+        self._groups: list[Group] = []
+        self._num_places = 0
+        self._where = np.zeros((5, len(segment_S)), np.int64)
+
+    def add(self, begins: Array, ends: Array, length: int, num_blocks: int) -> None:
+        """A group of the slots from each begin to its end, filled up to `num_blocks` with blocks that nobody reads."""
+        unread = (0, num_blocks - len(begins))
+        begins, ends = np.pad(begins, unread, mode="edge"), np.pad(ends, unread)
+        slot_BL = begins[:, None] + np.arange(length)
+        is_real_BL = slot_BL < ends[:, None]
+        read_BL = np.where(is_real_BL, slot_BL, begins[:, None])
+        segment_BL = np.where(is_real_BL, self._segment_S[read_BL], 0)
+        may_look = (segment_BL[:, :, None] == segment_BL[:, None, :]) & np.tri(length, dtype=bool)
+        bias_BLL = np.where(may_look, np.float32(0.0), np.float32(-np.inf))
+        self._groups.append(Group(self._tensor(read_BL.ravel()), self._tensor(bias_BLL)))
+        size = num_blocks * length
+        block, place = np.nonzero(is_real_BL)
+        facts: tuple[Any, ...] = (self._num_places, size, block * length, place, length)
+        for row, fact in zip(self._where, facts, strict=True):
+            row[slot_BL[is_real_BL]] = fact
+        self._num_places += size
+
+    def blocks(self) -> Blocks:
+        return Blocks(tuple(self._groups), self._num_places, *(self._tensor(row) for row in self._where))
+
+    def _tensor(self, array: Array) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
 
 
 def attend(
@@ -95,13 +150,13 @@ def attend(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    blocks: Sequence[Blocks] | None = None,
+    blocks: Blocks | None = None,
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls for attention: (R, H, T, D) in, (R, T, H, D) out.
 
-    No blocks: every row is one document. `blocks` None: a call that is not from here, answered as transformers would.
+    `blocks` None: a call that is not from here, answered as transformers would.
     """
     if blocks is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -113,54 +168,73 @@ def attend(
     num_rows, num_heads, num_columns, size = query.shape
     if key.shape[1] != num_heads:  # several heads share a key
         key, value = (states.repeat_interleave(num_heads // states.shape[1], dim=1) for states in (key, value))
-    if not blocks:
-        plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-        return plain.transpose(1, 2), None
-    flat = (states.transpose(1, 2).reshape(num_rows * num_columns, num_heads, size) for states in (query, key, value))
+    # Rotated queries and keys are float32 under autocast, where values are not.
+    together = torch.cat([query.to(value.dtype), key.to(value.dtype), value], dim=1)
+    together = together.transpose(1, 2).reshape(-1, 3 * num_heads, size)
     scale = size**-0.5 if scaling is None else scaling
-    attended: Tensor = _BlockAttention.apply(*flat, scale, tuple(blocks))  # type: ignore[no-untyped-call]
+    with torch.autocast(value.device.type, enabled=False):
+        attended: Tensor = _BlockAttention.apply(together, scale, blocks)  # type: ignore[no-untyped-call]
     return attended.view(num_rows, num_columns, num_heads, size), None
 
 
 class _BlockAttention(torch.autograd.Function):
-    """softmax(scale · Q Kᵀ + bias) V block by block, with its gradient written out: every step a product or a gather.
-
-    Not torch's fused attention, whose backward pass in bf16 on a CPU takes as long as all matrix products of a layer.
-    """
-
     @staticmethod
-    def forward(
-        ctx: Any, query_SHD: Tensor, key_SHD: Tensor, value_SHD: Tensor, scale: float, blocks: tuple[Blocks, ...]
-    ) -> Tensor:
-        attended = query_SHD.new_empty(len(query_SHD) + 1, *query_SHD.shape[1:])
-        kept = []
-        for block in blocks:
-            query, key, value = (block.cut(states) for states in (query_SHD, key_SHD, value_SHD))
-            weights = _weights(query, key, scale, block.bias_BLL)
-            block.paste(weights @ value, attended)
-            kept += [query, key, value, weights]
+    def forward(ctx: Any, states: Tensor, scale: float, blocks: Blocks) -> Tensor:
+        attended, kept = attention(states, scale, blocks)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*kept)
             ctx.scale, ctx.blocks = scale, blocks
-        return attended[:-1]
+        return attended
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_SHD,) = grad_outputs
-        grads = [grad_SHD.new_empty(len(grad_SHD) + 1, *grad_SHD.shape[1:]) for _ in range(3)]
-        for number, block in enumerate(ctx.blocks):
-            query, key, value, weights = ctx.saved_tensors[4 * number : 4 * number + 4]
-            grad = block.cut(grad_SHD)
-            grad_weights = grad @ value.transpose(1, 2)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(ctx.scale)
-            block.paste(grad_scores @ key, grads[0])
-            block.paste(grad_scores.transpose(1, 2) @ query, grads[1])
-            block.paste(weights.transpose(1, 2) @ grad, grads[2])
-        return (*(gradient[:-1] for gradient in grads), None, None)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return attention_backward(grad_outputs[0], ctx.saved_tensors, ctx.scale, ctx.blocks), None, None
+
+
+def attention(states: Tensor, scale: float, blocks: Blocks) -> tuple[Tensor, list[Tensor]]:
+    """softmax(scale · Q Kᵀ + bias) V block by block: query, key and value (S, 3·H, D) → (S, H, D), and what the way back
+    needs: two tensors a group.
+
+    Products of plain tensors, not torch's fused attention, whose backward pass in bf16 on a CPU takes as long as all
+    matrix products of a layer.
+    """
+    num_heads, size = states.shape[1] // 3, states.shape[2]
+    attended = states.new_empty(num_heads * blocks.num_places, size)
+    kept = []
+    begin = 0
+    for group in blocks.groups:
+        parts = blocks.cut(states, group, 3)
+        query, key, value = parts
+        weights = _weights(query, key, scale, group.bias_BLL)
+        end = begin + len(value) * value.shape[1]
+        torch.bmm(weights, value, out=attended[begin:end].view(value.shape))
+        kept += [parts, weights]
+        begin = end
+    return blocks.paste(attended, 1, num_heads), kept
+
+
+def attention_backward(grad_SHD: Tensor, kept: tuple[Tensor, ...], scale: float, blocks: Blocks) -> Tensor:
+    """The gradient of the states of `attention`, (S, 3·H, D)."""
+    num_heads, size = grad_SHD.shape[1:]
+    grads = grad_SHD.new_empty(3 * num_heads * blocks.num_places, size)
+    begin = 0
+    for number, group in enumerate(blocks.groups):
+        (query, key, value), weights = kept[2 * number], kept[2 * number + 1]
+        (grad,) = blocks.cut(grad_SHD, group, 1)
+        grad_scores = torch._softmax_backward_data(grad @ value.transpose(1, 2), weights, -1, weights.dtype)
+        end = begin + 3 * grad.shape[0] * grad.shape[1]
+        grad_query, grad_key, grad_value = grads[begin:end].view(3, *grad.shape)
+        torch.baddbmm(grad_query, grad_scores, key, beta=0, alpha=scale, out=grad_query)
+        torch.baddbmm(grad_key, grad_scores.transpose(1, 2), query, beta=0, alpha=scale, out=grad_key)
+        torch.bmm(weights.transpose(1, 2), grad, out=grad_value)
+        begin = end
+    return blocks.paste(grads, 3, num_heads)
 
 
 def _weights(query: Tensor, key: Tensor, scale: float, bias_BLL: Tensor) -> Tensor:
     num_blocks, length = bias_BLL.shape[:2]
-    scores = (query @ key.transpose(1, 2)).mul_(scale)
+    unread = query.new_empty(len(query), length, length)
+    scores = torch.baddbmm(unread, query, key.transpose(1, 2), beta=0, alpha=scale)
     scores.view(num_blocks, -1, length, length).add_(bias_BLL[:, None].to(scores.dtype))
-    return scores.softmax(dim=-1)
+    # In bf16 torch's softmax takes two to four times as long where rows are no multiple of 32.
+    return scores.softmax(dim=-1, dtype=torch.float32).to(scores.dtype)

@@ -24,7 +24,7 @@ from cllm4rec import artifacts
 from cllm4rec.config import BackboneSize, ModelConfig
 from cllm4rec.errors import ArtifactError, ConfigError
 from cllm4rec.model import attention
-from cllm4rec.model.frozen import FrozenLinear
+from cllm4rec.model.frozen import FrozenGPT2Layer, FrozenLinear
 from cllm4rec.model.grids import TensorGrid
 
 _REFERENCE = "reference.json"
@@ -80,11 +80,12 @@ class Backbone(nn.Module, abc.ABC):
         """Vectors of shape (R, T, K) for each grid in, hidden states (R, T, K) of the last grid out, in the model's dtype."""
 
     def use_frozen_bf16(self) -> None:
-        """Convert to bfloat16 for good: linear layers whose weights stay as they are, and the exact GELU."""
+        """Convert to bfloat16 for good: layers whose weights stay as they are, and the exact GELU."""
         self.to(torch.bfloat16)
         self.use_exact_gelu()
         head = self.model.get_output_embeddings()
         self._replace(lambda layer: None if layer is head else FrozenLinear.of(layer))
+        self._replace(FrozenGPT2Layer.of)
 
     def use_exact_gelu(self) -> None:
         """Put erf in the place of its approximation by tanh. In bfloat16 both are 0.0011 off the approximation's true

@@ -1,23 +1,28 @@
-"""Linear layers whose weights do not change, laid out once as the CPU's bf16 units read them.
+"""Layers whose weights do not change, run in bf16 on a CPU with operations fused and weights laid out once.
 
-A product of plain tensors arranges the weights anew on every call. At the one or two hundred rows of a scoring pass that
-costs nearly as much as the product itself; at the thousands of a training step it does not show, so these stay plain.
+A product of plain tensors arranges the weights anew on every call, which at the few hundred rows of a scoring pass costs
+nearly as much as the product itself; bias, activation and residual are a pass over memory each. oneDNN's own operators do
+all of it at once. `FrozenLinear` is that for one product of any model; `FrozenGPT2Layer` is a whole layer of GPT-2 around
+attention in blocks, with its gradient written out.
 
-Lengths: M rows, K inputs, N outputs.
+Lengths: S slots (the rows of a product), K inputs, N outputs, H heads × D numbers a head.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
+
+from cllm4rec.model.attention import Blocks, attention, attention_backward
 
 
 class FrozenLinear(nn.Module):
-    """`x W + b` under the names of the layer it replaces; a plain product but for inference in bf16 on a CPU."""
+    """`x W + b` under the names of the layer it replaces."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, is_transposed: bool) -> None:
         """is_transposed: `weight` is (N, K), as in nn.Linear, and not (K, N), as in GPT-2."""
@@ -33,26 +38,132 @@ class FrozenLinear(nn.Module):
         parameters = dict(layer.named_parameters(recurse=False))
         return cls(parameters["weight"], parameters.get("bias"), is_transposed=isinstance(layer, nn.Linear))
 
+    @property
+    def matrix(self) -> Tensor:
+        """(K, N)."""
+        return self.weight.T if self._is_transposed else self.weight
+
     def forward(self, inputs: Tensor) -> Tensor:
-        weight_KN = self.weight.T if self._is_transposed else self.weight
-        rows_MK = inputs.reshape(-1, inputs.shape[-1])
-        if self._is_laid_out(inputs):
-            if self._layout is None:
-                self._layout = torch.ops.mkldnn._reorder_linear_weight(weight_KN.T.contiguous())
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(rows_MK, self._layout, self.bias, "none", [], "")
+        rows_SK = inputs.reshape(-1, inputs.shape[-1])
+        is_trained = torch.is_grad_enabled() and inputs.requires_grad
+        if not is_trained and runs_fused(inputs, self.weight):
+            product = self.fused(rows_SK)
         elif self.bias is None:
-            product = rows_MK @ weight_KN
+            product = rows_SK @ self.matrix
         else:
-            product = torch.addmm(self.bias, rows_MK, weight_KN)
+            product = torch.addmm(self.bias, rows_SK, self.matrix)
         return product.view(*inputs.shape[:-1], -1)
 
-    def _is_laid_out(self, inputs: Tensor) -> bool:
-        is_trained = torch.is_grad_enabled() and inputs.requires_grad
-        return inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and not is_trained and can_lay_out()
+    def fused(self, rows_SK: Tensor, then: Literal["none", "gelu"] = "none") -> Tensor:
+        """The product and what comes after it, (S, N), by the laid-out weights."""
+        done: Tensor = torch.ops.mkldnn._linear_pointwise(rows_SK, self._laid_out(), self.bias, then, [], "none")
+        return done
+
+    def fused_plus(self, rows_SK: Tensor, residual_SN: Tensor) -> Tensor:
+        """`x W + b + residual`, (S, N)."""
+        operator = torch.ops.mkldnn._linear_pointwise.binary
+        done: Tensor = operator(rows_SK, residual_SN, self._laid_out(), self.bias, "add")
+        return done
+
+    def _laid_out(self) -> Tensor:
+        if self._layout is None:
+            self._layout = torch.ops.mkldnn._reorder_linear_weight(self.matrix.T.contiguous())
+        return self._layout
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the layout, which can be neither copied nor sent and is made anew."""
         return {**self.__dict__, "_layout": None}
+
+
+class FrozenGPT2Layer(GPT2Block):  # type: ignore[misc]
+    """A layer of GPT-2 of the same parts and names as the one it replaces, and as transformers runs it where not fused."""
+
+    def __init__(self, layer: GPT2Block) -> None:
+        """`layer` has FrozenLinear for its four products and the exact GELU."""
+        nn.Module.__init__(self)
+        for name, part in layer.named_children():
+            self.add_module(name, part)
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> FrozenGPT2Layer | None:
+        """The same as another layer; None where that is no layer of GPT-2 as we know it."""
+        if type(layer) is not GPT2Block or hasattr(layer, "crossattention"):
+            return None
+        mlp: Any = layer.mlp
+        return cls(layer) if isinstance(mlp.act, nn.GELU) else None
+
+    def forward(self, hidden_states: Tensor, *others: Any, blocks: Blocks | None = None, **named: Any) -> Tensor:
+        if blocks is None or not runs_fused(hidden_states, self.mlp.c_fc.weight):
+            own: Tensor = super().forward(hidden_states, *others, blocks=blocks, **named)
+            return own
+        hidden_SK = hidden_states.flatten(0, 1)
+        is_trained = torch.is_grad_enabled() and hidden_states.requires_grad
+        done: Tensor = (
+            _GPT2Layer.apply(hidden_SK, self, blocks)  # type: ignore[no-untyped-call]
+            if is_trained
+            else _gpt2_layer(hidden_SK, self, blocks)
+        )
+        return done.view(hidden_states.shape)
+
+
+class _GPT2Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_SK: Tensor, layer: Any, blocks: Blocks) -> Tensor:
+        attention_, mlp = layer.attn, layer.mlp
+        normed_SK, *norm_1 = _norm(layer.ln_1, hidden_SK)
+        states = attention_.c_attn.fused(normed_SK).view(len(hidden_SK), -1, attention_.head_dim)
+        attended, kept = attention(states, attention_.scaling, blocks)
+        middle_SK = attention_.c_proj.fused_plus(attended.flatten(1), hidden_SK)
+        normed_SK, *norm_2 = _norm(layer.ln_2, middle_SK)
+        inner_SN = mlp.c_fc.fused(normed_SK)
+        ctx.save_for_backward(hidden_SK, *norm_1, middle_SK, *norm_2, inner_SN, *kept)
+        ctx.layer, ctx.blocks = layer, blocks
+        done: Tensor = mlp.c_proj.fused_plus(torch.nn.functional.gelu(inner_SN), middle_SK)
+        return done
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (grad_SK,), layer = grad_outputs, ctx.layer
+        hidden_SK, mean_1, scale_1, middle_SK, mean_2, scale_2, inner_SN, *kept = ctx.saved_tensors
+        attention_, mlp = layer.attn, layer.mlp
+        grad_inner_SN = grad_SK @ mlp.c_proj.matrix.T
+        torch.ops.aten.gelu_backward.grad_input(grad_inner_SN, inner_SN, grad_input=grad_inner_SN)
+        grad_middle_SK = _norm_backward(layer.ln_2, grad_inner_SN @ mlp.c_fc.matrix.T, middle_SK, mean_2, scale_2)
+        grad_middle_SK += grad_SK
+        grad_attended = (grad_middle_SK @ attention_.c_proj.matrix.T).view(len(grad_SK), -1, attention_.head_dim)
+        grad_states = attention_backward(grad_attended, kept, attention_.scaling, ctx.blocks)
+        grad_normed_SK = grad_states.flatten(1) @ attention_.c_attn.matrix.T
+        grad_hidden_SK = _norm_backward(layer.ln_1, grad_normed_SK, hidden_SK, mean_1, scale_1)
+        grad_hidden_SK += grad_middle_SK
+        return grad_hidden_SK, None, None
+
+
+def _gpt2_layer(hidden_SK: Tensor, layer: Any, blocks: Blocks) -> Tensor:
+    """The same without a gradient, so that nothing is kept and the activation is part of its product."""
+    attention_, mlp = layer.attn, layer.mlp
+    states = attention_.c_attn.fused(layer.ln_1(hidden_SK)).view(len(hidden_SK), -1, attention_.head_dim)
+    attended, _ = attention(states, attention_.scaling, blocks)
+    middle_SK = attention_.c_proj.fused_plus(attended.flatten(1), hidden_SK)
+    done: Tensor = mlp.c_proj.fused_plus(mlp.c_fc.fused(layer.ln_2(middle_SK), "gelu"), middle_SK)
+    return done
+
+
+def _norm(norm: nn.LayerNorm, hidden_SK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The normed states, and the mean and reciprocal deviation of each slot."""
+    return torch.native_layer_norm(hidden_SK, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _norm_backward(norm: nn.LayerNorm, grad_SK: Tensor, hidden_SK: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    grad: Tensor = torch.ops.aten.native_layer_norm_backward(
+        grad_SK, hidden_SK, norm.normalized_shape, mean, scale, norm.weight, norm.bias, [True, False, False]
+    )[0]
+    return grad
+
+
+def runs_fused(inputs: Tensor, weight: Tensor) -> bool:
+    """Whether these are for oneDNN: bf16 on a CPU that has it, and weights that are here (ZeRO-3 parts them)."""
+    is_here = not hasattr(weight, "ds_id")
+    return inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and is_here and can_lay_out()
 
 
 @functools.cache

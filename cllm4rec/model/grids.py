@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec.data.packing import Batch, Grid, Table
-from cllm4rec.model.attention import Blocks, blocks_of, is_plain
+from cllm4rec.model.attention import Blocks, blocks_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,8 @@ class TensorGrid:
     segment_RT: Tensor
     position_RT: Tensor
     reads: dict[Table, tuple[Tensor, Tensor]]
-    blocks: tuple[Blocks, ...]
-    """Which slots may look at which; none where every row is one document, of which each slot sees the earlier ones."""
+    blocks: Blocks
+    """Which slots may look at which."""
 
     def is_token(self) -> Tensor:
         """(R, T) of 0 and 1. A row without any token counts as one long document, so that no softmax is empty."""
@@ -45,18 +45,19 @@ class TensorBatch:
     penalty_item_counts: Tensor
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> TensorBatch:
+    def of(cls, batch: Batch, device: torch.device, alone: bool = False) -> TensorBatch:
+        """alone: attention gives each document the same bits in any company (`attention.blocks_of`)."""
         flat = {
             field.name: _tensor(getattr(batch, field.name), device)
             for field in dataclasses.fields(cls)
             if field.name != "grids"
         }
-        return cls(grids=tuple(_grid(grid, device) for grid in batch.grids), **flat)
+        return cls(grids=tuple(_grid(grid, device, alone) for grid in batch.grids), **flat)
 
 
-def _grid(grid: Grid, device: torch.device) -> TensorGrid:
+def _grid(grid: Grid, device: torch.device, alone: bool) -> TensorGrid:
     reads = {table: (_tensor(slots, device), _tensor(rows, device)) for table, (slots, rows) in grid.reads.items()}
-    blocks = () if is_plain(grid.segment_RT) else blocks_of(grid.segment_RT, device)
+    blocks = blocks_of(grid.segment_RT, device, alone)
     return TensorGrid(_tensor(grid.segment_RT, device), _tensor(grid.position_RT, device), reads, blocks)
 
 

@@ -1,8 +1,8 @@
 """Rank the whole catalogue for users from their histories: one forward pass each, no candidates, no generation.
 
 The one implementation behind validation, the batch job and the endpoint. A user's answer is bit for bit the same alone or
-in any batch: every user has a row of its own, and rows run in batches whose shape depends on the row's length alone
-(padded with empty rows), so the same products are made in the same order whoever else is there.
+in any batch: prompts stand end to end in passes of one size, filled up with padding, and attention takes each by itself in
+a number of blocks that depends on its length alone. So each slot is a row of the same products whoever else is there.
 
 Lengths: B users, J items, K list length (hidden size in `hidden_BK`).
 """
@@ -10,6 +10,10 @@ Lengths: B users, J items, K list length (hidden size in `hidden_BK`).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +31,11 @@ from cllm4rec.model.grids import TensorBatch
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
-_BATCH_TOKENS = 256
+Pass = tuple[IntArray, Batch, IntArray]
+"""Documents (rows of all), how they are laid out, and the slots whose hidden states answer for them."""
+
+_PASS_TOKENS = 256
+"""Slots of a pass, or the next multiple that a long prompt fits. A single request computes as many."""
 _COLUMNS_STEP = 8
 _HEAD_ROWS = 64
 _HEAD_ITEMS = 65_536
@@ -71,16 +79,18 @@ class Ranker:
     def hidden(self, users: IntArray, histories: Ragged) -> Tensor:
         """The hidden state after each user's prompt, (B, K) in float32: what `best_items` ranks by."""
         documents = self._documents(users, histories)
-        hidden_BK = torch.zeros(len(users), self.model.backbone.width, device=self.model.collaborative_items.device)
-        columns = -(-documents.lengths // _COLUMNS_STEP) * _COLUMNS_STEP
-        for width in np.unique(columns).tolist():
-            num_rows = max(1, _BATCH_TOKENS // width)
-            members = np.flatnonzero(columns == width)
-            for begin in range(0, len(members), num_rows):
-                rows = members[begin : begin + num_rows]
-                batch, slots = self._layout(documents.take(rows), num_rows, width)
-                hidden_SK = self.model.hidden(TensorBatch.of(batch, hidden_BK.device))
-                hidden_BK[rows] = self.model.queries(hidden_SK[slots].float())
+        device = self.model.collaborative_items.device
+        hidden_BK = torch.zeros(len(users), self.model.backbone.width, device=device)
+        passes = self._pair_passes(documents) if self.model.backbone.pairs else self._passes(documents)
+
+        @torch.inference_mode()
+        def run(one: Pass) -> None:
+            rows, batch, slots = one
+            hidden_SK = self.model.hidden(TensorBatch.of(batch, device, alone=True))
+            hidden_BK[rows] = self.model.queries(hidden_SK[slots].float())
+
+        for _ in _passes_at_once()(run, passes) if device.type == "cpu" else map(run, passes):
+            pass
         return hidden_BK
 
     def _documents(self, users: IntArray, histories: Ragged) -> Documents:
@@ -100,12 +110,34 @@ class Ranker:
         is_new[1:] = (values[1:] != values[:-1]) | (rows[1:] != rows[:-1])
         return Ragged.from_rows(values[is_new], rows[is_new], len(histories))
 
-    def _layout(self, documents: Documents, num_rows: int, width: int) -> tuple[Batch, IntArray]:
-        """A batch of fixed shape with a document a row, and the slots whose hidden states answer."""
+    def _passes(self, documents: Documents) -> Iterator[Pass]:
+        """Documents end to end in one row, as many as fit: neighbours of similar length, which attention takes together."""
+        lengths = documents.lengths
+        sizes = -(-lengths // _PASS_TOKENS) * _PASS_TOKENS
+        order = np.argsort(lengths, kind="stable")
+        begin = 0
+        while begin < len(order):
+            size = int(sizes[order[begin]])
+            ends = np.cumsum(lengths[order[begin : begin + size]])
+            fits = (ends <= size) & (sizes[order[begin : begin + size]] == size)
+            rows = order[begin : begin + int(fits.argmin()) if not fits.all() else begin + len(fits)]
+            ends = ends[: len(rows)]
+            packer = Packer(self.tokens, 1, size)
+            yield rows, packer.layout(documents.take(rows), np.zeros_like(rows), ends - lengths[rows]), ends - 1
+            begin += len(rows)
+
+    def _pair_passes(self, documents: Documents) -> Iterator[Pass]:
+        """A document a row, in rows of one width."""
+        columns = -(-documents.lengths // _COLUMNS_STEP) * _COLUMNS_STEP
+        for width in np.unique(columns).tolist():
+            num_rows = max(1, _PASS_TOKENS // width)
+            members = np.flatnonzero(columns == width)
+            for begin in range(0, len(members), num_rows):
+                rows = members[begin : begin + num_rows]
+                yield rows, *self._pair_layout(documents.take(rows), num_rows, width)
+
+    def _pair_layout(self, documents: Documents, num_rows: int, width: int) -> tuple[Batch, IntArray]:
         every = np.arange(len(documents))
-        if not self.model.backbone.pairs:
-            batch = Packer(self.tokens, num_rows, width).layout(documents, every, np.zeros(len(documents), np.int64))
-            return batch, every * width + documents.lengths - 1
         packer = PairPacker(self.tokens, 0, self.model.backbone.start_token)
         if self.prompt == "recommendation":
             return packer.layout(documents, (num_rows, width, 1)), every
@@ -135,6 +167,33 @@ class Ranker:
             best = keys.topk(min(k, keys.shape[1]), dim=1).values
         assert best is not None, "a catalogue has at least one item"
         return _from_keys(best, k)
+
+
+def _passes_at_once() -> Callable[..., Iterator[None]]:
+    """`map` with a pass for each of torch's threads at a time, each computed by one of them alone.
+
+    So products have the same bits whatever the number of threads; and a thread for each pass is a third faster than all
+    of them for each product (DECISIONS.md, "Speed").
+    """
+    return _threads(torch.get_num_threads()).map
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Threads in which torch computes alone."""
+    started = threading.Barrier(count + 1)
+
+    def start() -> None:
+        torch.get_num_threads()  # what a thread asks first would replace what is set before
+        torch.set_num_threads(1)
+        started.wait()
+
+    threads = ThreadPoolExecutor(count, thread_name_prefix="ranking")
+    for _ in range(count):
+        threads.submit(start)
+    started.wait()
+    torch.set_num_threads(count)  # what later threads begin with is the last number anyone set
+    return threads
 
 
 def sortable_keys(logits_BJ: Tensor, first_item: int = 0) -> Tensor:
