@@ -13,6 +13,7 @@ from parity import MAX_TOKENS, parity, settings, stages
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.evaluation.protocol import Validation
 from cllm4rec.training.checkpoints import Checkpoint
+from cllm4rec.training.engine import EngineSettings, make_engine
 from cllm4rec.training.run import Shard, run
 from cllm4rec.training.stages import Stage
 
@@ -24,15 +25,20 @@ NUM_WORKERS = 2
 STAGE = dataclasses.replace(stages()[1], epochs=EPOCHS, collaborative_from_content=False)
 BACKBONE_STAGE = Stage("backbone", ("backbone",), ("plain_texts",), 1, 1e-3)
 CLIPPED = {"accumulation": 2, "gradient_clipping": 0.05}
+# Several steps an epoch, so that a step reads some users and not others.
+PARTS = {"micro_batch_rows": 6}
+# A norm that is never reached changes no step, and has the users tables stepped whole.
+WHOLE_TABLES = {"gradient_clipping": 1e9}
 
 
 def shard_of(rank: int, num_workers: int) -> Shard:
-    """Three users in four belong to worker 0, so that worker 1 runs out of documents first."""
+    """Three users in four belong to worker 0, so that worker 1 runs out of documents first. User 7 has no documents."""
     world = parity()
     documents, histories = world.documents, world.world.histories
     few = Documents.concat(
         [documents.of_kinds([Kind.INTERACTIONS]), documents.of_kinds([Kind.REVIEW]).take(np.arange(0, 320, 4))]
     )
+    few = few.take(np.flatnonzero(few.user != 7))
     if num_workers == 1:
         return Shard(few, Validation(histories))
     mine = np.isin(np.arange(40) % 4, [0, 1, 2] if rank == 0 else [3])
@@ -77,10 +83,21 @@ def work(rank, port, folder):
     for zero_stage in ZERO_STAGES:
         chosen = {"rank": rank, "num_workers": NUM_WORKERS, "engine": "deepspeed", "zero_stage": zero_stage}
         results[zero_stage, "clipped"] = train(**chosen, **CLIPPED, micro_batch_rows=24)
+        results[zero_stage, "accumulated"] = train(**chosen, accumulation=2, micro_batch_rows=24)
         whole = results[zero_stage, "whole"] = train(**chosen)
-        results[zero_stage, "resumed"] = train(**chosen, resumed=whole["saved"][0])
+        results[zero_stage, "whole resumed"] = train(**chosen, resumed=whole["saved"][0])
+        parts = results[zero_stage, "parts"] = train(**chosen, **PARTS)
+        results[zero_stage, "parts resumed"] = train(**chosen, **PARTS, resumed=parts["saved"][0])
+        results[zero_stage, "parts of whole tables"] = train(**chosen, **PARTS, **WHOLE_TABLES)
         results[zero_stage, "from torch"] = train(**chosen, resumed=start)
         results[zero_stage, "backbone"] = train(**chosen, stage=BACKBONE_STAGE)
+    try:
+        users_of_both = np.array([3])
+        model = parity().make_model()
+        model.train_only(STAGE.trained)
+        make_engine(model, EngineSettings("torch", 1e-2, 1, None, 0), users_of_both)
+    except AssertionError as error:
+        results["one user twice"] = str(error)
     torch.save(results, folder / f"worker-{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -94,8 +111,10 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def plain():
     torch.set_num_threads(1)
+    whole = train()
     return {
-        "whole": train(),
+        "whole": whole,
+        "accumulated": whole,
         "clipped": train(**CLIPPED | {"accumulation": 1}),
         "backbone": train(stage=BACKBONE_STAGE),
     }
@@ -123,7 +142,7 @@ def epochs(result) -> list[dict]:
     return [entry for entry in result["log"] if entry["event"] == "epoch"]
 
 
-@pytest.mark.parametrize("variant", ["whole", "clipped", "backbone"])
+@pytest.mark.parametrize("variant", ["whole", "accumulated", "clipped", "backbone"])
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
 def test_two_workers_take_the_steps_of_one(plain, workers, zero_stage, variant):
     result = workers[0][zero_stage, variant]
@@ -144,11 +163,23 @@ def test_validation_users_of_all_workers_count(plain, workers, zero_stage):
     assert metrics == pytest.approx([entry["validation_ndcg@100"] for entry in epochs(plain["whole"])], abs=1e-3)
 
 
+@pytest.mark.parametrize("variant", ["whole", "parts"])
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
-def test_a_resumed_worker_matches_an_uninterrupted_one(workers, zero_stage):
+def test_a_resumed_worker_matches_an_uninterrupted_one(workers, zero_stage, variant):
     for worker in workers:
-        assert len(epochs(worker[zero_stage, "resumed"])) == EPOCHS - 1
-        assert distance(worker[zero_stage, "resumed"]["weights"], worker[zero_stage, "whole"]["weights"]) == 0
+        resumed, uninterrupted = worker[zero_stage, f"{variant} resumed"], worker[zero_stage, variant]
+        assert len(epochs(resumed)) == EPOCHS - 1
+        assert distance(resumed["weights"], uninterrupted["weights"]) == 0
+
+
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES)
+def test_two_workers_step_their_own_users_as_they_would_whole_tables(workers, zero_stage):
+    by_row, whole = workers[0][zero_stage, "parts"], workers[0][zero_stage, "parts of whole tables"]
+    assert len(steps(by_row)) > 3 * EPOCHS
+    assert distance(by_row["weights"], whole["weights"]) < 1e-5
+    assert distance(by_row["weights"], workers[1][zero_stage, "parts"]["weights"]) == 0
+    for left, right in zip(by_row["saved"][:-1], whole["saved"][:-1], strict=True):
+        assert distance(left.state, right.state) < 1e-5
 
 
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
@@ -157,3 +188,7 @@ def test_a_checkpoint_goes_on_with_another_engine_and_number_of_workers(plain, w
     assert distance(from_torch["weights"], plain["whole"]["weights"]) < 1e-5
     to_torch = train(resumed=workers[0][zero_stage, "whole"]["saved"][0])
     assert distance(to_torch["weights"], plain["whole"]["weights"]) < 1e-5
+
+
+def test_a_user_whose_documents_two_workers_have_is_noticed(workers):
+    assert [worker["one user twice"] for worker in workers] == ["two workers have documents of one user"] * NUM_WORKERS

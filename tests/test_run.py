@@ -11,7 +11,9 @@ from cllm4rec.errors import ArtifactError, TrainingError
 from cllm4rec.evaluation.protocol import Validation
 from cllm4rec.model.cllm4rec import TABLES
 from cllm4rec.model.ranking import Ranker
+from cllm4rec.training import run as run_module
 from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpoint, write_checkpoint
+from cllm4rec.training.engine import RowWiseEngine, TorchEngine, make_engine
 from cllm4rec.training.run import Shard, put_weights, run
 from cllm4rec.training.stages import COLLABORATIVE, CONTENT, Stage
 
@@ -165,6 +167,77 @@ def test_accumulating_micro_batches_equals_one_large_batch():
     assert [entry["event"] for entry in log_one] == [entry["event"] for entry in log_many] == ["step", "epoch"]
     for name in one:
         assert torch.allclose(one[name], many[name], atol=1e-5), name
+
+
+# A norm that is never reached changes no step, and has the users tables stepped whole.
+WHOLE_TABLES = {"gradient_clipping": 1e9}
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "engine"),
+    [
+        (stages()[0], {}, RowWiseEngine),
+        (stages()[2], {}, RowWiseEngine),
+        (stages()[1], WHOLE_TABLES, TorchEngine),
+        (dataclasses.replace(stages()[1], alternate=True), {}, TorchEngine),
+        (Stage("backbone", ("backbone",), ("plain_texts",), 1, 1e-2), {}, TorchEngine),
+    ],
+)
+def test_users_are_stepped_by_row_where_that_is_possible(stage, changes, engine, monkeypatch):
+    engines = []
+
+    def recorded(*arguments):
+        engines.append(make_engine(*arguments))
+        return engines[-1]
+
+    monkeypatch.setattr(run_module, "make_engine", recorded)
+    train([dataclasses.replace(stage, epochs=1)], **changes)
+    assert [type(each) for each in engines] == [engine]
+
+
+def furthest(left, right):
+    assert set(left) == set(right)
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_users_stepped_by_row_end_where_whole_tables_do(accumulation):
+    """Pretraining reads every user in each epoch, but not in each step."""
+    stage = dataclasses.replace(stages()[1], validate=None)
+    by_row, log = train([stage], accumulation=accumulation)
+    whole, _ = train([stage], accumulation=accumulation, **WHOLE_TABLES)
+    assert sum(entry["event"] == "step" for entry in log) > 5
+    assert furthest(by_row, whole) < 1e-5
+    assert furthest(by_row, {name: table.detach() for name, table in parity().make_model().tables().items()}) > 0.05
+
+
+def test_validation_ranks_with_users_that_took_all_steps():
+    """Most were last read some steps before an epoch's end."""
+    world, models, seen, saved = parity(), [], [], []
+
+    def make_model():
+        models.append(world.make_model())
+        return models[-1]
+
+    class Looking(Validation):
+        def metrics(self, ranked_BK):
+            seen.append(models[-1].collaborative_users.detach().clone())
+            return super().metrics(ranked_BK)
+
+    shard = Shard(world.documents, Looking(world.world.histories))
+    run(make_model, world.prompts, stages(epochs=2)[2:], shard, settings(), log=lambda _: None, save=saved.append)
+    assert torch.equal(seen[0], saved[0].state["collaborative_users"])
+
+
+@pytest.mark.parametrize(("first", "then"), [({}, WHOLE_TABLES), (WHOLE_TABLES, {})])
+def test_a_checkpoint_goes_on_whether_users_are_stepped_by_row_or_whole(first, then):
+    stage, saved = dataclasses.replace(stages()[1], validate=None), []
+    whole, _ = train([stage], save=lambda checkpoint: saved.append(copied(checkpoint)), **first)
+    resumed, _ = train([stage], resumed=saved[0], **then)
+    assert {name for name in saved[0].state if name.startswith("content_users")} == {
+        "content_users", "content_users.exp_avg", "content_users.exp_avg_sq"
+    }  # fmt: skip
+    assert furthest(resumed, whole) < 1e-5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

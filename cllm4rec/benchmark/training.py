@@ -87,7 +87,7 @@ def our_steps(
     model.train_only(trained)
     model.use_bf16()
     model.to(setting.device)
-    engine = make_engine(model, EngineSettings("torch", 1e-3, 1, None, 0))
+    engine = make_engine(model, EngineSettings("torch", 1e-3, 1, None, 0), np.arange(corpus.num_users))
     packer = packer_for(backbone, corpus.tokens, setting.micro_batch_tokens, setting.max_tokens)
     counted, device, work = _Counted(corpus), torch.device(setting.device), Work.of(model)
     for number, batch in enumerate(_timed(packer.batches(documents), counted)):

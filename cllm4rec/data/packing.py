@@ -33,6 +33,9 @@ class Table(IntEnum):
     CONTENT_ITEMS = 4
 
 
+USER_TABLES = (Table.COLLABORATIVE_USERS, Table.CONTENT_USERS)
+
+
 @dataclasses.dataclass(frozen=True)
 class Grid:
     """R × T slots. `segment_RT` numbers the documents of a row from 1 (0 is padding), `position_RT` restarts in each.
@@ -51,7 +54,7 @@ class Batch:
 
     item_slots[p] predicts, for every t with item_target_rows[t] == p, the item item_targets[t].
     word_slots[w] predicts the word word_targets[w].
-    penalty_*: the distinct IDs of each document, summed over documents (id, times).
+    penalty_*: the distinct IDs of each document, summed over documents (id ascending, times): all that the batch reads.
     """
 
     grids: tuple[Grid, ...]

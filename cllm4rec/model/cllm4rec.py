@@ -1,12 +1,13 @@
 """CLLM4Rec: four ID tables around one frozen language model, with tied heads (Zhu et al. 2024; method.md).
 
-Lengths: I users, J items, N words, K hidden size, R rows × T columns of a grid, P item predictions, W word predictions.
+Lengths: I users, J items, N words, K hidden size, R rows × T columns of a grid, P item predictions, W word predictions,
+U distinct users of a batch.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 
 from cllm4rec.catalog import TokenSpace
 from cllm4rec.config import ModelConfig
-from cllm4rec.data.packing import Table
+from cllm4rec.data.packing import USER_TABLES, Table
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.grids import TensorBatch, TensorGrid
 from cllm4rec.model.losses import squared_distance, tied_cross_entropy
 
-TABLES = {table: table.name.lower() for table in Table if table is not Table.WORDS}
+TABLES: dict[Table, str] = {table: table.name.lower() for table in Table if table is not Table.WORDS}
 """Names of the four ID tables, as parameters of the model and in `tables.safetensors`."""
 
 
@@ -87,8 +88,10 @@ class CLLM4Rec(nn.Module):
         else:
             self.backbone.use_frozen_bf16()
 
-    def forward(self, batch: TensorBatch, lambda_c: float) -> Losses:
-        hidden_SK = self.hidden(batch)
+    def forward(self, batch: TensorBatch, lambda_c: float, user_rows: Mapping[str, Tensor] | None = None) -> Losses:
+        """user_rows: rows `batch.penalty_users` of users tables, (U, K) each; those not given are read from the tables."""
+        users = {**self._user_rows(batch), **(user_rows or {})}
+        hidden_SK = self._hidden(batch, users)
         items = tied_cross_entropy(
             self.queries(hidden_SK[batch.item_slots]),
             self.collaborative_items,
@@ -104,15 +107,20 @@ class CLLM4Rec(nn.Module):
             self.precision,
         )
         penalty = squared_distance(
-            self.collaborative_users, self.content_users, batch.penalty_users, batch.penalty_user_counts
+            users["collaborative_users"], users["content_users"], batch.penalty_user_counts
         ) + squared_distance(
-            self.collaborative_items, self.content_items, batch.penalty_items, batch.penalty_item_counts
+            self.collaborative_items.index_select(0, batch.penalty_items),
+            self.content_items.index_select(0, batch.penalty_items),
+            batch.penalty_item_counts,
         )
         return Losses(items + words + 0.5 * lambda_c * penalty, items, words, penalty)
 
     def hidden(self, batch: TensorBatch) -> Tensor:
         """Hidden states of every slot of the last grid, (S, K), in the backbone's precision."""
-        embeddings = tuple(self._embed(grid) for grid in batch.grids)
+        return self._hidden(batch, self._user_rows(batch))
+
+    def _hidden(self, batch: TensorBatch, users: Mapping[str, Tensor]) -> Tensor:
+        embeddings = tuple(self._embed(grid, users) for grid in batch.grids)
         precision = (
             torch.autocast(embeddings[0].device.type, dtype=torch.bfloat16)
             if self.autocast
@@ -126,7 +134,12 @@ class CLLM4Rec(nn.Module):
         """What the item head multiplies its table with: hidden states over the temperature."""
         return hidden_PK if self.temperature == 1.0 else hidden_PK / self.temperature
 
-    def _embed(self, grid: TensorGrid) -> Tensor:
+    def _user_rows(self, batch: TensorBatch) -> dict[str, Tensor]:
+        """What the batch reads of the users tables, (U, K) each."""
+        names = [TABLES[table] for table in USER_TABLES]
+        return {name: getattr(self, name).index_select(0, batch.penalty_users) for name in names}
+
+    def _embed(self, grid: TensorGrid, users: Mapping[str, Tensor]) -> Tensor:
         """Look every slot up in its table; slots of nobody and padding stay zero."""
         words = self.backbone.word_embeddings
         slots, rows = grid.reads[Table.WORDS]
@@ -135,7 +148,8 @@ class CLLM4Rec(nn.Module):
         for table, name in TABLES.items():
             slots, rows = grid.reads[table]
             if len(slots):
-                looked_up = getattr(self, name).index_select(0, rows).to(words.dtype)
+                read = users[name] if name in users else getattr(self, name)
+                looked_up = read.index_select(0, rows).to(words.dtype)
                 vectors_SK = vectors_SK.index_copy(0, slots, looked_up)
         return vectors_SK.view(*grid.segment_RT.shape, -1)
 

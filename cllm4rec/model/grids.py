@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cllm4rec.data.packing import Batch, Grid, Table
+from cllm4rec.data.packing import USER_TABLES, Batch, Grid, Table
 from cllm4rec.model.attention import Blocks, blocks_of
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorGrid:
+    """`Grid` on a device, but that `reads` of users tables name places in the batch's `penalty_users` in place of rows."""
+
     segment_RT: Tensor
     position_RT: Tensor
     reads: dict[Table, tuple[Tensor, Tensor]]
@@ -52,11 +54,14 @@ class TensorBatch:
             for field in dataclasses.fields(cls)
             if field.name != "grids"
         }
-        return cls(grids=tuple(_grid(grid, device, alone) for grid in batch.grids), **flat)
+        return cls(grids=tuple(_grid(grid, batch.penalty_users, device, alone) for grid in batch.grids), **flat)
 
 
-def _grid(grid: Grid, device: torch.device, alone: bool) -> TensorGrid:
-    reads = {table: (_tensor(slots, device), _tensor(rows, device)) for table, (slots, rows) in grid.reads.items()}
+def _grid(grid: Grid, users: np.ndarray, device: torch.device, alone: bool) -> TensorGrid:
+    reads = {
+        table: (_tensor(slots, device), _tensor(np.searchsorted(users, rows) if table in USER_TABLES else rows, device))
+        for table, (slots, rows) in grid.reads.items()
+    }
     blocks = blocks_of(grid.segment_RT, device, alone)
     return TensorGrid(_tensor(grid.segment_RT, device), _tensor(grid.position_RT, device), reads, blocks)
 

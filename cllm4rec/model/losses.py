@@ -83,7 +83,6 @@ class _TiedCrossEntropy(torch.autograd.Function):
         )
 
 
-def squared_distance(left_JK: Tensor, right_JK: Tensor, rows: Tensor, times: Tensor) -> Tensor:
-    """sum over rows of times · ||left[row] - right[row]||²: the penalty of Eq. 7, 8 and 10 before lambda_c / 2."""
-    difference = left_JK.index_select(0, rows) - right_JK.index_select(0, rows)
-    return (difference.square().sum(dim=1) * times).sum()
+def squared_distance(left_UK: Tensor, right_UK: Tensor, times_U: Tensor) -> Tensor:
+    """sum over rows of times · ||left - right||²: the penalty of Eq. 7, 8 and 10 before lambda_c / 2."""
+    return ((left_UK - right_UK).square().sum(dim=1) * times_U).sum()

@@ -1,8 +1,11 @@
 """What turns losses into optimizer steps: DeepSpeed on a cluster, plain torch without one. The loop sees one protocol.
 
 The loop divides each loss by the documents of the whole step, so an engine adds gradients up over micro batches and
-workers. Adam's state leaves and enters an engine as named float32 tensors, the same for every engine, ZeRO stage and
-number of workers: no pickle, and a run can go on with other hardware.
+workers. Where the loop says whose users are whose, each worker steps the few rows of users that its batches read by itself.
+Adam's state leaves and enters an engine as named float32 tensors, the same for every engine, ZeRO stage and number of
+workers: no pickle, and a run can go on with other hardware.
+
+Lengths: I users, K hidden size.
 """
 
 from __future__ import annotations
@@ -12,14 +15,19 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cllm4rec.data.packing import USER_TABLES
+from cllm4rec.model.cllm4rec import TABLES
+from cllm4rec.model.grids import TensorBatch
+from cllm4rec.training.row_adam import BETAS, EPS, MOMENTS, RowAdam
+
 Moments = dict[str, Tensor]
 """`<parameter>` → value, `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` → Adam's moments, `step` → steps taken."""
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +41,9 @@ class EngineSettings:
 
 class Engine(abc.ABC):
     """Steps the trained parameters of a module with Adam."""
+
+    gradient_scale = 1.0
+    """What `backward` multiplies gradients with before they are averaged over workers."""
 
     def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
         self.settings = settings
@@ -62,6 +73,9 @@ class Engine(abc.ABC):
 
         `blank` are inputs of `forward` without a document in them. Every worker must call it.
         """
+
+    def flush(self) -> None:  # noqa: B027 - most engines have nothing to do
+        """Bring the module's parameters up to date with all steps, before the module is read. Every worker must call it."""
 
     def weights(self) -> dict[str, Tensor]:
         """The trained parameters, whole, on the CPU. Every worker must call it."""
@@ -115,6 +129,7 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
         super().__init__(module, settings)
+        self.gradient_scale = float(self.num_workers)
         import deepspeed
 
         self._deepspeed = deepspeed
@@ -157,7 +172,7 @@ class DeepSpeedEngine(Engine):
 
         state: Moments = {"step": self._step_counters()[0].detach().cpu().clone(), **self.weights()}
         for name, weight in self.trained.items():
-            for moment in _MOMENTS:
+            for moment in MOMENTS:
                 full = safe_get_full_optimizer_state(weight, moment)
                 state[f"{name}.{moment}"] = full.detach().cpu().clone().view(self._shapes[name])
         return state
@@ -171,7 +186,7 @@ class DeepSpeedEngine(Engine):
             self.backward(self.forward(*blank).total)
         self.step()
         for name, weight in self.trained.items():
-            for moment in _MOMENTS:
+            for moment in MOMENTS:
                 self._set_moment(weight, state[f"{name}.{moment}"], moment)
         for counter in self._step_counters():
             counter.fill_(float(state["step"]))
@@ -210,6 +225,81 @@ class DeepSpeedEngine(Engine):
         }
 
 
+class RowWiseEngine(Engine):
+    """Another engine for all but the users tables, of which each worker steps the rows of its own users (`row_adam`).
+
+    No gradient of a user crosses the network. Tables are put together over workers when they are read: by `flush`,
+    `weights` and `state`.
+    """
+
+    def __init__(self, module: nn.Module, settings: EngineSettings, users: npt.NDArray[np.int64]) -> None:
+        super().__init__(module, settings)
+        assert settings.gradient_clipping is None, "the norm to clip by is that of all gradients"
+        self.tables = {name: weight for name, weight in self.trained.items() if name in _USER_TABLES}
+        for table in self.tables.values():
+            table.requires_grad_(False)
+        self.rest = _dense_engine(module, settings)
+        self._owned_I = self._owned(users)
+        self.rows = RowAdam(self.tables, self._owned_I.nonzero().flatten(), settings.learning_rate)
+        self._is_whole = True
+
+    def forward(self, *inputs: Any) -> Any:
+        batch: TensorBatch = inputs[0]
+        return self.rest.forward(*inputs, self.rows.read(batch.penalty_users))
+
+    def backward(self, loss: Tensor) -> None:
+        self.rest.backward(loss)
+
+    def step(self) -> None:
+        self.rest.step()
+        self.rows.step(self.rest.gradient_scale)
+        self._is_whole = False
+
+    def flush(self) -> None:
+        if not self._is_whole:
+            self.rows.flush()
+            for table in self.tables.values():
+                self._put_together(table)
+        self._is_whole = True
+
+    def weights(self) -> dict[str, Tensor]:
+        self.flush()
+        return {**self.rest.weights(), **{name: table.detach().cpu().clone() for name, table in self.tables.items()}}
+
+    def state(self) -> Moments:
+        state = {**self.rest.state(), **self.weights()}
+        for name, table in self.tables.items():
+            for moment in MOMENTS:
+                whole_IK = torch.zeros_like(table)
+                whole_IK.index_copy_(0, self.rows.owned_V, self.rows.moments_VK[name][moment])
+                state[f"{name}.{moment}"] = self._put_together(whole_IK).cpu()
+        return state
+
+    def load_moments(self, state: Moments, blank: tuple[Any, ...]) -> None:
+        self.rest.load_moments(state, blank)
+        moments = {name: {moment: state[f"{name}.{moment}"] for moment in MOMENTS} for name in self.tables}
+        self.rows.load(moments, int(state["step"]))
+
+    def _owned(self, users: npt.NDArray[np.int64]) -> Tensor:
+        """(I,) which rows are this worker's. Those of users without a document are the first worker's."""
+        table = next(iter(self.tables.values()))
+        mine_I = torch.zeros(len(table), dtype=torch.int32, device=table.device)
+        mine_I[torch.from_numpy(users).to(table.device)] = 1
+        owners_I = mine_I.clone()
+        if self.num_workers > 1:
+            dist.all_reduce(owners_I)
+        assert bool((owners_I <= 1).all()), "two workers have documents of one user"
+        return (mine_I == 1) | ((owners_I == 0) & (self.rank == 0))
+
+    @torch.no_grad()
+    def _put_together(self, rows_IK: Tensor) -> Tensor:
+        """Take every row from its owner, in place."""
+        if self.num_workers > 1:
+            rows_IK[~self._owned_I] = 0.0
+            dist.all_reduce(rows_IK)
+        return rows_IK
+
+
 class _GradientsTogether(nn.Module):
     """A module whose parameters all get their gradients in one step at the end of backward, in one order.
 
@@ -239,13 +329,27 @@ class _HandOn(torch.autograd.Function):
         return gradients
 
 
-def make_engine(module: nn.Module, settings: EngineSettings) -> Engine:
+_USER_TABLES = [TABLES[table] for table in USER_TABLES]
+
+
+def make_engine(module: nn.Module, settings: EngineSettings, users: npt.NDArray[np.int64] | None = None) -> Engine:
+    """users: whose rows of the users tables this worker's batches read, and no other worker's; they are stepped row by row.
+
+    With None, and where nothing else is trained, the users tables are stepped with the rest, whole.
+    """
+    trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
+    if users is None or trained.isdisjoint(_USER_TABLES) or trained <= set(_USER_TABLES):
+        return _dense_engine(module, settings)
+    return RowWiseEngine(module, settings, users)
+
+
+def _dense_engine(module: nn.Module, settings: EngineSettings) -> Engine:
     return (DeepSpeedEngine if settings.name == "deepspeed" else TorchEngine)(module, settings)
 
 
 def _adam(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Adam:
     # Fused: one pass over values and moments in place of one for each operation.
-    return torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    return torch.optim.Adam(parameters, lr=learning_rate, betas=BETAS, eps=EPS, fused=True)
 
 
 def _adam_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter]) -> Moments:
@@ -253,7 +357,7 @@ def _adam_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Paramete
     for name, weight in trained.items():
         adam = optimizer.state.get(weight, {})
         state[name] = weight.detach().cpu().clone()
-        for moment in _MOMENTS:
+        for moment in MOMENTS:
             state[f"{name}.{moment}"] = adam.get(moment, torch.zeros_like(weight)).cpu().clone()
         state["step"] = adam.get("step", torch.zeros(())).cpu().clone()
     return state
@@ -261,5 +365,5 @@ def _adam_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Paramete
 
 def _load_adam(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], state: Moments) -> None:
     for name, weight in trained.items():
-        moments = {moment: state[f"{name}.{moment}"].to(weight.device).clone() for moment in _MOMENTS}
+        moments = {moment: state[f"{name}.{moment}"].to(weight.device).clone() for moment in MOMENTS}
         optimizer.state[weight] = {"step": state["step"].to(weight.device).clone(), **moments}

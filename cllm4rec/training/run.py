@@ -145,7 +145,7 @@ def _run_stage(
     model.train_only(stage.trained)
     if settings.bf16:
         model.use_bf16()
-    engine = make_engine(model, _engine_settings(settings, stage))
+    engine = make_engine(model, _engine_settings(settings, stage), _users_by_row(settings, stage, shard.documents))
     if checkpoint.state:
         engine.load_moments(checkpoint.state, (blank, 0.0))
     # ZeRO-3 leaves no worker a whole model to rank with, so it ranks with a copy; serving needs one device to hold it anyway.
@@ -191,6 +191,7 @@ def _run_stage(
                     | {name: value / num_documents for name, value in means.items()}
                 )
 
+        engine.flush()
         if ranked is not model:
             put_weights(ranked, engine.weights())
         metrics = _validate(Ranker(ranked, prompts, settings.max_tokens, stage.validate), shard, engine)
@@ -251,6 +252,18 @@ def _engine_settings(settings: RunSettings, stage: Stage) -> EngineSettings:
     return EngineSettings(
         settings.engine, stage.learning_rate, settings.accumulation, settings.gradient_clipping, settings.zero_stage
     )
+
+
+def _users_by_row(settings: RunSettings, stage: Stage, documents: Documents) -> npt.NDArray[np.int64] | None:
+    """The users whose rows this worker steps one by one, or None where users tables have to be stepped whole.
+
+    ZeRO-3 parts every table over the workers by itself, alternating steps hold tables of the one optimizer, and clipping
+    needs the norm of all gradients, which no worker has.
+    """
+    parted = settings.engine == "deepspeed" and settings.zero_stage == 3
+    if parted or stage.alternate or settings.gradient_clipping is not None:
+        return None
+    return np.unique(documents.user[documents.user >= 0])
 
 
 def _sizes(batches: list[Batch]) -> tuple[float, float, float]:
