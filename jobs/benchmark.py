@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cllm4rec import artifacts
+from cllm4rec import allocator, artifacts
 from cllm4rec.config import Config
 from cllm4rec.errors import ConfigError
 from jobs.cli import connect, program
@@ -151,4 +152,6 @@ def _startup(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    if allocator.environment():  # what it measures should run as in a worker
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **allocator.environment()})
     program("jobs.benchmark", __doc__, run, add_flags, default_config="jobs/configs/benchmark.yaml", needs_ray=False)

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from cllm4rec import allocator
 from cllm4rec.config import Config, load_config
 from cllm4rec.errors import Cllm4RecError, ConfigError, ResourceError, causes, is_full_disk
 from jobs import ENVIRONMENT
@@ -141,7 +142,7 @@ def connect(config: Config) -> None:
         _refuse_a_silent_cluster(address)
     # "local": without a word, Ray would join any cluster that happens to run on this machine.
     local = {"address": "local", "num_cpus": _local_cpus(config), "include_dashboard": False}
-    workers_env = {name: os.environ[name] for name in ENVIRONMENT}
+    workers_env = {name: os.environ[name] for name in ENVIRONMENT} | allocator.environment()
     if not config.cluster.use_gpu:
         workers_env["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for a GPU of the node
     try:

@@ -41,7 +41,7 @@ def test_every_slot_stands_in_one_block_with_its_whole_document(lengths, num_row
     segment_S = segment_RT.ravel()
     blocks = blocks_of(segment_RT, CPU, alone)
     slots = torch.arange(segment_S.size)
-    cut = torch.cat([blocks.cut(slots.view(-1, 1, 1), group, 1).flatten() for group in blocks.groups])
+    cut = torch.cat([blocks.cut(slots.view(-1, 1, 1), number, 1).flatten() for number in range(len(blocks.groups))])
     has_place = segment_S > 0 if alone else np.ones(segment_S.size, bool)
     assert (blocks.paste(cut[:, None], 1, 1).flatten() == slots)[has_place].all()
     sees = torch.cat([(group.bias_BLL == 0).sum(dim=2).flatten() for group in blocks.groups])

@@ -20,6 +20,7 @@ import psutil  # type: ignore[import-untyped]
 import yaml
 from matplotlib.figure import Figure
 
+from cllm4rec import allocator
 from cllm4rec.benchmark.directories import fresh
 from cllm4rec.benchmark.figures import Row
 from cllm4rec.data.world import sample_world
@@ -112,7 +113,8 @@ def run_watched(command: list[str]) -> tuple[float, float, dict[str, Any]]:
     Raises ResourceError where the program fails.
     """
     began = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    variables = allocator.without(os.environ)  # workers get theirs from the jobs
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables) as process:
         watch = _Watch(process.pid)
         watch.start()
         output, errors = process.communicate()

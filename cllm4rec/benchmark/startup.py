@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
-from cllm4rec import artifacts
+from cllm4rec import allocator, artifacts
 from cllm4rec.benchmark.directories import fresh, random_histories, write_prepared, write_random_model
 from cllm4rec.benchmark.figures import Row, row, seconds_of
 from cllm4rec.config import Config
@@ -38,7 +39,8 @@ def startup(config: Config) -> Row:
 
 
 def _python(words: list[str]) -> None:
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    variables = allocator.without(os.environ)  # programs are not started with the workers' allocator
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=variables)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ResourceError(f"python {' '.join(words)[:60]} failed while start-up was measured: {last}")

@@ -24,6 +24,8 @@ _WINDOW = 32
 """Documents that begin in the same window of a row share a block."""
 _STEP = 16
 """Blocks are padded to a multiple of this, so that few shapes exist."""
+_COUNT_STEP = 4
+"""And groups to a multiple of this number of blocks, for the same reason."""
 _ALONE_STEP = 8
 """The same where each document has a block of its own."""
 
@@ -55,23 +57,32 @@ class Blocks:
     place_S: Tensor
     length_S: Tensor
 
-    def cut(self, states: Tensor, group: Group, num_parts: int) -> Tensor:
-        """(S, P·H, D) → (P, B·H, L, D)."""
+    _rows: dict[tuple[int, ...], Tensor] = dataclasses.field(default_factory=dict, compare=False)
+    """Rows to read, by what asked for them: all layers of a model ask alike."""
+
+    def cut(self, states: Tensor, number: int, num_parts: int) -> Tensor:
+        """What stands in a group: (S, P·H, D) → (P, B·H, L, D)."""
         num_slots, num_rows, size = states.shape
-        num_heads, (num_blocks, length) = num_rows // num_parts, group.bias_BLL.shape[:2]
-        part_and_head = torch.arange(num_rows, device=states.device).view(num_parts, 1, num_heads, 1)
-        index = group.read.view(num_blocks, 1, length) * num_rows + part_and_head
-        cut = states.reshape(num_slots * num_rows, size).index_select(0, index.flatten())
+        num_heads, (num_blocks, length) = num_rows // num_parts, self.groups[number].bias_BLL.shape[:2]
+        key = (number, num_parts, num_heads)
+        if key not in self._rows:
+            part_and_head = torch.arange(num_rows, device=states.device).view(num_parts, 1, num_heads, 1)
+            rows = self.groups[number].read.view(num_blocks, 1, length) * num_rows + part_and_head
+            self._rows[key] = rows.flatten()
+        cut = states.reshape(num_slots * num_rows, size).index_select(0, self._rows[key])
         return cut.view(num_parts, num_blocks * num_heads, length, size)
 
     def paste(self, cuts: Tensor, num_parts: int, num_heads: int) -> Tensor:
         """The inverse: what was cut, group after group as rows of D, → (S, P·H, D)."""
-        first_S = self.group_begin_S * (num_parts * num_heads) + self.block_begin_S * num_heads + self.place_S
-        part = torch.arange(num_parts, device=cuts.device).view(1, num_parts, 1)
-        head = torch.arange(num_heads, device=cuts.device)
-        index = first_S[:, None, None] + part * (self.group_size_S * num_heads)[:, None, None]
-        index = index + head * self.length_S[:, None, None]
-        return cuts.index_select(0, index.flatten()).view(len(first_S), num_parts * num_heads, -1)
+        key = (num_parts, num_heads)
+        if key not in self._rows:
+            first_S = self.group_begin_S * (num_parts * num_heads) + self.block_begin_S * num_heads + self.place_S
+            part = torch.arange(num_parts, device=cuts.device).view(1, num_parts, 1)
+            head = torch.arange(num_heads, device=cuts.device)
+            rows = first_S[:, None, None] + part * (self.group_size_S * num_heads)[:, None, None]
+            self._rows[key] = (rows + head * self.length_S[:, None, None]).flatten()
+        pasted = cuts.index_select(0, self._rows[key])
+        return pasted.view(len(self.place_S), num_parts * num_heads, -1)
 
 
 def blocks_of(segment_RT: Array, device: torch.device, alone: bool = False) -> Blocks:
@@ -95,11 +106,12 @@ def blocks_of(segment_RT: Array, device: torch.device, alone: bool = False) -> B
     layout = _Layout(segment_S, device)
     for length in np.unique(lengths).tolist():
         members = np.flatnonzero(lengths == length)
-        # Alone, the most of this length that a grid can hold: one group is enough but for the shortest.
-        size = segment_S.size // max(length - step + 1, step // 2) if alone else len(members)
-        for first in range(0, len(members), max(1, size)):
-            some = members[first : first + max(1, size)]
-            layout.add(begins[some], ends[some], length, max(1, size) if alone else len(some))
+        size = -(-len(members) // _COUNT_STEP) * _COUNT_STEP
+        if alone:  # the most of this length that a grid can hold: one group is enough but for the shortest
+            size = max(1, segment_S.size // max(length - step + 1, step // 2))
+        for first in range(0, len(members), size):
+            some = members[first : first + size]
+            layout.add(begins[some], ends[some], length, size)
     return layout.blocks()
 
 
@@ -138,7 +150,8 @@ class _Layout:
         self._num_places += size
 
     def blocks(self) -> Blocks:
-        return Blocks(tuple(self._groups), self._num_places, *(self._tensor(row) for row in self._where))
+        group_begin, group_size, block_begin, place, length = (self._tensor(row) for row in self._where)
+        return Blocks(tuple(self._groups), self._num_places, group_begin, group_size, block_begin, place, length)
 
     def _tensor(self, array: Array) -> Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -202,8 +215,8 @@ def attention(states: Tensor, scale: float, blocks: Blocks) -> tuple[Tensor, lis
     attended = states.new_empty(num_heads * blocks.num_places, size)
     kept = []
     begin = 0
-    for group in blocks.groups:
-        parts = blocks.cut(states, group, 3)
+    for number, group in enumerate(blocks.groups):
+        parts = blocks.cut(states, number, 3)
         query, key, value = parts
         weights = _weights(query, key, scale, group.bias_BLL)
         end = begin + len(value) * value.shape[1]
@@ -218,9 +231,9 @@ def attention_backward(grad_SHD: Tensor, kept: tuple[Tensor, ...], scale: float,
     num_heads, size = grad_SHD.shape[1:]
     grads = grad_SHD.new_empty(3 * num_heads * blocks.num_places, size)
     begin = 0
-    for number, group in enumerate(blocks.groups):
+    for number in range(len(blocks.groups)):
         (query, key, value), weights = kept[2 * number], kept[2 * number + 1]
-        (grad,) = blocks.cut(grad_SHD, group, 1)
+        (grad,) = blocks.cut(grad_SHD, number, 1)
         grad_scores = torch._softmax_backward_data(grad @ value.transpose(1, 2), weights, -1, weights.dtype)
         end = begin + 3 * grad.shape[0] * grad.shape[1]
         grad_query, grad_key, grad_value = grads[begin:end].view(3, *grad.shape)

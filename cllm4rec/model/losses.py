@@ -5,14 +5,18 @@ Lengths: P predictions, J rows of a table (items or words), K hidden size, E tar
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Logits held at once. 2^23 float32 are 32 MB, whatever the catalogue: on a CPU the passes over them after the product are
-# twice as fast as with 128 MB, and with less the products become too thin.
-_MAX_LOGITS = 1 << 23
+# Logits held at once, whatever the catalogue: with fewer the products become too thin.
+_MAX_LOGITS = 1 << 25
+# On a CPU all passes over the logits after their product are made by parts that stay in its cache: 2^19 float32 are 2 MB.
+_CACHED_LOGITS = 1 << 19
+# Predictions are filled up to a multiple of this, so that products have few shapes: a CPU keeps a kernel for each.
+_STEP = 64
 
 
 def tied_cross_entropy(
@@ -37,36 +41,27 @@ class _TiedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_PK: Tensor, table_JK: Tensor, target_rows_E: Tensor, targets_E: Tensor, precision: torch.dtype
     ) -> Tensor:
         wants_hidden, wants_table = ctx.needs_input_grad[:2]
+        num_predictions = len(hidden_PK)
+        hidden_PK = torch.nn.functional.pad(hidden_PK.to(precision), (0, 0, 0, -num_predictions % _STEP))
+        table_JK = table_JK.to(precision)
         grad_hidden = torch.empty_like(hidden_PK) if wants_hidden else None
-        grad_table = torch.zeros_like(table_JK, dtype=torch.float32) if wants_table else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_PK.device)
-        hidden_PK, table_JK = hidden_PK.to(precision), table_JK.to(precision)
+        grad_table = torch.zeros(table_JK.shape, device=table_JK.device) if wants_table else None
+        loss = torch.zeros((), device=hidden_PK.device)
+        targets = _Targets.of(len(hidden_PK), target_rows_E, targets_E)
         chunk = max(1, _MAX_LOGITS // len(table_JK))
-        times_P = torch.bincount(target_rows_E, minlength=len(hidden_PK)).float()
-        bounds = torch.searchsorted(
-            target_rows_E, torch.arange(0, len(hidden_PK) + chunk, chunk, device=target_rows_E.device)
-        )
-        for number, begin in enumerate(range(0, len(hidden_PK), chunk)):
+        part = max(1, _CACHED_LOGITS // len(table_JK)) if hidden_PK.device.type == "cpu" else chunk
+        for begin in range(0, len(hidden_PK), chunk):
             end = min(begin + chunk, len(hidden_PK))
-            targets = slice(int(bounds[number]), int(bounds[number + 1]))
-            rows, columns = target_rows_E[targets] - begin, targets_E[targets]
             product = hidden_PK[begin:end] @ table_JK.T
-            # From here on in place: each pass over the logits costs as much as a good part of the product.
-            logits = product.float()
-            logits -= logits.amax(dim=1, keepdim=True)
-            of_targets = logits[rows, columns]
-            sums_P = logits.exp_().sum(dim=1)
-            loss += (times_P[begin:end] * sums_P.log()).sum() - of_targets.sum()
-            if not (wants_hidden or wants_table):
-                continue
-            # d loss / d logits = times · softmax - counts of targets.
-            logits *= (times_P[begin:end] / sums_P)[:, None]
-            logits.index_put_((rows, columns), logits.new_full((), -1.0), accumulate=True)
-            grad = logits if product is logits else product.copy_(logits)
+            for first in range(begin, end, part):
+                last = min(first + part, end)
+                loss += _turn_to_gradient(product[first - begin : last - begin], targets.between(first, last))
             if grad_hidden is not None:
-                grad_hidden[begin:end] = grad @ table_JK
+                grad_hidden[begin:end] = product @ table_JK
             if grad_table is not None:
-                grad_table += grad.T @ hidden_PK[begin:end]
+                grad_table += product.T @ hidden_PK[begin:end]
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden[:num_predictions]
         ctx.save_for_backward(grad_hidden, grad_table)
         return loss
 
@@ -81,6 +76,41 @@ class _TiedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Targets:
+    """E targets of P predictions: ascending rows and columns of the logits, and how many each row has."""
+
+    rows_E: Tensor
+    columns_E: Tensor
+    times_P: Tensor
+    ends: list[int]
+    """Of the targets of each row."""
+
+    @classmethod
+    def of(cls, num_rows: int, rows_E: Tensor, columns_E: Tensor) -> _Targets:
+        times_P = torch.bincount(rows_E, minlength=num_rows)
+        return cls(rows_E, columns_E, times_P.float(), times_P.cumsum(0).tolist())
+
+    def between(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows from `first` on, columns and counts of the targets of a range of rows."""
+        of = slice(self.ends[first - 1] if first else 0, self.ends[last - 1])
+        return self.rows_E[of] - first, self.columns_E[of], self.times_P[first:last]
+
+
+def _turn_to_gradient(logits_PJ: Tensor, targets: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """The loss of these logits, in whose place d loss / d logits = times · softmax - counts of targets is put."""
+    rows, columns, times_P = targets
+    work = logits_PJ.to(torch.float32, copy=True)
+    work -= work.amax(dim=1, keepdim=True)
+    of_targets = work[rows, columns]
+    sums_P = work.exp_().sum(dim=1)
+    loss = (times_P * sums_P.log()).sum() - of_targets.sum()
+    work *= (times_P / sums_P)[:, None]
+    work.index_put_((rows, columns), work.new_full((), -1.0), accumulate=True)
+    logits_PJ.copy_(work)
+    return loss
 
 
 def squared_distance(left_UK: Tensor, right_UK: Tensor, times_U: Tensor) -> Tensor:
