@@ -229,6 +229,14 @@ def test_validation_ranks_with_users_that_took_all_steps():
     assert torch.equal(seen[0], saved[0].state["collaborative_users"])
 
 
+@pytest.mark.parametrize("at_once", [1, 7])
+def test_validation_by_parts_gives_what_it_gives_at_once(monkeypatch, at_once):
+    whole = [entry["validation_ndcg@100"] for entry in train(stages(epochs=1))[1] if entry["event"] == "epoch"][1:]
+    monkeypatch.setattr(run_module, "_VALIDATED_AT_ONCE", at_once)
+    parts = [entry["validation_ndcg@100"] for entry in train(stages(epochs=1))[1] if entry["event"] == "epoch"][1:]
+    assert whole == pytest.approx(parts)
+
+
 @pytest.mark.parametrize(("first", "then"), [({}, WHOLE_TABLES), (WHOLE_TABLES, {})])
 def test_a_checkpoint_goes_on_whether_users_are_stepped_by_row_or_whole(first, then):
     stage, saved = dataclasses.replace(stages()[1], validate=None), []

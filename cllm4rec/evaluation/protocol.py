@@ -6,6 +6,7 @@ Shapes: B users, J items, K places of a ranked list.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, Self
@@ -80,6 +81,12 @@ class Validation:
         held_out = HeldOut.of(histories, "validation", "train", "train")
         self.users, self.read, self.relevant = held_out.users, held_out.read, held_out.relevant
         self._names = tuple(metrics)
+
+    def take(self, rows: IntArray) -> Self:
+        """Some of the users."""
+        some = copy.copy(self)
+        some.users, some.read, some.relevant = self.users[rows], self.read.take(rows), self.relevant.take(rows)
+        return some
 
     def metrics(self, ranked_BK: npt.NDArray[Any]) -> dict[str, float]:
         """Sums over the users and their `count`: add these over workers, then take `means`."""

@@ -89,8 +89,11 @@ class Ranker:
             hidden_SK = self.model.hidden(TensorBatch.of(batch, device, alone=True))
             hidden_BK[rows] = self.model.queries(hidden_SK[slots].float())
 
-        for _ in _passes_at_once()(run, passes) if device.type == "cpu" else map(run, passes):
-            pass
+        if device.type == "cpu":
+            _run_in_threads(run, passes)
+        else:
+            for one in passes:
+                run(one)
         return hidden_BK
 
     def _documents(self, users: IntArray, histories: Ragged) -> Documents:
@@ -118,13 +121,13 @@ class Ranker:
         begin = 0
         while begin < len(order):
             size = int(sizes[order[begin]])
-            ends = np.cumsum(lengths[order[begin : begin + size]])
-            fits = (ends <= size) & (sizes[order[begin : begin + size]] == size)
-            rows = order[begin : begin + int(fits.argmin()) if not fits.all() else begin + len(fits)]
-            ends = ends[: len(rows)]
-            packer = Packer(self.tokens, 1, size)
-            yield rows, packer.layout(documents.take(rows), np.zeros_like(rows), ends - lengths[rows]), ends - 1
-            begin += len(rows)
+            next_ones = order[begin : begin + size]
+            ends = np.cumsum(lengths[next_ones])
+            count = int(((ends <= size) & (sizes[next_ones] == size)).sum())
+            rows, ends = next_ones[:count], ends[:count]
+            batch = Packer(self.tokens, 1, size).layout(documents.take(rows), np.zeros_like(rows), ends - lengths[rows])
+            yield rows, batch, ends - 1
+            begin += count
 
     def _pair_passes(self, documents: Documents) -> Iterator[Pass]:
         """A document a row, in rows of one width."""
@@ -169,13 +172,25 @@ class Ranker:
         return _from_keys(best, k)
 
 
-def _passes_at_once() -> Callable[..., Iterator[None]]:
-    """`map` with a pass for each of torch's threads at a time, each computed by one of them alone.
+def _run_in_threads(run: Callable[[Pass], None], passes: Iterator[Pass]) -> None:
+    """Run a pass in each of torch's threads at a time, each computed by one of them alone.
 
     So products have the same bits whatever the number of threads; and a thread for each pass is a third faster than all
     of them for each product (DECISIONS.md, "Speed").
     """
-    return _threads(torch.get_num_threads()).map
+    taking = threading.Lock()
+
+    def take_and_run() -> None:
+        while True:
+            with taking:
+                one = next(passes, None)
+            if one is None:
+                return
+            run(one)
+
+    count = torch.get_num_threads()
+    for done in [_threads(count).submit(take_and_run) for _ in range(count)]:
+        done.result()
 
 
 @functools.cache
