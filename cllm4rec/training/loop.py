@@ -178,8 +178,6 @@ def _work(config: dict[str, Any]) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Deterministic torch fills every new tensor, so that reading one before it is written shows.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        False  # a pass over every new tensor, which finds bugs of torch
-    )
     context = ray.train.get_context()
     is_first = context.get_world_rank() == 0
     log = _LogFile(artifacts.join(config["run_dir"], METRICS), is_first, job.tensorboard)
