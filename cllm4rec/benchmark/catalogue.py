@@ -6,6 +6,7 @@ A small backbone, so that the head and the tables are what is measured.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 
 import numpy as np
@@ -30,7 +31,7 @@ _NUM_USERS, _NUM_WORDS, _WIDTH, _REPEATS = 512, 512, 64, 3
 
 
 def catalogue(num_items: int) -> dict[str, float]:
-    """Seconds of a training step and of lists for 512 users, and what the four tables take."""
+    """Seconds of a training step and of lists for 512 users, what the four tables take, and peaks of memory on the way."""
     size = BackboneSize(layers=1, width=_WIDTH, heads=2, vocab_size=_NUM_WORDS)
     tokens = TokenSpace(_NUM_WORDS, _NUM_USERS, num_items)
     model = CLLM4Rec(build_backbone(size, _NUM_WORDS, 64, 0), tokens)
@@ -38,7 +39,9 @@ def catalogue(num_items: int) -> dict[str, float]:
     histories = random_histories(_NUM_USERS, num_items, 0)
     catalog = Catalog([""] * _NUM_USERS, [""] * num_items)
     scorer = Scorer(Ranker(model, prompts, 64), catalog, "")
+    loaded_mb = _peak_mb()
     lists = seconds_of(lambda: scorer.top_k(histories.user, histories.train, 20), _REPEATS)
+    scored_mb = _peak_mb()
     model.train_only(COLLABORATIVE)
     engine = make_engine(model, EngineSettings("torch", 1e-3, 1, None, 0))
     maker = Maker(prompts, tokens, 64, 0)
@@ -56,7 +59,13 @@ def catalogue(num_items: int) -> dict[str, float]:
         "step_s": float(np.median(steps)),
         "score_s": float(np.median(lists)),
         "tables_mb": 4.0 * _WIDTH * 2 * (_NUM_USERS + num_items) / 1e6,
+        "score_adds_mb": scored_mb - loaded_mb,
     }
+
+
+def _peak_mb() -> float:
+    """The most this process has held so far, with what it shares."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ Pass = tuple[IntArray, Batch, IntArray]
 """Documents (rows of all), how they are laid out, and the slots whose hidden states answer for them."""
 
 _PASS_TOKENS = 256
-"""Slots of a pass, or the next multiple that a long prompt fits. A single request computes as many."""
+_PASS_VALUES = 1 << 17
+_MOST_PASS_TOKENS = 1024
 _COLUMNS_STEP = 8
 _HEAD_ROWS = 64
 _HEAD_ITEMS = 65_536
@@ -53,6 +54,14 @@ class Ranker:
     @property
     def tokens(self) -> TokenSpace:
         return self.model.tokens
+
+    @property
+    def pass_tokens(self) -> int:
+        """Slots of a pass, or the next multiple that a long prompt fits. A single request computes as many.
+
+        Of a narrow model more, up to four times: what a pass costs besides its products would cost more than these.
+        """
+        return max(_PASS_TOKENS, min(_MOST_PASS_TOKENS, _PASS_VALUES // self.model.backbone.width))
 
     @torch.inference_mode()
     def top_k(self, users: IntArray, histories: Ragged, hidden_items: Ragged, k: int) -> tuple[IntArray, FloatArray]:
@@ -116,7 +125,7 @@ class Ranker:
     def _passes(self, documents: Documents) -> Iterator[Pass]:
         """Documents end to end in one row, as many as fit: neighbours of similar length, which attention takes together."""
         lengths = documents.lengths
-        sizes = -(-lengths // _PASS_TOKENS) * _PASS_TOKENS
+        sizes = -(-lengths // self.pass_tokens) * self.pass_tokens
         order = np.argsort(lengths, kind="stable")
         begin = 0
         while begin < len(order):
@@ -133,7 +142,7 @@ class Ranker:
         """A document a row, in rows of one width."""
         columns = -(-documents.lengths // _COLUMNS_STEP) * _COLUMNS_STEP
         for width in np.unique(columns).tolist():
-            num_rows = max(1, _PASS_TOKENS // width)
+            num_rows = max(1, self.pass_tokens // width)
             members = np.flatnonzero(columns == width)
             for begin in range(0, len(members), num_rows):
                 rows = members[begin : begin + num_rows]
