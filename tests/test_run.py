@@ -7,6 +7,7 @@ import pytest
 import torch
 from parity import ARCHITECTURES, parity, recall_at_1, settings, stages, trained
 
+from cllm4rec.data.epochs import Maker
 from cllm4rec.errors import ArtifactError, TrainingError
 from cllm4rec.evaluation.protocol import Validation
 from cllm4rec.model.cllm4rec import TABLES
@@ -227,6 +228,18 @@ def test_validation_ranks_with_users_that_took_all_steps():
     shard = Shard(world.documents, Looking(world.world.histories))
     run(make_model, world.prompts, stages(epochs=2)[2:], shard, settings(), log=lambda _: None, save=saved.append)
     assert torch.equal(seen[0], saved[0].state["collaborative_users"])
+
+
+@pytest.mark.parametrize("reads", [("recommendations",), ("texts",), ("plain_texts",), ("interactions", "texts")])
+def test_an_epoch_is_made_of_the_kinds_its_stage_names(reads):
+    world = parity()
+    stage = Stage("any", COLLABORATIVE, reads, 1, 1e-3)
+    maker = Maker(world.prompts, world.tokens, 48, 0)
+    ((whole, _),) = stage.streams(maker, world.documents, 0)
+    ((named, _),) = stage.streams(maker, world.documents.of_kinds(list(stage.kinds)), 0)
+    assert len(whole) > 0
+    assert named.to_arrow().equals(whole.to_arrow())
+    assert len(world.documents.of_kinds(list(stage.kinds))) < len(world.documents) or len(reads) == 2
 
 
 @pytest.mark.parametrize("at_once", [1, 7])

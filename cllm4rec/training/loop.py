@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 import ray.train
@@ -227,8 +228,10 @@ def _model(job: Job) -> CLLM4Rec:
 def _shard(job: Job, cluster: ClusterConfig) -> Shard:
     """This worker's documents, fetched once through Ray Data and kept: an epoch then costs no reading."""
     limit = cluster.shard_memory_gb * 1e9
+    kinds = pa.array(sorted(set().union(*(stage.kinds for stage in job.stages))), pa.int8())
     tables, num_bytes = [], 0
     for table in ray.train.get_dataset_shard("documents").iter_batches(batch_size=None, batch_format="pyarrow"):
+        table = table.filter(pc.is_in(table["kind"], kinds))  # texts are most of it, and finetuning reads none
         tables.append(table)
         num_bytes += table.nbytes
         if num_bytes > limit:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from cllm4rec.config import Config
-from cllm4rec.data.documents import Documents
+from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind
 from cllm4rec.data.epochs import Maker, interaction_source
 
 COLLABORATIVE = ("collaborative_users", "collaborative_items")
@@ -37,6 +37,13 @@ class Stage:
     mask_range: tuple[float, float] = (0.2, 0.2)
     all_targets: bool = False
     collaborative_from_content: bool = False
+
+    @property
+    def kinds(self) -> set[Kind]:
+        """Of the documents that its epochs are made of."""
+        texts = any(name in ("texts", "plain_texts") for name in self.reads)
+        interactions = any(name in ("interactions", "recommendations") for name in self.reads)
+        return {*(TEXT_KINDS if texts else ()), *((Kind.INTERACTIONS,) if interactions else ())}
 
     def streams(self, maker: Maker, documents: Documents, epoch: int) -> list[tuple[Documents, tuple[str, ...]]]:
         """An epoch's documents in order and what they train: one stream of all kinds, or with `alternate` one for each."""
