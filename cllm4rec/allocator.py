@@ -17,12 +17,16 @@ _SETTINGS = "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 
 
 def environment() -> dict[str, str]:
-    """The variables to start such a process with; none where there is no jemalloc or somebody has chosen an allocator."""
+    """The variables to start such a process with: what somebody has chosen here, else jemalloc where there is one."""
+    chosen = {name: os.environ[name] for name in _NAMES if name in os.environ}
+    if chosen:
+        return chosen
     ray = importlib.util.find_spec("ray")
-    libraries = [Path(folder) / "core" / "libjemalloc.so" for folder in (ray and ray.submodule_search_locations) or ()]
-    if any(name in os.environ for name in _NAMES) or not any(library.exists() for library in libraries):
-        return {}
-    return dict(zip(_NAMES, (str(libraries[0]), _SETTINGS), strict=True))
+    for folder in (ray and ray.submodule_search_locations) or ():
+        library = Path(folder) / "core" / "libjemalloc.so"
+        if library.exists():
+            return dict(zip(_NAMES, (str(library), _SETTINGS), strict=True))
+    return {}
 
 
 def without(variables: Mapping[str, str]) -> dict[str, str]:

@@ -152,6 +152,6 @@ def _startup(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if allocator.environment():  # what it measures should run as in a worker
+    if not allocator.environment().items() <= os.environ.items():  # what it measures should run as in a worker
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **allocator.environment()})
     program("jobs.benchmark", __doc__, run, add_flags, default_config="jobs/configs/benchmark.yaml", needs_ray=False)

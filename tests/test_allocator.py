@@ -30,6 +30,6 @@ def test_a_process_started_so_uses_jemalloc(nothing_chosen):
 
 
 @pytest.mark.parametrize("name", ["LD_PRELOAD", "MALLOC_CONF"])
-def test_who_chose_an_allocator_keeps_it(nothing_chosen, monkeypatch, name):
-    monkeypatch.setenv(name, "")
-    assert allocator.environment() == {}
+def test_who_chose_an_allocator_keeps_it_and_hands_it_on(nothing_chosen, monkeypatch, name):
+    monkeypatch.setenv(name, "other")
+    assert allocator.environment() == {name: "other"}
