@@ -159,13 +159,15 @@ def _plot(told: Row, path: str) -> None:
     time_axes, memory_axes = figure.subplots(1, 2)
     users = [one["users"] for one in told["users"]]
     for name in _PARTS:
-        time_axes.plot(users, [one[f"{name}_ms_per_user"] for one in told["users"]], marker="o", label=name)
+        time_axes.plot(users, [one[f"{name}_s"] for one in told["users"]], marker="o", label=name)
     for name in ("prepare", "finetune", "score"):
-        memory_axes.plot(users, [one[f"{name}_peak_mb"] for one in told["users"]], marker="o", label=name)
+        memory_axes.plot(users, [one[f"{name}_peak_mb"] / 1000 for one in told["users"]], marker="o", label=name)
     items = [one["items"] for one in told["items"]]
-    memory_axes.plot(items, [one["peak_mb"] for one in told["items"]], marker="s", label="by items")
-    time_axes.set(xscale="log", xlabel="users", ylabel="ms a user", ylim=(0, None))
-    memory_axes.set(xscale="log", yscale="log", xlabel="users or items", ylabel="MB, largest process")
+    memory_axes.plot(
+        items, [one["peak_mb"] / 1000 for one in told["items"]], marker="s", label="a step and lists, by items"
+    )
+    time_axes.set(xscale="log", yscale="log", xlabel="users", ylabel="seconds, start-up included")
+    memory_axes.set(xscale="log", xlabel="users or items", ylabel="GB, largest process", ylim=(0, None))
     for axes in (time_axes, memory_axes):
         plain(axes, "y")
         axes.legend(frameon=False)
