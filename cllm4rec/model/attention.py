@@ -24,10 +24,10 @@ _WINDOW = 32
 """Documents that begin in the same window of a row share a block."""
 _STEP = 16
 """Blocks are padded to a multiple of this, so that few shapes exist."""
-_COUNT_STEP = 4
-"""And groups to a multiple of this number of blocks, for the same reason."""
 _ALONE_STEP = 8
 """The same where each document has a block of its own."""
+_COUNT_STEP = 4
+"""Groups of blocks that documents share are padded to a multiple of this number of blocks, for the same reason."""
 
 Array = npt.NDArray[Any]
 
@@ -44,14 +44,16 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Every slot of a packed grid in one block, with its whole document; a group for each block length."""
+    """Every slot of a packed grid in one block, with its whole document; a group for each block length.
+
+    Where each slot stands: places in the groups before its own, places of its group, the first place of its block in the
+    group, its place in the block, and the block's length.
+    """
 
     groups: tuple[Group, ...]
     num_places: int
     """B·L, summed over groups."""
     group_begin_S: Tensor
-    """Where each slot stands: places in the groups before its own, places of its group, the first place of its block
-    in the group, its place in the block, and the block's length."""
     group_size_S: Tensor
     block_begin_S: Tensor
     place_S: Tensor

@@ -107,6 +107,8 @@ class FrozenGPT2Layer(GPT2Block):  # type: ignore[misc]
 
 
 class _GPT2Layer(torch.autograd.Function):
+    """A layer around attention in blocks, whose weights get no gradient: (S, K) → (S, K)."""
+
     @staticmethod
     def forward(ctx: Any, hidden_SK: Tensor, layer: Any, blocks: Blocks) -> Tensor:
         attention_, mlp = layer.attn, layer.mlp
@@ -139,7 +141,7 @@ class _GPT2Layer(torch.autograd.Function):
 
 
 def _gpt2_layer(hidden_SK: Tensor, layer: Any, blocks: Blocks) -> Tensor:
-    """The same without a gradient, so that nothing is kept and the activation is part of its product."""
+    """`_GPT2Layer` without a gradient: nothing is kept, and the activation is part of its product."""
     attention_, mlp = layer.attn, layer.mlp
     states = attention_.c_attn.fused(layer.ln_1(hidden_SK)).view(len(hidden_SK), -1, attention_.head_dim)
     attended, _ = attention(states, attention_.scaling, blocks)
