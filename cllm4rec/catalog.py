@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,15 +123,28 @@ class Catalog:
         return cls(users["id"], items["id"], users["text"], items["text"], items["num_train"])
 
     @classmethod
+    def load_without_user_texts(cls, directory: str) -> Catalog:
+        """The same with empty texts for users, which no ranking reads and which would be most of it. Raises as `load`."""
+        items = _read(directory, "items")
+        users = read_ids(directory, "users").to_numpy(zero_copy_only=False)
+        return cls(users, items["id"], None, items["text"], items["num_train"])
+
+    @classmethod
     def load_items(cls, directory: str) -> Catalog:
         """The same without its users, whose number has no bound. Raises as `load`."""
         items = _read(directory, "items")
         return cls([], items["id"], [], items["text"], items["num_train"])
 
 
+def read_sizes(directory: str) -> tuple[int, int]:
+    """Numbers of users and items of a catalog, without reading them. Raises ArtifactError as `Catalog.load`."""
+    users, items = (_open(directory, name, lambda file: file.metadata.num_rows) for name in ("users", "items"))
+    return users, items
+
+
 def read_ids(directory: str, name: str) -> pa.Array:
     """The ids of `users` or `items` of a catalog by index, as Arrow strings. Raises ArtifactError as `Catalog.load`."""
-    ids: pa.Array = _read_table(directory, name).column("id").combine_chunks()
+    ids: pa.Array = _read_table(directory, name, ["index", "id"]).column("id").combine_chunks()
     return ids
 
 
@@ -140,12 +153,16 @@ def _read(directory: str, name: str) -> dict[str, list[Any]]:
     return columns
 
 
-def _read_table(directory: str, name: str) -> pa.Table:
+def _read_table(directory: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    return _open(directory, name, lambda file: file.read(columns).sort_by("index"))
+
+
+def _open(directory: str, name: str, read: Callable[[pq.ParquetFile], Any]) -> Any:
     uri = join(directory, f"{name}.parquet")
     fs, path = filesystem(uri)
     try:
         with fs.open(path, "rb") as stream:
-            return pq.read_table(stream).sort_by("index")
+            return read(pq.ParquetFile(stream))
     except (OSError, pa.ArrowInvalid) as error:
         what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         raise ArtifactError(f"{uri} is {what}; run the stage that writes it with --force") from None

@@ -361,7 +361,9 @@ class ClusterConfig(_Section):
     use_gpu: bool = False
     max_failures: Annotated[int, Field(ge=0)] = Field(2, description="worker losses a training run survives")
     start_timeout_s: Annotated[float, Field(gt=0)] = Field(45.0, description="wait this long for resources, then fail")
-    shard_memory_gb: Annotated[float, Field(gt=0)] = Field(8.0, description="most memory a worker's documents may take")
+    shard_disk_gb: Annotated[float, Field(gt=0)] = Field(
+        64.0, description="most of TMPDIR a worker's documents may take"
+    )
 
 
 class Config(_Section):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cllm4rec import artifacts
-from cllm4rec.catalog import NOBODY, Catalog, TokenSpace
+from cllm4rec.catalog import NOBODY, Catalog, TokenSpace, read_sizes
 from cllm4rec.errors import ArtifactError
 
 sizes = st.integers(0, 50)
@@ -54,6 +54,10 @@ def test_a_catalogue_comes_back_from_a_directory(user_ids, item_ids, data):
         assert list(getattr(read, name)) == list(getattr(written, name)), name
     assert [read.user_index(user_id) for user_id in user_ids] == list(range(len(user_ids)))
     assert [read.item_index(item_id) for item_id in item_ids] == list(range(len(item_ids)))
+    light = Catalog.load_without_user_texts(uri)
+    assert (light.user_ids.tolist(), light.user_texts) == (read.user_ids.tolist(), [""] * len(user_ids))
+    assert (light.item_texts, light.item_counts.tolist()) == (read.item_texts, read.item_counts.tolist())
+    assert read_sizes(uri) == (len(user_ids), len(item_ids))
     artifacts.remove_directory(uri)
 
 
@@ -65,12 +69,13 @@ def test_what_was_unknown_at_training_has_no_row():
 
 
 @pytest.mark.parametrize("name", ["users", "items"])
-def test_a_missing_or_damaged_catalogue_is_told_in_a_sentence(tmp_path, name):
+@pytest.mark.parametrize("read", [Catalog.load, Catalog.load_without_user_texts, read_sizes])
+def test_a_missing_or_damaged_catalogue_is_told_in_a_sentence(tmp_path, name, read):
     Catalog(["u1"], ["i1"]).save(str(tmp_path))
     file = tmp_path / f"{name}.parquet"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ArtifactError, match=rf"{name}\.parquet is damaged"):
-        Catalog.load(str(tmp_path))
+        read(str(tmp_path))
     file.unlink()
     with pytest.raises(ArtifactError, match=rf"{name}\.parquet is missing"):
-        Catalog.load(str(tmp_path))
+        read(str(tmp_path))

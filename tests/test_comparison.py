@@ -44,6 +44,7 @@ from cllm4rec.comparison.trial import (
     run_row,
 )
 from cllm4rec.config import parse_config
+from cllm4rec.data.documents import Documents
 from cllm4rec.data.epochs import Maker
 from cllm4rec.data.prepared import Language, write_table
 from cllm4rec.data.tokenizer import save_tokenizer
@@ -129,7 +130,9 @@ def test_only_llm_fixord_reads_items_in_one_order(split, data, name, is_fixed):
     stage = next(stage for stage in stages_of(name, config_of(name, split, {})) if stage.name == "pretrain")
     stage = dataclasses.replace(stage, reads=("interactions",))
     maker = Maker(data.language.prompts, data.catalog.tokens(NUM_WORDS), MAX_TOKENS, seed=0)
-    first, second = (stage.streams(maker, data.documents, epoch)[0][0].in_order() for epoch in (0, 1))
+    first, second = (
+        Documents.concat(list(stage.streams(maker, data.documents, epoch)[0][0])).in_order() for epoch in (0, 1)
+    )
     assert np.array_equal(first.main.values, second.main.values) == is_fixed
 
 

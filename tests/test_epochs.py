@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from parity import MAX_TOKENS, parity
 
-from cllm4rec.data.documents import Documents
-from cllm4rec.data.epochs import Maker, interaction_source, uniform
+from cllm4rec.data import epochs
+from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind
+from cllm4rec.data.epochs import Maker, Part, interaction_source, uniform
 from cllm4rec.data.ragged import Ragged
 
 
@@ -82,10 +83,34 @@ def test_hidden_users_are_spread_over_the_epoch_like_everyone(maker, source):
 
 
 def test_text_sampling_takes_about_its_share_and_another_one_each_epoch(maker):
-    full = maker.texts(parity().documents, 0, 1.0)
-    first, second = maker.texts(parity().documents, 0, 0.3), maker.texts(parity().documents, 1, 0.3)
+    documents = parity().documents
+    full = maker.text_rows(documents, 0, 1.0)
+    first, second = maker.text_rows(documents, 0, 0.3), maker.text_rows(documents, 1, 0.3)
+    assert set(documents.kind[full]) == set(TEXT_KINDS)
+    assert len(full) == (documents.kind != Kind.INTERACTIONS).sum()
     assert 0.2 < len(first) / len(full) < 0.4
-    assert first.item.tolist() != second.item.tolist()
+    assert set(first) < set(full)
+    assert first.tolist() != second.tolist()
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 10_000])
+def test_an_epoch_made_some_at_a_time_is_the_epoch_made_at_once(maker, monkeypatch, at_once):
+    """And it does not matter how the documents lie."""
+    documents = parity().documents
+    options = {"mask_range": (0.2, 0.6), "all_targets": False, "user_dropout": 0.5}
+    source, texts = interaction_source(documents), documents.take(maker.text_rows(documents, 3, 0.5))
+    whole = maker.shuffled(Documents.concat([texts, maker.recommendations(source, 3, **options)]), 3)
+    monkeypatch.setattr(epochs, "_MADE_AT_ONCE", at_once)
+    lying = documents.take(np.random.default_rng(0).permutation(len(documents)))
+    parts = [
+        Part(lying.rows_of([Kind.INTERACTIONS]), lambda some: maker.recommendations(some, 3, **options), Kind.RECOMMENDATION),
+        Part(maker.text_rows(lying, 3, 0.5), lambda some: some),
+    ]  # fmt: skip
+    streamed = list(maker.stream(lying, parts, 3))
+    assert max(map(len, streamed)) <= at_once
+    made = Documents.concat(streamed)
+    assert made.to_arrow().equals(whole.to_arrow())
+    assert made.target.tolist() == whole.target.tolist()
 
 
 def test_random_numbers_are_uniform_and_a_function_of_every_argument():

@@ -101,7 +101,7 @@ def test_no_stage_runs_again_and_scoring_finds_its_inputs_related(config: Config
 def test_every_reader_goes_on_with_what_is_left(config: Config) -> None:
     erase(config, [CANARY])
     prepared = config.directory("prepared")
-    catalog, _, space = load_space(prepared)
+    catalog, (_, space) = Catalog.load(prepared), load_space(prepared)
     histories = Histories.load(prepared)
     assert (catalog.num_users, space.num_users, len(histories.user)) == (WORLD.num_users, WORLD.num_users, len(OTHERS))
     assert len(HeldOut.test(histories, config.evaluate).users) == len(Validation(histories).users) == len(OTHERS)

@@ -48,7 +48,7 @@ def total_and_gradients(model: CLLM4Rec, some: list[Documents], micro_batch_toke
     model.zero_grad()
     total = 0.0
     for part in some:
-        for batch in packer.batches(part):
+        for batch in packer.batches([part]):
             loss = model(TensorBatch.of(batch, CPU), 0.7).total
             loss.backward()
             total += loss.item()
@@ -83,7 +83,7 @@ def test_only_what_is_trained_gets_a_gradient(architecture):
     model = model_of(architecture)
     model.train_only(CONTENT)
     packer = packer_for(model.backbone, model.tokens, 8 * MAX_TOKENS, MAX_TOKENS)
-    model(TensorBatch.of(next(iter(packer.batches(documents()))), CPU), 1.0).total.backward()
+    model(TensorBatch.of(next(iter(packer.batches([documents()]))), CPU), 1.0).total.backward()
     has_gradient = {name for name, weight in model.named_parameters() if weight.grad is not None}
     assert has_gradient == set(CONTENT)
 
@@ -181,7 +181,7 @@ def test_a_pretrained_llama_predicts_stories_better_than_chance(shared_dir):
     plain = Documents(
         story.kind, story.user, story.item, Ragged.from_lists([words[:1]], np.int32), story.main, story.target
     )
-    batch = next(iter(packer_for(backbone, space, 256, 128).batches(Documents.concat([plain, plain]))))
+    batch = next(iter(packer_for(backbone, space, 256, 128).batches([plain, plain])))
     with torch.no_grad():
         found = CLLM4Rec(backbone, space, std=0.1)(TensorBatch.of(batch, CPU), 0.0).words.item()
     assert found / len(batch.word_targets) < 2.5  # chance is ln 512 = 6.2

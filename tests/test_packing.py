@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from parity import MAX_TOKENS, parity
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.epochs import Maker, interaction_source
 from cllm4rec.data.packing import Batch, Packer, PairPacker, Table, fill_rows
-from cllm4rec.data.ragged import Ragged
+from cllm4rec.data.ragged import Ragged, no_values
 
 
 def all_kinds() -> Documents:
@@ -34,7 +36,7 @@ def tokens_of(batch: Batch, grid_number: int) -> np.ndarray:
 @given(st.lists(st.integers(1, 32), max_size=60), st.integers(1, 4))
 def test_every_document_is_placed_once_and_none_overlap(lengths, num_rows):
     placed = []
-    for chosen, rows, starts in fill_rows(np.array(lengths, np.int64), num_rows, 32):
+    for chosen, rows, starts in fill_rows(np.array(lengths, np.int64), num_rows, 32)[0]:
         used = np.zeros((num_rows, 32), int)
         for document, row, start in zip(chosen, rows, starts, strict=True):
             assert start + lengths[document] <= 32
@@ -44,21 +46,46 @@ def test_every_document_is_placed_once_and_none_overlap(lengths, num_rows):
     assert sorted(placed) == list(range(len(lengths)))
 
 
+@given(st.lists(st.integers(1, 32), max_size=80), st.integers(1, 4), st.integers(1, 30))
+def test_documents_that_come_in_parts_are_placed_as_if_at_once(lengths, num_rows, at_once):
+    """Batches do not depend on how much of an epoch is in memory."""
+    documents = all_kinds().take(np.zeros(len(lengths), int))
+    documents = dataclasses.replace(
+        documents,
+        item=np.arange(len(lengths)),
+        prompt=Ragged.from_lists([[0] * length for length in lengths], np.int32),
+        main=no_values(len(lengths)),
+    )
+    parts = [
+        documents.take(np.arange(begin, min(begin + at_once, len(lengths))))
+        for begin in range(0, len(lengths), at_once)
+    ]
+    packer = Placed(parity().tokens, num_rows, 32)
+    assert list(packer.batches(parts)) == list(packer.batches([documents]))
+
+
+class Placed(Packer):
+    """Lays nothing out: says which document goes where."""
+
+    def layout(self, documents, rows, starts):
+        return documents.item.tolist(), rows.tolist(), starts.tolist()
+
+
 def test_short_documents_fill_the_gaps_of_long_ones():
     lengths = np.array([20, 20, 20, 20] + [12] * 4)
-    groups = list(fill_rows(lengths, 4, 32))
+    groups = fill_rows(lengths, 4, 32)[0]
     assert len(groups) == 1
 
 
 def test_a_document_longer_than_a_row_is_refused_with_the_numbers():
     with pytest.raises(ValueError, match="33 tokens and a row 32"):
-        list(fill_rows(np.array([33]), 2, 32))
+        fill_rows(np.array([33]), 2, 32)
 
 
 @pytest.mark.parametrize("packer", packers(), ids=lambda packer: type(packer).__name__)
 def test_predictions_of_an_epoch_are_exactly_the_main_tokens_and_targets(packer):
     documents = all_kinds()
-    batches = list(packer.batches(documents))
+    batches = list(packer.batches([documents]))
     space = parity().tokens
     is_item_kind = np.isin(documents.kind, [Kind.INTERACTIONS])
     words = documents.take(np.flatnonzero(~is_item_kind)).main.values
@@ -71,7 +98,7 @@ def test_predictions_of_an_epoch_are_exactly_the_main_tokens_and_targets(packer)
 
 def test_a_token_is_predicted_from_the_slot_before_it_in_its_own_document():
     packer = packers()[0]
-    for batch in packer.batches(all_kinds()):
+    for batch in packer.batches([all_kinds()]):
         grid, tokens = batch.grids[0], tokens_of(batch, 0)
         assert (tokens[batch.word_slots + 1] == batch.word_targets).all()
         segment = grid.segment_RT.ravel()
@@ -81,7 +108,7 @@ def test_a_token_is_predicted_from_the_slot_before_it_in_its_own_document():
 
 def test_the_decoder_of_a_pair_reads_the_main_text_shifted_by_one():
     packer = packers()[1]
-    for batch in packer.batches(all_kinds()):
+    for batch in packer.batches([all_kinds()]):
         tokens, position = tokens_of(batch, 1), batch.grids[1].position_RT.ravel()
         assert (tokens[batch.word_slots[position[batch.word_slots] == 0]] == 0).all()
         later = position[batch.word_slots] > 0
@@ -97,7 +124,7 @@ def test_texts_read_ids_through_content_and_the_rest_through_collaborative_table
         (Kind.INTERACTIONS, {Table.COLLABORATIVE_USERS, Table.COLLABORATIVE_ITEMS}),
         (Kind.RECOMMENDATION, {Table.COLLABORATIVE_USERS, Table.COLLABORATIVE_ITEMS}),
     ):
-        batch = next(iter(Packer(space, 4, MAX_TOKENS).batches(all_kinds().of_kinds([kind]))))
+        batch = next(iter(Packer(space, 4, MAX_TOKENS).batches([all_kinds().of_kinds([kind])])))
         read = {table for table, (slots, _) in batch.grids[0].reads.items() if len(slots)}
         assert read - {Table.WORDS} == tables
 
@@ -111,7 +138,7 @@ def test_penalty_counts_each_distinct_id_of_a_document_once():
             prompts.recommendation(space, np.array([-1]), Ragged.from_lists([[5]]), Ragged.from_lists([[6]])),
         ]
     )
-    (batch,) = Packer(space, 2, MAX_TOKENS).batches(documents)
+    (batch,) = Packer(space, 2, MAX_TOKENS).batches([documents])
     assert dict(zip(batch.penalty_users, batch.penalty_user_counts, strict=True)) == {4: 2}
     assert dict(zip(batch.penalty_items, batch.penalty_item_counts, strict=True)) == {1: 1, 2: 2, 3: 1, 5: 1, 6: 1}
 

@@ -299,7 +299,7 @@ def test_the_parity_world_comes_out_as_it_is(prepared: tuple[Config, Manifest]) 
 def test_documents_hold_exactly_the_texts_that_may_be_seen(prepared: tuple[Config, Manifest]) -> None:
     config, _ = prepared
     world, uri = parity_world(), config.directory("prepared")
-    catalog, language, space = load_space(uri)
+    catalog, (language, space) = Catalog.load(uri), load_space(uri)
     documents = load_documents(uri)
     tokenizer = AutoTokenizer.from_pretrained(f"{uri}/tokenizer")
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from parity import ARCHITECTURES, parity, recall_at_1, settings, stages, trained
 
+from cllm4rec.data.documents import Documents
 from cllm4rec.data.epochs import Maker
 from cllm4rec.errors import ArtifactError, TrainingError
 from cllm4rec.evaluation.protocol import Validation
@@ -235,8 +236,10 @@ def test_an_epoch_is_made_of_the_kinds_its_stage_names(reads):
     world = parity()
     stage = Stage("any", COLLABORATIVE, reads, 1, 1e-3)
     maker = Maker(world.prompts, world.tokens, 48, 0)
-    ((whole, _),) = stage.streams(maker, world.documents, 0)
-    ((named, _),) = stage.streams(maker, world.documents.of_kinds(list(stage.kinds)), 0)
+    whole, named = (
+        Documents.concat([part for stream, _ in stage.streams(maker, documents, 0) for part in stream])
+        for documents in (world.documents, world.documents.of_kinds(list(stage.kinds)))
+    )
     assert len(whole) > 0
     assert named.to_arrow().equals(whole.to_arrow())
     assert len(world.documents.of_kinds(list(stage.kinds))) < len(world.documents) or len(reads) == 2

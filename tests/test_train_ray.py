@@ -13,15 +13,15 @@ import pyarrow as pa
 import pytest
 import torch
 from directories import NUM_WORDS, write_prepared
-from parity import MAX_TOKENS, settings
+from parity import MAX_TOKENS, parity, settings
 
 from cllm4rec.config import BackboneSize, ClusterConfig, ModelConfig
-from cllm4rec.data.documents import Documents
-from cllm4rec.data.prepared import Histories, bucket_name, bucket_of, load_space, write_table
+from cllm4rec.data.documents import Documents, Kind
+from cllm4rec.data.prepared import Histories, bucket_name, bucket_of, bucket_paths, load_space, write_table
 from cllm4rec.data.world import parity_world
 from cllm4rec.errors import ResourceError
 from cllm4rec.evaluation.protocol import Validation
-from cllm4rec.training.loop import METRICS, Job, fit, wait_for_resources
+from cllm4rec.training.loop import METRICS, Job, WholeBuckets, fit, wait_for_resources
 from cllm4rec.training.stages import COLLABORATIVE, Stage
 
 pytestmark = pytest.mark.ray
@@ -48,7 +48,7 @@ def job(prepared_dir: str, name: str) -> Job:
 def write_documents(prepared_dir: str) -> None:
     """Interaction documents in two buckets, one for each worker."""
     world = parity_world()
-    _, language, tokens = load_space(prepared_dir)
+    language, tokens = load_space(prepared_dir)
     documents: Documents = language.prompts.interactions(tokens, world.histories.user, world.histories.train)
     rows, bucket_D = documents.to_arrow(), bucket_of(documents.user, world.num_users, 2)
     for bucket in range(2):
@@ -103,6 +103,26 @@ def test_a_run_whose_worker_was_killed_ends_with_the_same_bits(prepared_dir, tmp
     assert num_epochs(tmp_path / "hurt" / METRICS) == EPOCHS
     assert set(whole) == set(hurt) == set(COLLABORATIVE)
     assert all(torch.equal(whole[name], hurt[name]) for name in whole)
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("kinds", [{Kind.INTERACTIONS}, {Kind.REVIEW, Kind.USER_TEXT}])
+def test_workers_read_their_buckets_whole_and_only_the_kinds_they_need(tmp_path, kinds):
+    documents = parity().documents
+    bucket_D = np.arange(len(documents)) % 3
+    for bucket in range(3):
+        table = documents.take(np.flatnonzero(bucket_D == bucket)).to_arrow()
+        write_table(table, str(tmp_path / "documents" / bucket_name(bucket)))
+    buckets = WholeBuckets({"documents": bucket_paths(str(tmp_path), "documents")}, kinds)
+    shards = [
+        pa.concat_tables(parts["documents"].iter_batches(batch_size=None, batch_format="pyarrow"))
+        for parts in buckets.configure({"documents": None}, 2, None, None)
+    ]
+    wanted_D = np.isin(documents.kind, list(kinds))
+    for table, mine_D in zip(shards, (bucket_D != 1, bucket_D == 1), strict=True):
+        expected = documents.take(np.flatnonzero(mine_D & wanted_D))
+        assert 0 < len(expected) < mine_D.sum()
+        assert Documents.from_arrow(table).in_order().to_arrow().equals(expected.in_order().to_arrow())
 
 
 @pytest.mark.usefixtures("ray_local")

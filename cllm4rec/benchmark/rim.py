@@ -88,7 +88,7 @@ def _no_validation(_: Histories) -> Any:
 
 def _bare_epochs(config: Config) -> list[float]:
     prepared_dir = config.directory("prepared")
-    _, language, tokens = load_space(prepared_dir)
+    language, tokens = load_space(prepared_dir)
     documents: Documents = load_documents(prepared_dir)
     entries: list[dict[str, Any]] = []
 

@@ -90,7 +90,7 @@ def our_steps(
     engine = make_engine(model, EngineSettings("torch", 1e-3, 1, None, 0), np.arange(corpus.num_users))
     packer = packer_for(backbone, corpus.tokens, setting.micro_batch_tokens, setting.max_tokens)
     counted, device, work = _Counted(corpus), torch.device(setting.device), Work.of(model)
-    for number, batch in enumerate(_timed(packer.batches(documents), counted)):
+    for number, batch in enumerate(_timed(packer.batches([documents]), counted)):
         if number == setting.steps + 2:
             break
         losses = engine.forward(TensorBatch.of(batch, device), LAMBDA_C)

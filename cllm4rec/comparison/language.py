@@ -67,7 +67,7 @@ def run_backbone(config: Config) -> str:
     """Train the language model of one split on its training texts and write it; returns its directory."""
     torch.set_num_threads(1)
     inputs, prepared_dir, started = backbone_inputs(config), config.directory("prepared"), time.monotonic()
-    _, language, tokens = load_space(prepared_dir)
+    language, tokens = load_space(prepared_dir)
     backbone = new_backbone(config.model, language.num_words, config.seed)
     model = CLLM4Rec(backbone, tokens, std=0.0)
     shard = Shard(load_documents(prepared_dir), None)

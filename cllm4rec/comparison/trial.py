@@ -43,16 +43,17 @@ from cllm4rec.comparison.language import backbone_directory, bare_settings, star
 from cllm4rec.comparison.methods import AFTER, MODEL, VARIANTS, config_of, points_of, stages_of
 from cllm4rec.config import Config
 from cllm4rec.data.documents import Documents, Kind
-from cllm4rec.data.prepared import Histories, Language, load_documents, load_space, read_tables, write_table
+from cllm4rec.data.prepared import Histories, Language, load_documents, read_tables, write_table
 from cllm4rec.data.ragged import Ragged
 from cllm4rec.errors import DataError, TrainingError
 from cllm4rec.evaluation.metrics import IntArray, compute, depth
 from cllm4rec.evaluation.protocol import HeldOut, Validation, rank_with
 from cllm4rec.evaluation.stage import rank_with_scorer
-from cllm4rec.model.backbone import load_backbone, save_tensors
+from cllm4rec.model.backbone import load_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
 from cllm4rec.model.ranking import Ranker
 from cllm4rec.model.store import load_tables
+from cllm4rec.model.tensors import save_tensors
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.training.from_texts import fresh_tables
 from cllm4rec.training.run import VALIDATION_METRIC, Shard, put_weights, run
@@ -74,7 +75,7 @@ class Data:
 
     @classmethod
     def load(cls, prepared_dir: str) -> Data:
-        catalog, language, _ = load_space(prepared_dir)
+        catalog, language = Catalog.load(prepared_dir), Language.load(prepared_dir)
         texts = item_texts_with_reviews(prepared_dir, catalog)
         return cls(catalog, language, Histories.load(prepared_dir), load_documents(prepared_dir), texts)
 

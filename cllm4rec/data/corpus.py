@@ -80,7 +80,7 @@ def _load_encoder(directory: str, digest: str) -> Encoder:
 def chosen_texts(staging: str, fragments: list[str], chosen: pa.Table) -> Iterator[tuple[pa.Table, list[str]]]:
     """The texts of chosen rows, one staging file at a time.
 
-    `chosen` has columns fragment (a number into `fragments`), place (a row of that file), kind, user and item.
+    `chosen` has columns fragment (a number into `fragments`), place (a row of that file), user, item and kind.
     """
     for rows in by_column([chosen], "fragment"):
         texts = read_tables([join(staging, fragments[rows["fragment"][0].as_py()])], ["text"])["text"]
@@ -138,7 +138,10 @@ def _bucket_of_documents(documents: Documents, corpus: Corpus) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Interactions of consecutive users, sorted by user, time, item. `split` indexes SPLITS, `time` is unix seconds."""
+    """Interactions of consecutive users, sorted by user, time, item. `split` indexes SPLITS, `time` is unix seconds.
+
+    Of all users, in one process, users and items are int32; of a few, as they are written, int64.
+    """
 
     user: Array
     item: Array
@@ -147,8 +150,10 @@ class Facts:
 
     def of_users(self, first: int, last: int) -> Facts:
         """Those of users first..last-1."""
-        rows = slice(*np.searchsorted(self.user, [first, last]))
-        return Facts(*(column[rows] for column in dataclasses.astuple(self)))
+        rows = slice(*np.searchsorted(self.user, np.array([first, last], self.user.dtype)))  # another type would copy
+        return Facts(
+            self.user[rows].astype(np.int64), self.item[rows].astype(np.int64), self.split[rows], self.time[rows]
+        )
 
     def items_in(self, split: int, users: Array) -> Ragged:
         """Each user's items of one split, oldest first."""
@@ -184,7 +189,8 @@ def _bucket_ranges(buckets: int) -> list[tuple[int, int]]:
 def _range_table(corpus: Corpus, first: int, last: int, user_ids: Array, facts: Facts) -> pa.Table:
     """One row that holds everything about the users of buckets first..last-1."""
     low, high = corpus.first_user(first), corpus.first_user(last)
-    columns = dataclasses.asdict(facts.of_users(low, high))
+    part = facts.of_users(low, high)
+    columns = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
     ids = pa.array([user_ids[low:high].tolist()], pa.large_list(pa.string()))
     return pa.table(
         {"first": [first], "last": [last], "user_ids": ids} | {name: [rows] for name, rows in columns.items()}

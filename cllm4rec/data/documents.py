@@ -54,6 +54,12 @@ class Documents:
         """Tokens of prompt and main text together."""
         return self.prompt.lengths + self.main.lengths
 
+    @property
+    def num_bytes(self) -> int:
+        ragged = (self.prompt, self.main, self.target)
+        arrays = [self.kind, self.user, self.item, *(each for rows in ragged for each in (rows.values, rows.offsets))]
+        return sum(array.nbytes for array in arrays)
+
     def take(self, rows: npt.NDArray[Any]) -> Documents:
         return Documents(
             self.kind[rows],
@@ -64,8 +70,11 @@ class Documents:
             self.target.take(rows),
         )
 
+    def rows_of(self, kinds: Sequence[Kind]) -> npt.NDArray[np.int64]:
+        return np.flatnonzero(np.isin(self.kind, [int(kind) for kind in kinds]))
+
     def of_kinds(self, kinds: Sequence[Kind]) -> Documents:
-        return self.take(np.flatnonzero(np.isin(self.kind, [int(kind) for kind in kinds])))
+        return self.take(self.rows_of(kinds))
 
     def in_order(self) -> Documents:
         """Sorted by kind, user, item: the same whatever files and blocks the documents came from."""

@@ -9,6 +9,7 @@ holds a user, in which block it arrived, or whether the run was interrupted: epo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,22 @@ from cllm4rec.catalog import TokenSpace
 from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind, Prompts
 from cllm4rec.data.ragged import Ragged, offsets_of
 
+Array = npt.NDArray[Any]
+
+_MADE_AT_ONCE = 65_536
 _ORDER, _HOLD_OUT, _FRACTION, _HIDE, _SAMPLE, _SHUFFLE = range(6)  # one stream of random numbers for each purpose
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What an epoch makes of some documents, one of each: `make` turns any of those at `rows` into new ones of `kind`.
+
+    Without a `kind` they keep their own.
+    """
+
+    rows: npt.NDArray[np.int64]
+    make: Callable[[Documents], Documents]
+    kind: Kind | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +81,35 @@ class Maker:
             self._hidden(source.user, epoch, user_dropout),
         )
 
-    def texts(self, documents: Documents, epoch: int, fraction: float) -> Documents:
-        """The text documents, or a random `fraction` of them, a new one each epoch."""
-        texts = documents.of_kinds(TEXT_KINDS)
+    def text_rows(self, documents: Documents, epoch: int, fraction: float) -> npt.NDArray[np.int64]:
+        """Where the text documents are, or a random `fraction` of them, a new one each epoch."""
+        rows = documents.rows_of(TEXT_KINDS)
         if fraction >= 1.0:
-            return texts
-        drawn = uniform(self.seed, epoch, _SAMPLE, texts.kind, texts.user, texts.item) < fraction
-        return texts.take(np.flatnonzero(drawn))
+            return rows
+        keys = (documents.kind[rows], documents.user[rows], documents.item[rows])
+        return rows[uniform(self.seed, epoch, _SAMPLE, *keys) < fraction]
+
+    def stream(self, documents: Documents, parts: Sequence[Part], epoch: int) -> Iterator[Documents]:
+        """What is made of all parts, in the epoch's order, some at a time: an epoch is never whole in memory."""
+        rows = np.concatenate([part.rows for part in parts])
+        part_of = np.repeat(np.arange(len(parts)), [len(part.rows) for part in parts])
+        kinds = [
+            documents.kind[part.rows] if part.kind is None else np.full(len(part.rows), part.kind) for part in parts
+        ]
+        order = self._order(np.concatenate(kinds), documents.user[rows], documents.item[rows], epoch)
+        for begin in range(0, len(order), _MADE_AT_ONCE):
+            some = order[begin : begin + _MADE_AT_ONCE]
+            by_part = np.argsort(part_of[some], kind="stable")
+            made = [part.make(documents.take(rows[some[part_of[some] == number]])) for number, part in enumerate(parts)]
+            yield Documents.concat(made).take(np.argsort(by_part))
 
     def shuffled(self, documents: Documents, epoch: int) -> Documents:
         """The same documents in the epoch's order."""
-        place = uniform(self.seed, epoch, _SHUFFLE, documents.kind, documents.user, documents.item)
-        return documents.take(np.argsort(place, kind="stable"))
+        return documents.take(self._order(documents.kind, documents.user, documents.item, epoch))
+
+    def _order(self, kind: Array, user: Array, item: Array, epoch: int) -> Array:
+        """By a hash; where two are equal, as the documents' names say, not as they happen to lie."""
+        return np.lexsort((item, user, kind, uniform(self.seed, epoch, _SHUFFLE, kind, user, item)))
 
     def _items(self, source: Documents) -> Ragged:
         return Ragged(self.tokens.item_index(source.main.values).astype(np.int64), source.main.offsets)
@@ -90,6 +123,7 @@ class Maker:
 
 
 def interaction_source(documents: Documents) -> Documents:
+    """What interactions and recommendations are made of."""
     return documents.of_kinds([Kind.INTERACTIONS])
 
 

@@ -9,7 +9,7 @@ Lengths: D documents, R rows × T columns = S slots of a grid, P predictions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from typing import Any
 
@@ -21,6 +21,8 @@ from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind
 from cllm4rec.data.ragged import Ragged, offsets_of
 
 Array = npt.NDArray[Any]
+Group = tuple[Array, Array, Array]
+"""Documents of one batch, the row of each and its first column."""
 
 
 class Table(IntEnum):
@@ -80,12 +82,22 @@ class Packer:
     num_rows: int
     num_columns: int
 
-    def batches(self, documents: Documents) -> Iterator[Batch]:
-        """All documents, in order but for small ones that fill gaps. Every batch has the same shape.
+    def batches(self, parts: Iterable[Documents]) -> Iterator[Batch]:
+        """All documents, in order but for small ones that fill gaps, however they are parted. Batches have one shape.
 
         Raises ValueError for a document longer than a row.
         """
-        for chosen, rows, starts in fill_rows(documents.lengths, self.num_rows, self.num_columns):
+        held = nothing()
+        for part in parts:
+            held = Documents.concat([held, part])
+            groups, left = fill_rows(held.lengths, self.num_rows, self.num_columns, more=True)
+            yield from self._laid_out(held, groups)
+            held = held.take(left)
+        groups, _ = fill_rows(held.lengths, self.num_rows, self.num_columns)
+        yield from self._laid_out(held, groups)
+
+    def _laid_out(self, documents: Documents, groups: list[Group]) -> Iterator[Batch]:
+        for chosen, rows, starts in groups:
             yield self.layout(documents.take(chosen), rows, starts)
 
     def layout(self, documents: Documents, rows: Array, starts: Array) -> Batch:
@@ -115,8 +127,12 @@ class PairPacker:
     num_slots: int
     start_token: int
 
-    def batches(self, documents: Documents) -> Iterator[Batch]:
+    def batches(self, parts: Iterable[Documents]) -> Iterator[Batch]:
         """Batches of similar lengths within windows of 32 batches, so that padding stays small and order stays random."""
+        for documents in parts:
+            yield from self._windows(documents)
+
+    def _windows(self, documents: Documents) -> Iterator[Batch]:
         window = max(1, 32 * self.num_slots // max(1, int(documents.lengths.mean()) if len(documents) else 1))
         for begin in range(0, len(documents), window):
             rows = np.arange(begin, min(begin + window, len(documents)))
@@ -167,31 +183,38 @@ class PairPacker:
             yield rows[begin:]
 
 
-def fill_rows(lengths: Array, num_rows: int, num_columns: int) -> Iterator[tuple[Array, Array, Array]]:
-    """First fit: groups of documents with the row and first column of each, until all are placed.
+def fill_rows(lengths: Array, num_rows: int, num_columns: int, more: bool = False) -> tuple[list[Group], Array]:
+    """First fit: groups of documents with the row and first column of each, and what is left, in its order.
 
     A document that fits nowhere waits for the next group, of which it is the first; a group closes when four documents
-    a row have been turned away, so that short documents fill the gaps long ones leave.
+    a row have been turned away, so that short documents fill the gaps long ones leave. Nothing is left but with `more`
+    to come: then a group that these documents cannot close is not begun.
     """
     if len(lengths) and lengths.max() > num_columns:
         raise ValueError(f"a document has {lengths.max()} tokens and a row {num_columns}; raise model.max_tokens")
+    groups: list[Group] = []
     waiting: list[int] = list(range(len(lengths)))[::-1]
     size = lengths.tolist()
     while waiting:
         room = np.full(num_rows, num_columns)
         placed: list[tuple[int, int, int]] = []
+        looked_at: list[int] = []
         turned_away: list[int] = []
         while waiting and len(turned_away) < 4 * num_rows:
             document = waiting.pop()
+            looked_at.append(document)
             row = int(np.argmax(room >= size[document]))
             if room[row] < size[document]:
                 turned_away.append(document)
                 continue
             placed.append((document, row, num_columns - int(room[row])))
             room[row] -= size[document]
+        if more and len(turned_away) < 4 * num_rows:
+            return groups, np.array(looked_at, np.int64)
         waiting.extend(reversed(turned_away))
         chosen = np.array(placed, dtype=np.int64)
-        yield chosen[:, 0], chosen[:, 1], chosen[:, 2]
+        groups.append((chosen[:, 0], chosen[:, 1], chosen[:, 2]))
+    return groups, np.empty(0, np.int64)
 
 
 def nothing() -> Documents:

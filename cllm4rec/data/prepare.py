@@ -42,7 +42,7 @@ from cllm4rec.data.prepared import SPLITS, Language, num_buckets, write_table
 from cllm4rec.data.records import Limits
 from cllm4rec.data.sources import fingerprint, inspect, source_files
 from cllm4rec.data.split import TEST, TRAIN, hash_ids, k_core, last_of_pairs, shuffle_keys, split_rows
-from cllm4rec.data.staging import Rows, Staged, quiet_data_context, stage
+from cllm4rec.data.staging import Staged, quiet_data_context, stage
 from cllm4rec.data.tokenizer import Encoder, save_tokenizer, tokenise_prompts
 from cllm4rec.errors import DataError
 from cllm4rec.tombstones import Tombstones
@@ -66,10 +66,11 @@ def prepare(config: Config) -> Manifest:
         # Read after the inputs' digest: who is erased meanwhile is left out too, and the stage runs once more.
         staged = _without_erased(staged, Tombstones.load(config.output_dir), draft.counts)
         kept = _keep(staged, config.data, draft.counts)
-        chosen = _choose_texts(kept, staged, layouts, draft.counts)
+        chosen, fragments = _choose_texts(kept, staged, layouts, draft.counts), staged.fragments
+        del staged  # the rows: most of what this process has held so far
         print(f"tokenising {len(chosen):,} texts")
-        _write_catalog(kept, chosen, staged, staging, draft)
-        corpus = _corpus(config, kept, chosen, staged, staging, draft)
+        _write_catalog(kept, chosen, fragments, staging, draft)
+        corpus = _corpus(config, kept, chosen, fragments, staging, draft)
         spelled = tokenise(corpus, chosen)
         _audit(write_buckets(corpus, kept.user_ids, kept.facts), spelled, draft)
         remove_directory(staging)
@@ -139,12 +140,13 @@ def _commonest(refused: pa.Table, layout: Layout, most: int = 3) -> str:
 
 def _without_erased(staged: Staged, tombstones: Tombstones, counts: dict[str, Any]) -> Staged:
     """Leave out every row of an erased user; only their number is told."""
+    if not len(tombstones):
+        return staged
     erased = np.flatnonzero(tombstones.contains(staged.user_ids))
     rows = [source.take(np.flatnonzero(~np.isin(source.user, erased))) for source in staged.rows]
-    if len(tombstones):
-        left_out = sum(map(len, staged.rows)) - sum(map(len, rows))
-        counts["erased"] = {"rows": left_out}
-        print(f"left out: {left_out:,} rows of erased users")
+    left_out = sum(map(len, staged.rows)) - sum(map(len, rows))
+    counts["erased"] = {"rows": left_out}
+    print(f"left out: {left_out:,} rows of erased users")
     return dataclasses.replace(staged, rows=rows)
 
 
@@ -165,9 +167,9 @@ class _Kept:
 def _keep(staged: Staged, data: DataConfig, counts: dict[str, Any]) -> _Kept:
     """Duplicates, threshold, k-core, catalog and split. Raises DataError where nothing is left."""
     rows = staged.rows[0]
-    latest = rows.take(last_of_pairs(rows.user, rows.item, rows.time))
-    liked = latest if data.min_rating is None else latest.take(latest.rating > data.min_rating)
-    core = liked.take(k_core(liked.user, liked.item, data.core))
+    latest = np.flatnonzero(last_of_pairs(rows.user, rows.item, rows.time))
+    liked = latest if data.min_rating is None else latest[rows.rating[latest] > data.min_rating]
+    core = liked[k_core(rows.user[liked], rows.item[liked], data.core)]
     dropped = {
         "duplicates": len(rows) - len(latest),
         "below_threshold": len(latest) - len(liked),
@@ -180,29 +182,33 @@ def _keep(staged: Staged, data: DataConfig, counts: dict[str, Any]) -> _Kept:
             f"{dropped['below_threshold']:,} not rated above data.min_rating {data.min_rating}, and of the rest no "
             f"users and items have data.core {data.core} with each other; lower data.core or data.min_rating"
         )
-    kept = _indexed(core, staged, data)
+    kept = _indexed(staged, core, data)
     _count_facts(kept, counts)
     _check_counts(counts, data)
     return kept
 
 
-def _indexed(rows: Rows, staged: Staged, data: DataConfig) -> _Kept:
-    """Give users and items their indices (sorted by id) and every row its split, in the order user, time, item."""
-    user_ids, user_of_code = _catalogued(rows.user, staged.user_ids)
-    item_ids, item_of_code = _catalogued(rows.item, staged.item_ids)
-    user_E, item_E = user_of_code[rows.user], item_of_code[rows.item]
+def _indexed(staged: Staged, core: Array, data: DataConfig) -> _Kept:
+    """Give the users and items of these rows their indices (sorted by id) and every row its split, in the order user,
+    time, item.
+    """
+    rows = staged.rows[0]
+    user_ids, user_of_code = _catalogued(rows.user[core], staged.user_ids)
+    item_ids, item_of_code = _catalogued(rows.item[core], staged.item_ids)
+    user_E, item_E, time_E = user_of_code[rows.user[core]], item_of_code[rows.item[core]], rows.time[core]
     shuffle_E = shuffle_keys(hash_ids(user_ids)[user_E], hash_ids(item_ids)[item_E], data.split.seed)
-    split_E = split_rows(user_E, rows.time, shuffle_E, data.split)
-    order = np.lexsort((item_E, rows.time, user_E))
-    facts = Facts(user_E[order], item_E[order], split_E[order], rows.time[order])
-    return _Kept(user_ids, item_ids, user_of_code, item_of_code, facts, rows.fragment[order], rows.place[order])
+    split_E = split_rows(user_E, time_E, shuffle_E, data.split)
+    order = np.lexsort((item_E, time_E, user_E))
+    facts = Facts(user_E[order], item_E[order], split_E[order], time_E[order])
+    place = core[order]
+    return _Kept(user_ids, item_ids, user_of_code, item_of_code, facts, rows.fragment[place], rows.place[place])
 
 
 def _catalogued(code_E: Array, ids: Array) -> tuple[Array, Array]:
     """The ids that occur, sorted, and the index of every code."""
     codes = np.unique(code_E)
     codes = codes[np.argsort(ids[codes])]
-    index = np.full(len(ids), -1, np.int64)
+    index = np.full(len(ids), -1, np.int32)
     index[codes] = np.arange(len(codes))
     return ids[codes], index
 
@@ -268,8 +274,11 @@ def _choose_texts(kept: _Kept, staged: Staged, layouts: list[Layout], counts: di
 
 
 def _chosen(kind: Kind, user: Array, item: Array, fragment: Array, place: Array) -> pa.Table:
-    columns = {"fragment": fragment, "place": place, "kind": np.full(len(user), int(kind)), "user": user, "item": item}
-    return pa.table({name: pa.array(column, pa.int64()) for name, column in columns.items()})
+    columns = {"fragment": fragment, "place": place, "user": user, "item": item}
+    return pa.table(
+        {name: pa.array(column, pa.int32()) for name, column in columns.items()}
+        | {"kind": pa.repeat(pa.scalar(int(kind), pa.int8()), len(user))}
+    )
 
 
 def _last_of_each(index: Array) -> Array:
@@ -279,10 +288,10 @@ def _last_of_each(index: Array) -> Array:
     return np.sort(len(index) - 1 - place[found >= 0])
 
 
-def _write_catalog(kept: _Kept, chosen: pa.Table, staged: Staged, staging: str, draft: Draft) -> None:
+def _write_catalog(kept: _Kept, chosen: pa.Table, fragments: list[str], staging: str, draft: Draft) -> None:
     user_texts, item_texts = [""] * len(kept.user_ids), [""] * len(kept.item_ids)
     described = chosen.filter(pc.not_equal(chosen["kind"], int(Kind.REVIEW)))
-    for rows, texts in chosen_texts(staging, staged.fragments, described):
+    for rows, texts in chosen_texts(staging, fragments, described):
         for user, item, text in zip(rows["user"].to_pylist(), rows["item"].to_pylist(), texts, strict=True):
             if user >= 0:
                 user_texts[user] = text
@@ -293,9 +302,9 @@ def _write_catalog(kept: _Kept, chosen: pa.Table, staged: Staged, staging: str, 
     Catalog(kept.user_ids.tolist(), kept.item_ids.tolist(), user_texts, item_texts, num_train).save(draft.uri)
 
 
-def _corpus(config: Config, kept: _Kept, chosen: pa.Table, staged: Staged, staging: str, draft: Draft) -> Corpus:
+def _corpus(config: Config, kept: _Kept, chosen: pa.Table, fragments: list[str], staging: str, draft: Draft) -> Corpus:
     """Write the tokenizer and the prompts, and gather what the tasks need to know."""
-    texts = (text for _, texts in chosen_texts(staging, staged.fragments, chosen) for text in texts)
+    texts = (text for _, texts in chosen_texts(staging, fragments, chosen) for text in texts)
     save_tokenizer(config.model, texts, draft.path("tokenizer"))
     encoder = Encoder.load(draft.path("tokenizer"))
     language = Language(tokenise_prompts(encoder), encoder.num_words)
@@ -303,7 +312,7 @@ def _corpus(config: Config, kept: _Kept, chosen: pa.Table, staged: Staged, stagi
     draft.counts["num_words"] = language.num_words
     return Corpus(
         staging=staging,
-        fragments=staged.fragments,
+        fragments=fragments,
         prepared=absolute(draft.uri),
         tokenizer_digest=digest_of_file(draft.path("tokenizer", "tokenizer.json")),
         prompts=language.prompts,

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cllm4rec.artifacts import filesystem, join, read_json, write_json
-from cllm4rec.catalog import Catalog, TokenSpace
+from cllm4rec.catalog import TokenSpace, read_sizes
 from cllm4rec.data.documents import Documents, Prompts
 from cllm4rec.data.ragged import Ragged
 
@@ -125,6 +125,7 @@ def documents_by_bucket(prepared_dir: str) -> Iterator[Documents]:
         yield Documents.from_arrow(read_tables([path]))
 
 
-def load_space(prepared_dir: str) -> tuple[Catalog, Language, TokenSpace]:
-    catalog, language = Catalog.load(prepared_dir), Language.load(prepared_dir)
-    return catalog, language, catalog.tokens(language.num_words)
+def load_space(prepared_dir: str) -> tuple[Language, TokenSpace]:
+    """What the tokenizer fixed and the sizes of the token ids; the catalog is not read."""
+    language = Language.load(prepared_dir)
+    return language, TokenSpace(language.num_words, *read_sizes(prepared_dir))

@@ -33,6 +33,7 @@ BLOCK_BYTES = 8 << 20
 """Raw bytes that one task validates: small enough that a single file keeps many cores busy."""
 _REFUSED = pa.schema([("source", pa.int8()), ("file", pa.int32()), ("line", pa.int64()), ("reason", pa.string())])
 _TYPES: dict[str, Any] = {"rating": np.float64, "time": np.int64}
+"""Of columns of `Rows` that are more than int32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class _Codes(dict[str, int]):
     def of(self, column: pa.ChunkedArray) -> Array:
         encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
         codes = [-1 if value is None else self[value] for value in encoded.dictionary.to_pylist()]
-        coded: Array = np.asarray(codes, np.int64)[np.asarray(encoded.indices)]
+        coded: Array = np.asarray(codes, np.int32)[np.asarray(encoded.indices)]
         return coded
 
     def strings(self) -> Array:
@@ -210,32 +211,49 @@ def _constant(value: Any, num_rows: int, kind: Any) -> Any:
 
 def _collect(blocks: Iterable[pa.Table], layouts: Sequence[Layout]) -> Staged:
     users, items, fragments = _Codes(), _Codes(), _Codes()
-    good: list[list[dict[str, Array]]] = [[] for _ in layouts]
+    good: list[list[_Piece]] = [[] for _ in layouts]
     refused: list[pa.Table] = [_REFUSED.empty_table()]
     rows_in = [0] * len(layouts)
     for block in by_column(blocks, "source"):
         source = block["source"][0].as_py()
         rows_in[source] += len(block)
         refused.append(block.filter(pc.is_valid(block["reason"])).select(_REFUSED.names))
-        kept = block.filter(pc.is_null(block["reason"]))
-        columns = {name: kept[name].to_numpy() for name in ("file", "line", "rating", "time", "place")}
-        columns |= {"user": users.of(kept["user"]), "item": items.of(kept["item"])}
-        good[source].append(columns | {"fragment": fragments.of(kept["fragment"])})
-    rows = [_in_order(parts) for parts in good]
+        for kept in by_column([block.filter(pc.is_null(block["reason"]))], "file"):
+            columns = {name: kept[name].to_numpy() for name in ("rating", "time", "place")}
+            columns |= {"user": users.of(kept["user"]), "item": items.of(kept["item"])}
+            columns |= {"fragment": fragments.of(kept["fragment"])}
+            good[source].append(_Piece.of(kept["file"][0].as_py(), kept["line"].to_numpy(), columns))
+    rows = [_in_order(pieces) for pieces in good]
     quarantine = _labelled(pa.concat_tables(refused), layouts)
     assert sum(rows_in) == sum(map(len, rows)) + len(quarantine), "a row was lost between reading and staging"
     return Staged(rows, users.strings(), items.strings(), list(fragments), quarantine, rows_in)
 
 
-def _in_order(parts: list[dict[str, Array]]) -> Rows:
-    """The rows of one source by file and line, whichever task was done first."""
-    names = [field.name for field in dataclasses.fields(Rows)]
-    joined = {
-        name: np.concatenate([np.empty(0, np.int64), *(part[name] for part in parts)])
-        for name in (*names, "file", "line")
-    }
-    order = np.lexsort((joined["line"], joined["file"]))
-    return Rows(*(joined[name][order].astype(_TYPES.get(name, np.int32)) for name in names))
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Good rows of consecutive lines of one file: columns of `Rows`."""
+
+    file: int
+    line: Array
+    columns: dict[str, Array]
+
+    @classmethod
+    def of(cls, file: int, line: Array, columns: dict[str, Array]) -> _Piece:
+        order = np.argsort(line)
+        typed = {name: column[order].astype(_TYPES.get(name, np.int32)) for name, column in columns.items()}
+        return cls(file, line[order], typed)
+
+
+def _in_order(pieces: list[_Piece]) -> Rows:
+    """The rows of one source by file and line, whichever task was done first. Takes the pieces' columns away."""
+    pieces = sorted(pieces, key=lambda piece: (piece.file, piece.line[0]))
+    for one, after in itertools.pairwise(pieces):
+        assert (one.file, one.line[-1]) < (after.file, after.line[0]), "two tasks had lines of the same stretch"
+    joined = {}
+    for field in dataclasses.fields(Rows):
+        parts = [piece.columns.pop(field.name) for piece in pieces]
+        joined[field.name] = np.concatenate([np.empty(0, _TYPES.get(field.name, np.int32)), *parts])
+    return Rows(**joined)
 
 
 def _labelled(refused: pa.Table, layouts: Sequence[Layout]) -> pa.Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, Self
 
@@ -17,7 +18,7 @@ from scipy import sparse
 
 from cllm4rec.config import EvaluateConfig
 from cllm4rec.data.prepared import Histories
-from cllm4rec.data.ragged import Ragged
+from cllm4rec.data.ragged import Ragged, no_values
 from cllm4rec.evaluation.metrics import METRICS, FloatArray, IntArray, compute, rank_scores
 
 CONFIDENCE = 0.95
@@ -74,19 +75,37 @@ class Validation:
     """What training looks at after every epoch: rank the whole catalogue for users (or a shard of them) who have
     validation items, from their training items, which are also masked.
 
-    `users`, `read` and `relevant` are as in HeldOut.
+    `users`, `read` and `relevant` are as in HeldOut, in order of users; the last two are copied when they are asked for.
     """
 
     def __init__(self, histories: Histories, metrics: Sequence[str] = METRICS) -> None:
-        held_out = HeldOut.of(histories, "validation", "train", "train")
-        self.users, self.read, self.relevant = held_out.users, held_out.read, held_out.relevant
+        rows = np.flatnonzero(histories.validation.lengths)
+        self._rows = rows[np.argsort(histories.user[rows])]
+        self._histories = dataclasses.replace(histories, test=no_values(len(histories.user)))  # nobody tunes on it
         self._names = tuple(metrics)
 
     def take(self, rows: IntArray) -> Self:
         """Some of the users."""
         some = copy.copy(self)
-        some.users, some.read, some.relevant = self.users[rows], self.read.take(rows), self.relevant.take(rows)
+        some.__dict__.pop("_held_out", None)
+        some._rows = self._rows[rows]
         return some
+
+    @property
+    def users(self) -> IntArray:
+        return self._histories.user[self._rows]
+
+    @property
+    def read(self) -> Ragged:
+        return self._held_out.read
+
+    @property
+    def relevant(self) -> Ragged:
+        return self._held_out.relevant
+
+    @functools.cached_property
+    def _held_out(self) -> HeldOut:
+        return HeldOut.of(self._histories.take(self._rows), "validation", "train", "train")
 
     def metrics(self, ranked_BK: npt.NDArray[Any]) -> dict[str, float]:
         """Sums over the users and their `count`: add these over workers, then take `means`."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from cllm4rec import artifacts
@@ -369,8 +368,3 @@ class local_copy:  # noqa: N801 - reads as a verb in a with statement
     def __exit__(self, *_: object) -> None:
         if self._temporary:
             shutil.rmtree(self._temporary)
-
-
-def save_tensors(tensors: dict[str, Tensor], uri: str) -> None:
-    """Write tensors as one safetensors file."""
-    artifacts.write_bytes(uri, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))

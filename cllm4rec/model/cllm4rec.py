@@ -61,9 +61,14 @@ class CLLM4Rec(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         spread = float(backbone.word_embeddings.detach().float().std()) if std is None else std
         for kind, num_rows in (("users", tokens.num_users), ("items", tokens.num_items)):
-            fresh = torch.randn(num_rows, backbone.width, generator=generator) * spread
-            for side in ("collaborative", "content"):
-                setattr(self, f"{side}_{kind}", nn.Parameter(fresh.clone()))
+            # In place: tables of many users are most of a process's memory. Zeros take none until they are written.
+            content = torch.zeros(num_rows, backbone.width)
+            if spread:
+                content.normal_(generator=generator).mul_(spread)
+            setattr(
+                self, f"collaborative_{kind}", nn.Parameter(content.clone() if spread else torch.zeros_like(content))
+            )
+            setattr(self, f"content_{kind}", nn.Parameter(content))
         self.backbone = backbone
         self.autocast = False
         self.precision = torch.float32

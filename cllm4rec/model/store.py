@@ -15,8 +15,6 @@ import dataclasses
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from cllm4rec import artifacts
@@ -24,9 +22,10 @@ from cllm4rec.artifacts import Draft, Manifest
 from cllm4rec.catalog import Catalog
 from cllm4rec.data.prepared import Language
 from cllm4rec.errors import ArtifactError
-from cllm4rec.model.backbone import load_backbone, save_tensors
+from cllm4rec.model.backbone import load_backbone
 from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
 from cllm4rec.model.ranking import Ranker
+from cllm4rec.model.tensors import map_tensors, save_tensors
 
 Prompt = Literal["interactions", "recommendation"]
 
@@ -74,9 +73,9 @@ def write_model(
 
 
 def load_tables(directory: str, kind: str) -> dict[str, Tensor]:
-    """The four tables of a finished directory, after its digests are checked."""
+    """The four tables of a finished directory, after its digests are checked, as `map_tensors` reads them."""
     artifacts.verify_files(directory, artifacts.read_manifest(directory, kind))
-    return _read_tables(directory)
+    return map_tensors(artifacts.join(directory, "tables.safetensors"))
 
 
 def load_model(directory: str, kind: str = "model", device: str | None = None) -> StoredModel:
@@ -87,32 +86,24 @@ def load_model(directory: str, kind: str = "model", device: str | None = None) -
     manifest = artifacts.read_manifest(directory, kind)
     artifacts.verify_files(directory, manifest)
     facts = _read_facts(directory)
-    catalog, language = Catalog.load(directory), Language.load(directory)
+    catalog, language = Catalog.load_without_user_texts(directory), Language.load(directory)
     _check_sizes(directory, facts, catalog, language)
     _refuse_pickles(directory)
     backbone = load_backbone(artifacts.join(directory, "backbone"), facts.max_tokens)
     model = CLLM4Rec(backbone, catalog.tokens(facts.num_words), std=0.0, temperature=facts.temperature)
-    tables = _read_tables(directory)
+    tables = map_tensors(artifacts.join(directory, "tables.safetensors"))
     for name, table in model.tables().items():
         if name not in tables or tables[name].shape != table.shape:
             raise ArtifactError(
                 f"{directory}/tables.safetensors has no {name} of shape {tuple(table.shape)}; train again"
             )
-        table.data = tables[name]
+        table.data.copy_(tables[name])
     model.train_only(())
     model.eval()
     if facts.bf16:
         model.use_bf16()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return StoredModel(Ranker(model, language.prompts, facts.max_tokens, facts.prompt), catalog, language, manifest)
-
-
-def _read_tables(directory: str) -> dict[str, Tensor]:
-    try:
-        tables: dict[str, Tensor] = load(artifacts.read_bytes(artifacts.join(directory, "tables.safetensors")))
-    except SafetensorError:
-        raise ArtifactError(f"{directory}/tables.safetensors is no safetensors file; train again") from None
-    return tables
 
 
 def _read_facts(directory: str) -> ModelFacts:

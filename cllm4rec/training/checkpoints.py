@@ -9,16 +9,17 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
 from torch import Tensor
 
+from cllm4rec.artifacts import digest_of_file
 from cllm4rec.errors import ArtifactError
+from cllm4rec.model.tensors import map_tensors, save_tensors
 
+_FILES = ("state.safetensors", "best.safetensors", "progress.json")
 _SEAL = "checkpoint.json"
 
 
@@ -42,35 +43,30 @@ class Checkpoint:
 
 def write_checkpoint(directory: str | Path, checkpoint: Checkpoint, fingerprint: str) -> None:
     folder = Path(directory)
-    contents = {
-        "state.safetensors": save(checkpoint.state),
-        "best.safetensors": save(checkpoint.best),
-        "progress.json": json.dumps(dataclasses.asdict(checkpoint.progress)).encode(),
-    }
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    save_tensors(checkpoint.state, str(folder / "state.safetensors"))
+    save_tensors(checkpoint.best, str(folder / "best.safetensors"))
+    (folder / "progress.json").write_text(json.dumps(dataclasses.asdict(checkpoint.progress)))
+    sums = {name: digest_of_file(str(folder / name)) for name in _FILES}
     (folder / _SEAL).write_text(json.dumps({"fingerprint": fingerprint, "sha256": sums}))
 
 
 def read_checkpoint(directory: str | Path, fingerprint: str) -> Checkpoint:
-    """Raises ArtifactError where a file is missing or differs from its sha256, or where the run was another."""
+    """Its tensors are maps of the files. Raises ArtifactError where one is missing or differs from its sha256, or where
+    the run was another.
+    """
     folder = Path(directory)
     try:
         seal: dict[str, Any] = json.loads((folder / _SEAL).read_text())
-        contents = {name: (folder / name).read_bytes() for name in seal["sha256"]}
+        sums = {name: (digest_of_file(str(folder / name)), seal["sha256"][name]) for name in _FILES}
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"checkpoint {folder.name} is incomplete ({type(error).__name__})") from None
-    for name, content in contents.items():
-        if hashlib.sha256(content).hexdigest() != seal["sha256"][name]:
+    for name, (found, sealed) in sums.items():
+        if found != sealed:
             raise ArtifactError(f"checkpoint {folder.name} is damaged: the sha256 of {name} differs")
     if seal["fingerprint"] != fingerprint:
         raise ArtifactError(f"checkpoint {folder.name} belongs to a run with other data or another config")
-    return Checkpoint(
-        Progress(**json.loads(contents["progress.json"])),
-        load(contents["state.safetensors"]),
-        load(contents["best.safetensors"]),
-    )
+    progress = Progress(**json.loads((folder / "progress.json").read_text()))
+    return Checkpoint(progress, *(map_tensors(str(folder / name)) for name in _FILES[:2]))
 
 
 def newest_valid(directories: list[Path], fingerprint: str) -> tuple[Checkpoint | None, list[str]]:

@@ -16,8 +16,9 @@ from cllm4rec.artifacts import Manifest, digest_of, read_manifest, write_directo
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import Histories, documents_by_bucket, load_space
 from cllm4rec.errors import ArtifactError
-from cllm4rec.model.backbone import load_backbone, new_backbone, save_backbone, save_reference, save_tensors
+from cllm4rec.model.backbone import load_backbone, new_backbone, save_backbone, save_reference
 from cllm4rec.model.store import ModelFacts, Prompt, write_model
+from cllm4rec.model.tensors import save_tensors
 from cllm4rec.training.from_texts import fresh_tables
 from cllm4rec.training.loop import METRICS, Job, Start, fit
 from cllm4rec.training.run import Validation, run_settings
@@ -54,7 +55,7 @@ def finetune_inputs(config: Config) -> dict[str, str]:
 def fit_backbone(config: Config, make_validation: MakeValidation) -> Manifest:
     """Pretrain, or go on training, the language model on the training split's texts; with 0 epochs only write it down."""
     inputs, directory = backbone_inputs(config), config.directory("backbone")
-    _, language, _ = load_space(config.directory("prepared"))
+    language, _ = load_space(config.directory("prepared"))
     backbone = new_backbone(config.model, language.num_words, config.seed)
     stages = backbone_stages(config)
     weights = _train(config, "backbone", stages, inputs, make_validation) if config.backbone.epochs else {}
@@ -128,7 +129,7 @@ def _train(
 def _fresh_tables(config: Config) -> dict[str, Tensor]:
     """The tables before any training: what pretraining begins from, and a stage of 0 epochs leaves."""
     prepared_dir = config.directory("prepared")
-    _, _, tokens = load_space(prepared_dir)
+    _, tokens = load_space(prepared_dir)
     backbone = load_backbone(config.directory("backbone"), config.model.max_tokens)
     return fresh_tables(config, backbone, tokens, lambda: documents_by_bucket(prepared_dir))
 
@@ -137,11 +138,11 @@ def _write_model(
     config: Config, kind: str, prompt: Prompt, tables: dict[str, Tensor], inputs: dict[str, str], run_name: str
 ) -> Manifest:
     prepared_dir, directory = config.directory("prepared"), config.directory(kind)
-    catalog, language, _ = load_space(prepared_dir)
+    language, tokens = load_space(prepared_dir)
     facts = ModelFacts(
         num_words=language.num_words,
-        num_users=catalog.num_users,
-        num_items=catalog.num_items,
+        num_users=tokens.num_users,
+        num_items=tokens.num_items,
         width=tables["content_items"].shape[1],
         max_tokens=config.model.max_tokens,
         prompt=prompt,

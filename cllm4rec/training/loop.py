@@ -13,22 +13,24 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 import ray.train
 import torch
+from ray.data.expressions import col
 from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from cllm4rec import artifacts
 from cllm4rec.config import ClusterConfig, ModelConfig
-from cllm4rec.data.documents import Documents
+from cllm4rec.data.documents import Documents, Kind
+from cllm4rec.data.on_disk import on_disk
+from cllm4rec.data.packing import nothing
 from cllm4rec.data.prepared import Histories, bucket_paths, load_space
 from cllm4rec.errors import ResourceError, TrainingError
 from cllm4rec.model.backbone import load_backbone, new_backbone
@@ -88,6 +90,7 @@ def fit(job: Job, cluster: ClusterConfig, run_dir: str) -> dict[str, Tensor]:
     directory = artifacts.absolute(run_dir)
     artifacts.remove_file(artifacts.join(directory, _ERROR))
     files = {table: bucket_paths(job.prepared_dir, table) for table in ("documents", "histories")}
+    buckets = WholeBuckets(files, set().union(*(stage.kinds for stage in job.stages)))
     trainer = TorchTrainer(
         _work,
         train_loop_config={"job": job, "run_dir": directory, "threads": _threads(cluster), "cluster": cluster},
@@ -104,7 +107,7 @@ def fit(job: Job, cluster: ClusterConfig, run_dir: str) -> dict[str, Tensor]:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
         datasets={table: _read(paths) for table, paths in files.items()},
-        dataset_config=WholeBuckets(files),
+        dataset_config=buckets,
     )
     error_file = artifacts.join(directory, _ERROR)
     try:
@@ -126,19 +129,24 @@ class WholeBuckets(ray.train.DataConfig):  # type: ignore[misc]
 
     Ray's own split hands blocks to whoever asks first and drops rows to make shards equal; this one is a function of
     (rank, world size), so a resumed run sees the same documents, and all documents of a user stay on one worker.
+
+    kinds: of the documents that are read at all: texts are most of them, and finetuning needs none.
     """
 
-    def __init__(self, files: dict[str, list[str]]) -> None:
+    def __init__(self, files: dict[str, list[str]], kinds: set[Kind]) -> None:
         super().__init__(datasets_to_split=[])
-        self._files = files
+        self._files, self._kinds = files, sorted(int(kind) for kind in kinds)
 
     def configure(
         self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
     ) -> list[dict[str, Any]]:
         return [
-            {name: _read(self._files[name][rank::world_size]).iterator() for name in datasets}
-            for rank in range(world_size)
+            {name: self._part(name, rank, world_size).iterator() for name in datasets} for rank in range(world_size)
         ]
+
+    def _part(self, name: str, rank: int, world_size: int) -> Any:
+        rows = _read(self._files[name][rank::world_size])
+        return rows.filter(expr=col("kind").is_in(self._kinds)) if name == "documents" else rows
 
 
 def wait_for_resources(cluster: ClusterConfig) -> None:
@@ -198,7 +206,7 @@ def _work(config: dict[str, Any]) -> None:
 
     try:
         shard = _shard(job, config["cluster"])
-        _, language, _ = load_space(job.prepared_dir)
+        language, _ = load_space(job.prepared_dir)
         make_model = functools.partial(_model, job)
         run(make_model, language.prompts, job.stages, shard, job.settings, log=log, save=save, resumed=resumed)
     except TrainingError as error:
@@ -214,7 +222,7 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _model(job: Job) -> CLLM4Rec:
-    _, language, tokens = load_space(job.prepared_dir)
+    language, tokens = load_space(job.prepared_dir)
     if job.backbone_dir is None:
         backbone = new_backbone(job.model, language.num_words, job.settings.seed)
     else:
@@ -226,24 +234,27 @@ def _model(job: Job) -> CLLM4Rec:
 
 
 def _shard(job: Job, cluster: ClusterConfig) -> Shard:
-    """This worker's documents, fetched once through Ray Data and kept: an epoch then costs no reading."""
-    limit = cluster.shard_memory_gb * 1e9
-    kinds = pa.array(sorted(set().union(*(stage.kinds for stage in job.stages))), pa.int8())
-    tables, num_bytes = [], 0
-    for table in ray.train.get_dataset_shard("documents").iter_batches(batch_size=None, batch_format="pyarrow"):
-        table = table.filter(pc.is_in(table["kind"], kinds))  # texts are most of it, and finetuning reads none
-        tables.append(table)
-        num_bytes += table.nbytes
-        if num_bytes > limit:
+    """This worker's documents, fetched once through Ray Data and kept on its disk: an epoch then costs no fetching."""
+    documents = on_disk(_documents(cluster.shard_disk_gb))
+    histories = on_disk(map(Histories.from_arrow, _blocks("histories")))
+    return Shard(documents, job.make_validation(histories))
+
+
+def _documents(most_gb: float) -> Iterator[Documents]:
+    yield nothing()  # a worker whose users have no document of the stage's kinds gets no block
+    num_bytes = 0
+    for documents in map(Documents.from_arrow, _blocks("documents")):
+        num_bytes += documents.num_bytes
+        if num_bytes > most_gb * 1e9:
             raise ResourceError(
-                f"a worker's documents take more than cluster.shard_memory_gb {cluster.shard_memory_gb}; add workers, "
-                "raise it, or lower data.max_text_tokens"
+                f"a worker's documents take more than cluster.shard_disk_gb {most_gb}; add workers, raise it, or lower "
+                "data.max_text_tokens"
             )
-    documents = Documents.from_arrow(pa.concat_tables(tables)).in_order()
-    histories = pa.concat_tables(
-        list(ray.train.get_dataset_shard("histories").iter_batches(batch_size=None, batch_format="pyarrow"))
-    )
-    return Shard(documents, job.make_validation(Histories.from_arrow(histories)))
+        yield documents
+
+
+def _blocks(table: str) -> Iterator[pa.Table]:
+    yield from ray.train.get_dataset_shard(table).iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def _resume(job: Job) -> tuple[Checkpoint | None, list[str]]:

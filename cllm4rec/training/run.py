@@ -39,8 +39,13 @@ Log = Callable[[dict[str, Any]], None]
 class Validation(Protocol):
     """What ranks are compared with after an epoch; `cllm4rec.evaluation.protocol.Validation` is the real one."""
 
-    users: npt.NDArray[np.int64]
-    read: Ragged
+    @property
+    def users(self) -> npt.NDArray[np.int64]:
+        """User indices."""
+
+    @property
+    def read(self) -> Ragged:
+        """What a list is made from, and may not hold."""
 
     def take(self, rows: npt.NDArray[np.int64]) -> Validation:
         """Some of the users."""

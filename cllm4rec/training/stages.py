@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import Literal
 
 from cllm4rec.config import Config
 from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind
-from cllm4rec.data.epochs import Maker, interaction_source
+from cllm4rec.data.epochs import Maker, Part
 
 COLLABORATIVE = ("collaborative_users", "collaborative_items")
 CONTENT = ("content_users", "content_items")
@@ -45,30 +47,35 @@ class Stage:
         interactions = any(name in ("interactions", "recommendations") for name in self.reads)
         return {*(TEXT_KINDS if texts else ()), *((Kind.INTERACTIONS,) if interactions else ())}
 
-    def streams(self, maker: Maker, documents: Documents, epoch: int) -> list[tuple[Documents, tuple[str, ...]]]:
-        """An epoch's documents in order and what they train: one stream of all kinds, or with `alternate` one for each."""
-        kinds = {name: self._read(name, maker, documents, epoch) for name in self.reads}
+    def streams(
+        self, maker: Maker, documents: Documents, epoch: int
+    ) -> list[tuple[Iterator[Documents], tuple[str, ...]]]:
+        """An epoch's documents in order, some at a time, and what they train: one stream, or with `alternate` one a kind."""
+        parts = {name: self._part(name, maker, documents, epoch) for name in self.reads}
         if not self.alternate:
-            return [(maker.shuffled(Documents.concat(list(kinds.values())), epoch), self.trained)]
+            return [(maker.stream(documents, list(parts.values()), epoch), self.trained)]
         return [
-            (maker.shuffled(part, epoch), CONTENT if name == "texts" else COLLABORATIVE) for name, part in kinds.items()
+            (maker.stream(documents, [part], epoch), CONTENT if name == "texts" else COLLABORATIVE)
+            for name, part in parts.items()
         ]
 
-    def _read(self, name: str, maker: Maker, documents: Documents, epoch: int) -> Documents:
+    def _part(self, name: str, maker: Maker, documents: Documents, epoch: int) -> Part:
+        if name in ("texts", "plain_texts"):
+            rows = maker.text_rows(documents, epoch, self.text_fraction)
+            return Part(rows, lambda texts: without_ids(texts, maker) if name == "plain_texts" else texts)
         if name == "interactions":
-            return maker.interactions(
-                interaction_source(documents), epoch, reorder=self.reorder_items, user_dropout=self.user_dropout
+            make = functools.partial(
+                maker.interactions, epoch=epoch, reorder=self.reorder_items, user_dropout=self.user_dropout
             )
-        if name == "recommendations":
-            return maker.recommendations(
-                interaction_source(documents),
-                epoch,
-                mask_range=self.mask_range,
-                all_targets=self.all_targets,
-                user_dropout=self.user_dropout,
-            )
-        texts = maker.texts(documents, epoch, self.text_fraction)
-        return without_ids(texts, maker) if name == "plain_texts" else texts
+            return Part(documents.rows_of([Kind.INTERACTIONS]), make)
+        make = functools.partial(
+            maker.recommendations,
+            epoch=epoch,
+            mask_range=self.mask_range,
+            all_targets=self.all_targets,
+            user_dropout=self.user_dropout,
+        )
+        return Part(documents.rows_of([Kind.INTERACTIONS]), make, Kind.RECOMMENDATION)
 
 
 def backbone_stages(config: Config) -> list[Stage]:
