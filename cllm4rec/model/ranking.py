@@ -27,6 +27,7 @@ from cllm4rec.data.packing import Batch, Packer, PairPacker
 from cllm4rec.data.ragged import Ragged, no_values
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.grids import TensorBatch
+from cllm4rec.model.keys import best_keys, from_keys
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -174,11 +175,11 @@ class Ranker:
             rows = torch.from_numpy(hidden_items.rows[inside]).to(logits_BJ.device)
             columns = torch.from_numpy(hidden_items.values[inside] - begin).to(logits_BJ.device)
             logits_BJ[rows, columns] = -torch.inf
-            keys = sortable_keys(logits_BJ, begin)
+            keys = best_keys(logits_BJ, k, begin)
             keys = keys if best is None else torch.cat([best, keys], dim=1)
             best = keys.topk(min(k, keys.shape[1]), dim=1).values
         assert best is not None, "a catalogue has at least one item"
-        return _from_keys(best, k)
+        return from_keys(best, k)
 
 
 def _run_in_threads(run: Callable[[Pass], None], passes: Iterator[Pass]) -> None:
@@ -218,30 +219,6 @@ def _threads(count: int) -> ThreadPoolExecutor:
     started.wait()
     torch.set_num_threads(count)  # what later threads begin with is the last number anyone set
     return threads
-
-
-def sortable_keys(logits_BJ: Tensor, first_item: int = 0) -> Tensor:
-    """int64 keys whose descending order is that of (logit descending, item index ascending): one top-k settles ties."""
-    bits = (logits_BJ.float() + 0.0).view(torch.int32).long()  # + 0.0 makes -0.0 equal 0.0
-    # Floats order as sign-magnitude integers: mirror the negative ones.
-    ordered = torch.where(bits >= 0, bits, -(bits & 0x7FFFFFFF))
-    items = torch.arange(first_item, first_item + logits_BJ.shape[1], device=logits_BJ.device)
-    return ordered * (1 << 32) + ((1 << 31) - items)
-
-
-def _from_keys(keys: Tensor, k: int) -> tuple[IntArray, FloatArray]:
-    low = keys & 0xFFFFFFFF
-    items = ((1 << 31) - low).cpu().numpy()
-    ordered = ((keys - low) >> 32).to(torch.int64)
-    bits = torch.where(ordered >= 0, ordered, (-ordered) | 0x80000000)
-    signed = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32)
-    scores = signed.view(torch.float32).cpu().numpy()
-    items = np.where(np.isneginf(scores), -1, items)
-    missing = k - items.shape[1]
-    return (
-        np.pad(items, ((0, 0), (0, missing)), constant_values=-1),
-        np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf).astype(np.float32),
-    )
 
 
 def merged(*parts: Ragged) -> Ragged:
