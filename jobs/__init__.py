@@ -5,6 +5,8 @@ import os
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray Data starts 32 processes to read the footers of Parquet files, of which there are a few hundred here.
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     # What a reader of a job's output can do nothing about.
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started|ServeController.graceful_shutdown failed",

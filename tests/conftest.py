@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import jobs  # noqa: F401 - sets what Ray reads from the environment
+
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no finding
 settings.load_profile("no deadline")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local Ray would write a token into the home folder

@@ -32,6 +32,7 @@ _PARTS = ("prepare", "epoch", "score")
 _WATCH_S = 0.2
 _NUM_ITEMS = 5_000
 """The same at every number of users: the catalogue grows in a part of its own."""
+_WIDTH = 64
 
 
 def growth(output_dir: str, users: list[int], items: list[int], say: Callable[[str], None]) -> Row:
@@ -53,7 +54,8 @@ def _of_users(output_dir: str, num_users: int) -> Row:
     sample_world(folder, num_users, _NUM_ITEMS)
     file = Path(folder) / "config.yaml"
     file.write_text(yaml.safe_dump(_config(folder)))
-    told: Row = {"users": num_users}
+    # What finetuning has to hold: content and collaborative tables, and Adam's two moments of the latter.
+    told: Row = {"users": num_users, "tables_mb": 4 * (num_users + _NUM_ITEMS) * _WIDTH * 4 / 1e6}
     for stage in STAGES:
         seconds, peak_mb, last = run_watched([sys.executable, "-m", f"jobs.{stage}", "--config", str(file)])
         told |= {f"{stage}_s": seconds, f"{stage}_peak_mb": peak_mb}
@@ -86,7 +88,7 @@ def _config(folder: str) -> dict[str, Any]:
             "max_text_tokens": 48,
         },
         "model": {
-            "backbone": {"layers": 2, "width": 64, "heads": 4, "vocab_size": 1024},
+            "backbone": {"layers": 2, "width": _WIDTH, "heads": 4, "vocab_size": 1024},
             "max_tokens": 64,
         },
         "pretrain": {"warmup_epochs": 0, "epochs": 0},
@@ -162,6 +164,8 @@ def _plot(told: Row, path: str) -> None:
         time_axes.plot(users, [one[f"{name}_s"] for one in told["users"]], marker="o", label=name)
     for name in ("prepare", "finetune", "score"):
         memory_axes.plot(users, [one[f"{name}_peak_mb"] / 1000 for one in told["users"]], marker="o", label=name)
+    tables = [one["tables_mb"] / 1000 for one in told["users"]]
+    memory_axes.plot(users, tables, linestyle="--", color="grey", label="ID tables and Adam's moments")
     items = [one["items"] for one in told["items"]]
     memory_axes.plot(
         items, [one["peak_mb"] / 1000 for one in told["items"]], marker="s", label="a step and lists, by items"

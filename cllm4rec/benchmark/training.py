@@ -36,8 +36,8 @@ class Setting:
     micro_batch_tokens: int = 4096
     max_tokens: int = 256
     batch_users: int = 512
-    steps: int = 7
-    reference_steps: int = 5
+    steps: int = 15
+    reference_steps: int = 7
     seed: int = 0
     device: str = "cpu"
 

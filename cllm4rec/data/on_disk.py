@@ -77,8 +77,8 @@ class _File:
             self._file.flush()
         except OSError as error:
             raise ResourceError(
-                f"{tempfile.gettempdir()} cannot take a worker's documents ({error.strerror}); set TMPDIR to a folder "
-                "with more room on every node"
+                f"{tempfile.gettempdir()} cannot take what a worker keeps on disk ({error.strerror}); set TMPDIR to a "
+                "folder with more room on every node"
             ) from None
 
     def mapped(self) -> npt.NDArray[Any]:
