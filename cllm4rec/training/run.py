@@ -118,123 +118,154 @@ def run(
     resumed: go on after it; the result equals an uninterrupted run's bit for bit on the same machine.
     Raises TrainingError at the first loss that is not finite.
     """
+    loop = _Loop(make_model, prompts, shard, settings, log, save)
     checkpoint = resumed or Checkpoint(Progress(), {}, {})
     for number in range(checkpoint.progress.stage, len(stages)):
         if stages[number].epochs:
-            model = make_model()
-            put_weights(model, checkpoint.best)
-            checkpoint = _run_stage(
-                make_model, model, prompts, stages[number], number, shard, settings, log, save, checkpoint
-            )
+            checkpoint = loop.run_stage(number, stages[number], checkpoint)
     return checkpoint.best
 
 
-def _run_stage(
-    make_model: Callable[[], CLLM4Rec],
-    model: CLLM4Rec,
-    prompts: Prompts,
-    stage: Stage,
-    number: int,
-    shard: Shard,
-    settings: RunSettings,
-    log: Log,
-    save: Callable[[Checkpoint], None],
-    checkpoint: Checkpoint,
-) -> Checkpoint:
-    maker = Maker(prompts, model.tokens, settings.max_tokens, settings.seed)
-    packer = packer_for(model.backbone, model.tokens, settings.micro_batch_tokens, settings.max_tokens)
-    device = model.collaborative_items.device
-    blank = TensorBatch.of(packer.empty(), device)
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What is the same for all stages of a run."""
 
-    before, progress = checkpoint.best, checkpoint.progress
-    if checkpoint.state:
-        put_weights(model, checkpoint.state)
-    else:
-        progress = Progress(stage=number, num_log_lines=progress.num_log_lines)
-        if stage.collaborative_from_content:
-            start_from_content(model)
-    model.train_only(stage.trained)
-    if settings.bf16:
-        model.use_bf16()
-    engine = make_engine(model, _engine_settings(settings, stage), _users_by_row(settings, stage, shard.documents))
-    if checkpoint.state:
-        engine.load_moments(checkpoint.state, (blank, 0.0))
-    # ZeRO-3 leaves no worker a whole model to rank with, so it ranks with a copy; serving needs one device to hold it anyway.
-    ranked = make_model() if settings.zero_stage == 3 and settings.engine == "deepspeed" else model
-    best = dict(before)
+    make_model: Callable[[], CLLM4Rec]
+    prompts: Prompts
+    shard: Shard
+    settings: RunSettings
+    log: Log
+    save: Callable[[Checkpoint], None]
 
-    for epoch in range(progress.epoch, stage.epochs):
-        started, total_documents, total_users, total_tokens, total_loss = time.monotonic(), 0.0, 0.0, 0.0, 0.0
-        step = 0
-        streams = [(packer.batches(part), trained) for part, trained in stage.streams(maker, shard.documents, epoch)]
+    def run_stage(self, number: int, stage: Stage, checkpoint: Checkpoint) -> Checkpoint:
+        """Go on with a stage after `checkpoint`, which may be of its own or of the stage before. Returns it done."""
+        settings, before, progress = self.settings, checkpoint.best, checkpoint.progress
+        model = self.make_model()
+        put_weights(model, before)
+        if checkpoint.state:
+            put_weights(model, checkpoint.state)
+        else:
+            progress = Progress(stage=number, num_log_lines=progress.num_log_lines)
+            if stage.collaborative_from_content:
+                start_from_content(model)
+        model.train_only(stage.trained)
+        if settings.bf16:
+            model.use_bf16()
+        owned = _users_by_row(settings, stage, self.shard.documents)
+        engine = make_engine(model, _engine_settings(settings, stage), owned)
+        steps = _Steps(stage, model, engine, self)
+        if checkpoint.state:
+            engine.load_moments(checkpoint.state, (steps.blank, 0.0))
+        # ZeRO-3 leaves no worker a whole model to rank with, so it ranks with a copy; serving needs one device to hold it anyway.
+        is_parted = settings.zero_stage == 3 and settings.engine == "deepspeed"
+        ranked = self.make_model() if is_parted else model
+        best = dict(before)
+
+        for epoch in range(progress.epoch, stage.epochs):
+            started = time.monotonic()
+            totals = steps.epoch(epoch)
+            engine.flush()
+            if ranked is not model:
+                put_weights(ranked, engine.weights())
+            ranker = Ranker(ranked, self.prompts, settings.max_tokens, stage.validate)
+            metrics = _validate(ranker, self.shard, engine)
+            metric = metrics.get(VALIDATION_METRIC)
+            progress.epoch = epoch + 1
+            if metric is None or progress.best_metric is None or metric > progress.best_metric:
+                progress.best_metric, progress.best_epoch = metric, epoch + 1
+                best = {**before, **engine.weights()}
+            stops = metric is not None and epoch + 1 - progress.best_epoch >= stage.patience
+            elapsed_s = time.monotonic() - started
+            self.log(
+                {
+                    "event": "epoch",
+                    "stage": stage.name,
+                    "epoch": epoch + 1,
+                    "epochs": stage.epochs,
+                    "seconds": elapsed_s,
+                    "loss": totals.loss / max(1.0, totals.documents),
+                    "users_per_s": totals.users / elapsed_s,
+                    "tokens_per_s": totals.tokens / elapsed_s,
+                    "best_epoch": progress.best_epoch,
+                    "stopped": stops,
+                }
+                | {f"validation_{name}": value for name, value in metrics.items()}
+            )
+            if stops:
+                break
+            if (epoch + 1) % settings.checkpoint_every_epochs == 0 and epoch + 1 < stage.epochs:
+                self.save(Checkpoint(progress, engine.state(), best))
+        done = Checkpoint(Progress(stage=number + 1, num_log_lines=progress.num_log_lines), {}, best)
+        self.save(done)
+        return done
+
+
+@dataclasses.dataclass
+class _Totals:
+    """Of an epoch, over all workers."""
+
+    documents: float = 0.0
+    users: float = 0.0
+    tokens: float = 0.0
+    loss: float = 0.0
+
+
+class _Steps:
+    """The optimizer steps of a stage's epochs."""
+
+    def __init__(self, stage: Stage, model: CLLM4Rec, engine: Engine, loop: _Loop) -> None:
+        settings = loop.settings
+        self.stage, self.model, self.engine, self.log = stage, model, engine, loop.log
+        self.documents, self.accumulation = loop.shard.documents, settings.accumulation
+        self.device = model.collaborative_items.device
+        self.maker = Maker(loop.prompts, model.tokens, settings.max_tokens, settings.seed)
+        self.packer = packer_for(model.backbone, model.tokens, settings.micro_batch_tokens, settings.max_tokens)
+        self.blank = TensorBatch.of(self.packer.empty(), self.device)
+
+    def epoch(self, epoch: int) -> _Totals:
+        """All documents of all workers once. Raises TrainingError at the first loss that is not finite."""
+        totals, step = _Totals(), 0
+        made = self.stage.streams(self.maker, self.documents, epoch)
+        streams = [(self.packer.batches(parts), trained) for parts, trained in made]
         while streams:
             for stream in list(streams):
                 batches, trained = stream
-                micro_batches = list(itertools.islice(batches, settings.accumulation))
+                micro_batches = list(itertools.islice(batches, self.accumulation))
                 # Workers step together until all are out of documents; who has none left runs blank batches.
-                num_documents, num_users, num_tokens = engine.sum(*_sizes(micro_batches))
+                num_documents, num_users, num_tokens = self.engine.sum(*_sizes(micro_batches))
                 if num_documents == 0:
                     streams.remove(stream)
                     continue
-                if stage.alternate:
-                    model.train_only(trained)
-                parts = np.zeros(4)
-                for place in range(settings.accumulation):
-                    inputs = TensorBatch.of(micro_batches[place], device) if place < len(micro_batches) else blank
-                    losses: Losses = engine.forward(inputs, stage.lambda_c)
-                    engine.backward(losses.total / num_documents)
-                    parts += [float(part.detach()) for part in losses]
-                total, items, words, penalty = engine.sum(*parts.tolist())
+                if self.stage.alternate:
+                    self.model.train_only(trained)
                 step += 1
-                if not math.isfinite(total):
-                    raise TrainingError(
-                        f"the loss of stage {stage.name}, epoch {epoch + 1}, step {step} is {total}; the last checkpoint "
-                        "is kept: lower the learning rate or set training.bf16=false, then run again"
-                    )
-                engine.step()
-                total_documents += num_documents
-                total_users += num_users
-                total_tokens += num_tokens
-                total_loss += total
-                means = {"loss": total, "items": items, "words": words, "penalty": penalty}
-                log(
-                    {"event": "step", "stage": stage.name, "epoch": epoch + 1, "step": step, "documents": num_documents}
-                    | {name: value / num_documents for name, value in means.items()}
-                )
+                totals.loss += self._step(micro_batches, num_documents, epoch, step)
+                totals.documents += num_documents
+                totals.users += num_users
+                totals.tokens += num_tokens
+        return totals
 
-        engine.flush()
-        if ranked is not model:
-            put_weights(ranked, engine.weights())
-        metrics = _validate(Ranker(ranked, prompts, settings.max_tokens, stage.validate), shard, engine)
-        metric = metrics.get(VALIDATION_METRIC)
-        progress.epoch = epoch + 1
-        if metric is None or progress.best_metric is None or metric > progress.best_metric:
-            progress.best_metric, progress.best_epoch = metric, epoch + 1
-            best = {**before, **engine.weights()}
-        stops = metric is not None and epoch + 1 - progress.best_epoch >= stage.patience
-        elapsed_s = time.monotonic() - started
-        log(
-            {
-                "event": "epoch",
-                "stage": stage.name,
-                "epoch": epoch + 1,
-                "epochs": stage.epochs,
-                "seconds": elapsed_s,
-                "loss": total_loss / max(1.0, total_documents),
-                "users_per_s": total_users / elapsed_s,
-                "tokens_per_s": total_tokens / elapsed_s,
-                "best_epoch": progress.best_epoch,
-                "stopped": stops,
-            }
-            | {f"validation_{name}": value for name, value in metrics.items()}
+    def _step(self, micro_batches: list[Batch], num_documents: float, epoch: int, step: int) -> float:
+        """One optimizer step; returns the summed loss of all workers."""
+        parts = np.zeros(4)
+        for place in range(self.accumulation):
+            inputs = TensorBatch.of(micro_batches[place], self.device) if place < len(micro_batches) else self.blank
+            losses: Losses = self.engine.forward(inputs, self.stage.lambda_c)
+            self.engine.backward(losses.total / num_documents)
+            parts += [float(part.detach()) for part in losses]
+        total, items, words, penalty = self.engine.sum(*parts.tolist())
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"the loss of stage {self.stage.name}, epoch {epoch + 1}, step {step} is {total}; the last checkpoint "
+                "is kept: lower the learning rate or set training.bf16=false, then run again"
+            )
+        self.engine.step()
+        means = {"loss": total, "items": items, "words": words, "penalty": penalty}
+        self.log(
+            {"event": "step", "stage": self.stage.name, "epoch": epoch + 1, "step": step, "documents": num_documents}
+            | {name: value / num_documents for name, value in means.items()}
         )
-        if stops:
-            break
-        if (epoch + 1) % settings.checkpoint_every_epochs == 0 and epoch + 1 < stage.epochs:
-            save(Checkpoint(progress, engine.state(), best))
-    done = Checkpoint(Progress(stage=number + 1, num_log_lines=progress.num_log_lines), {}, best)
-    save(done)
-    return done
+        return total
 
 
 def packer_for(backbone: Backbone, tokens: TokenSpace, micro_batch_tokens: int, max_tokens: int) -> Packer | PairPacker:
