@@ -101,7 +101,7 @@ class FrozenGPT2Layer(GPT2Block):  # type: ignore[misc]
         done: Tensor = (
             _GPT2Layer.apply(hidden_SK, self, blocks)  # type: ignore[no-untyped-call]
             if is_trained
-            else _gpt2_layer(hidden_SK, self, blocks)
+            else _gpt2_layer(hidden_SK, self, blocks, keep=False)[0]
         )
         return done.view(hidden_states.shape)
 
@@ -111,16 +111,9 @@ class _GPT2Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_SK: Tensor, layer: Any, blocks: Blocks) -> Tensor:
-        attention_, mlp = layer.attn, layer.mlp
-        normed_SK, *norm_1 = _norm(layer.ln_1, hidden_SK)
-        states = attention_.c_attn.fused(normed_SK).view(len(hidden_SK), -1, attention_.head_dim)
-        attended, kept = attention(states, attention_.scaling, blocks)
-        middle_SK = attention_.c_proj.fused_plus(attended.flatten(1), hidden_SK)
-        normed_SK, *norm_2 = _norm(layer.ln_2, middle_SK)
-        inner_SN = mlp.c_fc.fused(normed_SK)
-        ctx.save_for_backward(hidden_SK, *norm_1, middle_SK, *norm_2, inner_SN, *kept)
+        done, kept = _gpt2_layer(hidden_SK, layer, blocks, keep=True)
+        ctx.save_for_backward(*kept)
         ctx.layer, ctx.blocks = layer, blocks
-        done: Tensor = mlp.c_proj.fused_plus(torch.nn.functional.gelu(inner_SN), middle_SK)
         return done
 
     @staticmethod
@@ -140,14 +133,19 @@ class _GPT2Layer(torch.autograd.Function):
         return grad_hidden_SK, None, None
 
 
-def _gpt2_layer(hidden_SK: Tensor, layer: Any, blocks: Blocks) -> Tensor:
-    """`_GPT2Layer` without a gradient: nothing is kept, and the activation is part of its product."""
+def _gpt2_layer(hidden_SK: Tensor, layer: Any, blocks: Blocks, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The layer's output, and with `keep` what its way back needs; without, the activation is part of its product."""
     attention_, mlp = layer.attn, layer.mlp
-    states = attention_.c_attn.fused(layer.ln_1(hidden_SK)).view(len(hidden_SK), -1, attention_.head_dim)
-    attended, _ = attention(states, attention_.scaling, blocks)
+    normed_SK, *norm_1 = _norm(layer.ln_1, hidden_SK)
+    states = attention_.c_attn.fused(normed_SK).view(len(hidden_SK), -1, attention_.head_dim)
+    attended, kept = attention(states, attention_.scaling, blocks)
     middle_SK = attention_.c_proj.fused_plus(attended.flatten(1), hidden_SK)
-    done: Tensor = mlp.c_proj.fused_plus(mlp.c_fc.fused(layer.ln_2(middle_SK), "gelu"), middle_SK)
-    return done
+    normed_SK, *norm_2 = _norm(layer.ln_2, middle_SK)
+    if not keep:
+        return mlp.c_proj.fused_plus(mlp.c_fc.fused(normed_SK, "gelu"), middle_SK), ()
+    inner_SN = mlp.c_fc.fused(normed_SK)
+    done = mlp.c_proj.fused_plus(torch.nn.functional.gelu(inner_SN), middle_SK)
+    return done, (hidden_SK, *norm_1, middle_SK, *norm_2, inner_SN, *kept)
 
 
 def _norm(norm: nn.LayerNorm, hidden_SK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
