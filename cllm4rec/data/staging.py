@@ -231,24 +231,24 @@ def _collect(blocks: Iterable[pa.Table], layouts: Sequence[Layout]) -> Staged:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Good rows of consecutive lines of one file: columns of `Rows`."""
+    """Good rows of consecutive lines of one file: columns of `Rows`. `first` and `last` are (file, line)."""
 
-    file: int
-    line: Array
+    first: tuple[int, int]
+    last: tuple[int, int]
     columns: dict[str, Array]
 
     @classmethod
     def of(cls, file: int, line: Array, columns: dict[str, Array]) -> _Piece:
         order = np.argsort(line)
         typed = {name: column[order].astype(_TYPES.get(name, np.int32)) for name, column in columns.items()}
-        return cls(file, line[order], typed)
+        return cls((file, int(line[order[0]])), (file, int(line[order[-1]])), typed)
 
 
 def _in_order(pieces: list[_Piece]) -> Rows:
     """The rows of one source by file and line, whichever task was done first. Takes the pieces' columns away."""
-    pieces = sorted(pieces, key=lambda piece: (piece.file, piece.line[0]))
+    pieces = sorted(pieces, key=lambda piece: piece.first)
     for one, after in itertools.pairwise(pieces):
-        assert (one.file, one.line[-1]) < (after.file, after.line[0]), "two tasks had lines of the same stretch"
+        assert one.last < after.first, "two tasks had lines of the same stretch"
     joined = {}
     for field in dataclasses.fields(Rows):
         parts = [piece.columns.pop(field.name) for piece in pieces]

@@ -62,12 +62,10 @@ class CLLM4Rec(nn.Module):
         spread = float(backbone.word_embeddings.detach().float().std()) if std is None else std
         for kind, num_rows in (("users", tokens.num_users), ("items", tokens.num_items)):
             # In place: tables of many users are most of a process's memory. Zeros take none until they are written.
-            content = torch.zeros(num_rows, backbone.width)
+            collaborative, content = (torch.zeros(num_rows, backbone.width) for _ in range(2))
             if spread:
-                content.normal_(generator=generator).mul_(spread)
-            setattr(
-                self, f"collaborative_{kind}", nn.Parameter(content.clone() if spread else torch.zeros_like(content))
-            )
+                collaborative.copy_(content.normal_(generator=generator).mul_(spread))
+            setattr(self, f"collaborative_{kind}", nn.Parameter(collaborative))
             setattr(self, f"content_{kind}", nn.Parameter(content))
         self.backbone = backbone
         self.autocast = False

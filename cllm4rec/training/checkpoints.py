@@ -51,8 +51,9 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint, fingerprint:
 
 
 def read_checkpoint(directory: str | Path, fingerprint: str) -> Checkpoint:
-    """Its tensors are maps of the files. Raises ArtifactError where one is missing or differs from its sha256, or where
-    the run was another.
+    """`state` is read from its file when it is used, which has to be soon: Ray deletes old checkpoints.
+
+    Raises ArtifactError where a file is missing or differs from its sha256, or where the run was another.
     """
     folder = Path(directory)
     try:
@@ -66,7 +67,8 @@ def read_checkpoint(directory: str | Path, fingerprint: str) -> Checkpoint:
     if seal["fingerprint"] != fingerprint:
         raise ArtifactError(f"checkpoint {folder.name} belongs to a run with other data or another config")
     progress = Progress(**json.loads((folder / "progress.json").read_text()))
-    return Checkpoint(progress, *(map_tensors(str(folder / name)) for name in _FILES[:2]))
+    state, best = (map_tensors(str(folder / name)) for name in _FILES[:2])
+    return Checkpoint(progress, state, {name: tensor.clone() for name, tensor in best.items()})
 
 
 def newest_valid(directories: list[Path], fingerprint: str) -> tuple[Checkpoint | None, list[str]]:

@@ -90,7 +90,10 @@ def fit_finetuned(config: Config, make_validation: MakeValidation) -> Manifest:
     """Recommendation-oriented finetuning of the collaborative tables: the `model/` that is scored and served."""
     inputs = finetune_inputs(config)
     start = Start(artifacts.absolute(config.directory("pretrained")), "pretrained")
-    tables = start.tables() | _train(config, "finetune", finetune_stages(config), inputs, make_validation, start)
+    trained = _train(config, "finetune", finetune_stages(config), inputs, make_validation, start)
+    if finetune_inputs(config) != inputs:
+        raise ArtifactError(f"{start.directory} changed while finetune was at work; run the same command again")
+    tables = start.tables() | trained
     prompt: Prompt = "recommendation" if config.finetune.epochs else "interactions"
     return _write_model(config, "model", prompt, tables, inputs, "finetune")
 
