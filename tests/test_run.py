@@ -14,7 +14,7 @@ from cllm4rec.evaluation.protocol import Validation
 from cllm4rec.model.cllm4rec import TABLES
 from cllm4rec.model.ranking import Ranker
 from cllm4rec.training import run as run_module
-from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpoint, write_checkpoint
+from cllm4rec.training.checkpoints import Checkpoint, Progress, newest_valid, read_checkpoint, write_checkpoint
 from cllm4rec.training.engine import RowWiseEngine, TorchEngine, make_engine
 from cllm4rec.training.run import Shard, put_weights, run
 from cllm4rec.training.stages import COLLABORATIVE, CONTENT, Stage
@@ -307,6 +307,18 @@ def test_damaged_and_foreign_checkpoints_are_passed_over_out_loud(tmp_path):
     assert newest_valid(folders, "this run")[0].progress == saved[0].progress
     with pytest.raises(ArtifactError, match="other data or another config"):
         read_checkpoint(folders[0], "another run")
+
+
+def test_the_best_weights_of_a_resumed_run_do_not_depend_on_its_files(tmp_path):
+    """Ray deletes old checkpoints, and what is best is needed until the end."""
+    best = {"table": torch.arange(100_000.0)}
+    write_checkpoint(tmp_path, Checkpoint(Progress(), {}, best), "this run")
+    read = read_checkpoint(tmp_path, "this run").best
+    size = (tmp_path / "best.safetensors").stat().st_size
+    with (tmp_path / "best.safetensors").open("r+b") as stream:
+        stream.seek(size // 2)
+        stream.write(bytes(size // 2))
+    assert torch.equal(read["table"], best["table"])
 
 
 def test_putting_weights_back_gives_the_same_lists():

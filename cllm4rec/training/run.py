@@ -94,7 +94,7 @@ def run_settings(config: Config) -> RunSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One worker's part of the data. `num_documents` of a worker may differ from another's."""
+    """One worker's part of the data. Workers may have different numbers of documents."""
 
     documents: Documents
     validation: Validation | None
