@@ -33,7 +33,7 @@ Thing = TypeVar("Thing")
 class Setting:
     """How steps are measured; the batch is that of `training.micro_batch_tokens`, `model.max_tokens` and `score.batch_users`."""
 
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 8192
     max_tokens: int = 256
     batch_users: int = 512
     steps: int = 15

@@ -122,14 +122,13 @@ class _GPT2Layer(torch.autograd.Function):
         hidden_SK, mean_1, scale_1, middle_SK, mean_2, scale_2, inner_SN, *kept = ctx.saved_tensors
         attention_, mlp = layer.attn, layer.mlp
         grad_inner_SN = grad_SK @ mlp.c_proj.matrix.T
-        torch.ops.aten.gelu_backward.grad_input(grad_inner_SN, inner_SN, grad_input=grad_inner_SN)
-        grad_middle_SK = _norm_backward(layer.ln_2, grad_inner_SN @ mlp.c_fc.matrix.T, middle_SK, mean_2, scale_2)
-        grad_middle_SK += grad_SK
+        grad_inner_SN = torch.ops.aten.gelu_backward(grad_inner_SN, inner_SN)
+        grad_normed_SK = grad_inner_SN @ mlp.c_fc.matrix.T
+        grad_middle_SK = _norm_backward(layer.ln_2, grad_normed_SK, middle_SK, mean_2, scale_2) + grad_SK
         grad_attended = (grad_middle_SK @ attention_.c_proj.matrix.T).view(len(grad_SK), -1, attention_.head_dim)
         grad_states = attention_backward(grad_attended, kept, attention_.scaling, ctx.blocks)
         grad_normed_SK = grad_states.flatten(1) @ attention_.c_attn.matrix.T
-        grad_hidden_SK = _norm_backward(layer.ln_1, grad_normed_SK, hidden_SK, mean_1, scale_1)
-        grad_hidden_SK += grad_middle_SK
+        grad_hidden_SK = _norm_backward(layer.ln_1, grad_normed_SK, hidden_SK, mean_1, scale_1) + grad_middle_SK
         return grad_hidden_SK, None, None
 
 
