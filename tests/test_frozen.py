@@ -62,12 +62,12 @@ def test_weights_are_laid_out_once_and_only_for_inference():
     _, frozen = both(LAYERS[0], torch.bfloat16)
     inputs = torch.randn(2, 48, dtype=torch.bfloat16)
     frozen(inputs.clone().requires_grad_())
-    assert frozen._layout is None
+    assert frozen.fused._layout is None
     frozen(inputs)
-    layout = frozen._layout
+    layout = frozen.fused._layout
     assert layout is not None
     frozen(inputs)
-    assert frozen._layout is layout
+    assert frozen.fused._layout is layout
 
 
 def gpt2_layers(dtype):
@@ -87,7 +87,9 @@ def gpt2_layers(dtype):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-6)])
-def test_a_frozen_layer_of_gpt2_gives_its_states_and_gradients(dtype, tolerance):
+@pytest.mark.parametrize("part", [1024, 80])
+def test_a_frozen_layer_of_gpt2_gives_its_states_and_gradients(dtype, tolerance, part, monkeypatch):
+    monkeypatch.setattr("cllm4rec.model.frozen._PART", part)  # of 256 inner numbers: the MLP as a whole, and as 86 + 86 + 84
     AttentionInterface.register(IMPLEMENTATION, attend)
     segment_RT = np.repeat([[1, 2, 3, 0]], [20, 5, 30, 5], axis=1)
     blocks = blocks_of(segment_RT, torch.device("cpu"))

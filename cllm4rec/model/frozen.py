@@ -21,6 +21,35 @@ from transformers.pytorch_utils import Conv1D
 from cllm4rec.model.attention import Blocks, attention, attention_backward
 
 
+_PART = 1024
+"""Inner numbers of an MLP at a time: a product of 3,072 by 768 takes longer than three of 1,024 by 768."""
+
+
+class FusedProduct:
+    """`x W + b` and what comes after it at once, by weights that are laid out when they are first used."""
+
+    def __init__(self, matrix_KN: Tensor, bias_N: Tensor | None) -> None:
+        self.matrix_KN, self.bias_N = matrix_KN, bias_N
+        self._layout: Tensor | None = None
+
+    def then(self, rows_SK: Tensor, activation: Literal["none", "gelu"] = "none") -> Tensor:
+        """(S, N)."""
+        operator = torch.ops.mkldnn._linear_pointwise
+        done: Tensor = operator(rows_SK, self._laid_out(), self.bias_N, activation, [], "none")
+        return done
+
+    def plus(self, rows_SK: Tensor, residual_SN: Tensor) -> Tensor:
+        """`x W + b + residual`, (S, N)."""
+        operator = torch.ops.mkldnn._linear_pointwise.binary
+        done: Tensor = operator(rows_SK, residual_SN, self._laid_out(), self.bias_N, "add")
+        return done
+
+    def _laid_out(self) -> Tensor:
+        if self._layout is None:
+            self._layout = torch.ops.mkldnn._reorder_linear_weight(self.matrix_KN.T.contiguous())
+        return self._layout
+
+
 class FrozenLinear(nn.Module):
     """`x W + b` under the names of the layer it replaces."""
 
@@ -28,7 +57,7 @@ class FrozenLinear(nn.Module):
         """is_transposed: `weight` is (N, K), as in nn.Linear, and not (K, N), as in GPT-2."""
         super().__init__()
         self.weight, self.bias, self._is_transposed = weight, bias, is_transposed
-        self._layout: Tensor | None = None
+        self._fused: FusedProduct | None = None
 
     @classmethod
     def of(cls, layer: nn.Module) -> FrozenLinear | None:
@@ -43,36 +72,26 @@ class FrozenLinear(nn.Module):
         """(K, N)."""
         return self.weight.T if self._is_transposed else self.weight
 
+    @property
+    def fused(self) -> FusedProduct:
+        if self._fused is None:
+            self._fused = FusedProduct(self.matrix, self.bias)
+        return self._fused
+
     def forward(self, inputs: Tensor) -> Tensor:
         rows_SK = inputs.reshape(-1, inputs.shape[-1])
         is_trained = torch.is_grad_enabled() and inputs.requires_grad
         if not is_trained and runs_fused(inputs, self.weight):
-            product = self.fused(rows_SK)
+            product = self.fused.then(rows_SK)
         elif self.bias is None:
             product = rows_SK @ self.matrix
         else:
             product = torch.addmm(self.bias, rows_SK, self.matrix)
         return product.view(*inputs.shape[:-1], -1)
 
-    def fused(self, rows_SK: Tensor, then: Literal["none", "gelu"] = "none") -> Tensor:
-        """The product and what comes after it, (S, N), by the laid-out weights."""
-        done: Tensor = torch.ops.mkldnn._linear_pointwise(rows_SK, self._laid_out(), self.bias, then, [], "none")
-        return done
-
-    def fused_plus(self, rows_SK: Tensor, residual_SN: Tensor) -> Tensor:
-        """`x W + b + residual`, (S, N)."""
-        operator = torch.ops.mkldnn._linear_pointwise.binary
-        done: Tensor = operator(rows_SK, residual_SN, self._laid_out(), self.bias, "add")
-        return done
-
-    def _laid_out(self) -> Tensor:
-        if self._layout is None:
-            self._layout = torch.ops.mkldnn._reorder_linear_weight(self.matrix.T.contiguous())
-        return self._layout
-
     def __getstate__(self) -> dict[str, Any]:
-        """Without the layout, which can be neither copied nor sent and is made anew."""
-        return {**self.__dict__, "_layout": None}
+        """Without laid-out weights, which can be neither copied nor sent and are made anew."""
+        return {**self.__dict__, "_fused": None}
 
 
 class FrozenGPT2Layer(GPT2Block):  # type: ignore[misc]
@@ -83,6 +102,7 @@ class FrozenGPT2Layer(GPT2Block):  # type: ignore[misc]
         nn.Module.__init__(self)
         for name, part in layer.named_children():
             self.add_module(name, part)
+        self._mlp_parts: list[tuple[FusedProduct, FusedProduct]] = []
 
     @classmethod
     def of(cls, layer: nn.Module) -> FrozenGPT2Layer | None:
@@ -105,6 +125,21 @@ class FrozenGPT2Layer(GPT2Block):  # type: ignore[misc]
         )
         return done.view(hidden_states.shape)
 
+    @property
+    def mlp_parts(self) -> list[tuple[FusedProduct, FusedProduct]]:
+        """The two products of the MLP for some of its inner numbers at a time, whose outcomes add up to the whole's."""
+        if not self._mlp_parts:
+            inward, outward = self.mlp.c_fc, self.mlp.c_proj
+            num_parts = max(1, inward.matrix.shape[1] // _PART)
+            inward_parts = zip(inward.matrix.chunk(num_parts, dim=1), inward.bias.chunk(num_parts), strict=True)
+            for (matrix, bias), back in zip(inward_parts, outward.matrix.chunk(num_parts), strict=True):
+                own_bias = None if self._mlp_parts else outward.bias
+                self._mlp_parts.append((FusedProduct(matrix, bias), FusedProduct(back, own_bias)))
+        return self._mlp_parts
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mlp_parts": []}
+
 
 class _GPT2Layer(torch.autograd.Function):
     """A layer around attention in blocks, whose weights get no gradient: (S, K) → (S, K)."""
@@ -118,15 +153,16 @@ class _GPT2Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (grad_SK,), layer = grad_outputs, ctx.layer
-        hidden_SK, mean_1, scale_1, middle_SK, mean_2, scale_2, inner_SN, *kept = ctx.saved_tensors
-        attention_, mlp = layer.attn, layer.mlp
-        grad_inner_SN = grad_SK @ mlp.c_proj.matrix.T
-        grad_inner_SN = torch.ops.aten.gelu_backward(grad_inner_SN, inner_SN)
-        grad_normed_SK = grad_inner_SN @ mlp.c_fc.matrix.T
+        (grad_SK,), layer, attention_ = grad_outputs, ctx.layer, ctx.layer.attn
+        hidden_SK, mean_1, scale_1, middle_SK, mean_2, scale_2, *kept = ctx.saved_tensors
+        parts = layer.mlp_parts
+        grad_normed_SK = torch.zeros_like(grad_SK)
+        for (inward, outward), inner_SN in zip(parts, kept, strict=False):
+            grad_inner_SN = torch.ops.aten.gelu_backward(grad_SK @ outward.matrix_KN.T, inner_SN)
+            grad_normed_SK.addmm_(grad_inner_SN, inward.matrix_KN.T)
         grad_middle_SK = _norm_backward(layer.ln_2, grad_normed_SK, middle_SK, mean_2, scale_2) + grad_SK
         grad_attended = (grad_middle_SK @ attention_.c_proj.matrix.T).view(len(grad_SK), -1, attention_.head_dim)
-        grad_states = attention_backward(grad_attended, kept, attention_.scaling, ctx.blocks)
+        grad_states = attention_backward(grad_attended, kept[len(parts) :], attention_.scaling, ctx.blocks)
         grad_normed_SK = grad_states.flatten(1) @ attention_.c_attn.matrix.T
         grad_hidden_SK = _norm_backward(layer.ln_1, grad_normed_SK, hidden_SK, mean_1, scale_1) + grad_middle_SK
         return grad_hidden_SK, None, None
@@ -134,17 +170,20 @@ class _GPT2Layer(torch.autograd.Function):
 
 def _gpt2_layer(hidden_SK: Tensor, layer: Any, blocks: Blocks, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The layer's output, and with `keep` what its way back needs; without, the activation is part of its product."""
-    attention_, mlp = layer.attn, layer.mlp
+    attention_ = layer.attn
     normed_SK, *norm_1 = _norm(layer.ln_1, hidden_SK)
-    states = attention_.c_attn.fused(normed_SK).view(len(hidden_SK), -1, attention_.head_dim)
+    states = attention_.c_attn.fused.then(normed_SK).view(len(hidden_SK), -1, attention_.head_dim)
     attended, kept = attention(states, attention_.scaling, blocks)
-    middle_SK = attention_.c_proj.fused_plus(attended.flatten(1), hidden_SK)
+    middle_SK = attention_.c_proj.fused.plus(attended.flatten(1), hidden_SK)
     normed_SK, *norm_2 = _norm(layer.ln_2, middle_SK)
-    if not keep:
-        return mlp.c_proj.fused_plus(mlp.c_fc.fused(normed_SK, "gelu"), middle_SK), ()
-    inner_SN = mlp.c_fc.fused(normed_SK)
-    done = mlp.c_proj.fused_plus(torch.nn.functional.gelu(inner_SN), middle_SK)
-    return done, (hidden_SK, *norm_1, middle_SK, *norm_2, inner_SN, *kept)
+    done, inner = middle_SK, []
+    for inward, outward in layer.mlp_parts:
+        if keep:
+            inner.append(inward.then(normed_SK))
+            done = outward.plus(torch.nn.functional.gelu(inner[-1]), done)
+        else:
+            done = outward.plus(inward.then(normed_SK, "gelu"), done)
+    return done, (hidden_SK, *norm_1, middle_SK, *norm_2, *inner, *kept) if keep else ()
 
 
 def _norm(norm: nn.LayerNorm, hidden_SK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

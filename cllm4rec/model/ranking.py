@@ -35,7 +35,7 @@ FloatArray = npt.NDArray[np.float32]
 Pass = tuple[IntArray, Batch, IntArray]
 """Documents (rows of all), how they are laid out, and the slots whose hidden states answer for them."""
 
-_PASS_TOKENS = 256
+_PASS_TOKENS = 384
 _PASS_VALUES = 1 << 17
 _MOST_PASS_TOKENS = 1024
 _COLUMNS_STEP = 8
