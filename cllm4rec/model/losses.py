@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits held at once, whatever the catalogue and the vocabulary: with fewer their products become too thin (a text step of
-# GPT-2 small takes 5 % longer with a quarter). In bfloat16 they take 256 MB, and as much again while softmax is made.
-_MAX_LOGITS = 1 << 27
+# Of the logits held at once, whatever the catalogue and the vocabulary, and as much again while softmax is made. With a quarter
+# their products are too thin: a text step of GPT-2 small takes 5 % longer.
+_LOGITS_BYTES = 1 << 28
 # A probability below is taken for this one in the loss, whose gradient stays: the smallest normal number of both precisions.
 _LEAST = torch.finfo(torch.float32).tiny
 # Predictions are filled up to a multiple of this, so that products have few shapes: a CPU keeps a kernel for each.
@@ -24,10 +24,10 @@ def tied_cross_entropy(
 ) -> Tensor:
     """-sum over targets of log softmax(Z h)[target]: Eq. 7 and 8 with one target a prediction, Eq. 9 with many.
 
-    target_rows_E says which prediction each target belongs to, ascending. Products are made in `precision`, by default
-    that of `hidden_PK`; softmax, sum and the table's gradient are float32. The sum has shape ().
-    Gradients are made in the forward pass, chunk by chunk, so no more than a chunk of logits ever exists. A table
-    that needs no gradient (the frozen word embeddings) costs no product for it.
+    target_rows_E says which prediction each target belongs to, ascending. Products and softmax are made in `precision`, by
+    default that of `hidden_PK`; the sum, of shape (), and the table's gradient are float32. A target whose probability no
+    float32 holds counts 87.3, and its gradient is whole. Gradients are made in the forward pass, chunk by chunk, so no more
+    than a chunk of logits ever exists. A table that needs no gradient (the frozen word embeddings) costs no product for it.
     """
     loss: Tensor = _TiedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_PK, table_JK, target_rows_E, targets_E, precision or hidden_PK.dtype
@@ -49,7 +49,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_PK) if wants_hidden else None
         grad_table_KJ = torch.zeros(table_JK.T.shape, device=table_JK.device) if wants_table else None
         loss = torch.zeros((), device=hidden_PK.device)
-        chunk = max(1, _MAX_LOGITS // len(table_JK))
+        chunk = max(1, _LOGITS_BYTES // (len(table_JK) * table_JK.element_size()))
         for begin in range(0, len(hidden_PK), chunk):
             end = min(begin + chunk, len(hidden_PK))
             hidden, times = hidden_PK[begin:end], times_P1[begin:end]
