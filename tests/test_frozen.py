@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -89,7 +91,7 @@ def gpt2_layers(dtype):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("part", [1024, 80])
 def test_a_frozen_layer_of_gpt2_gives_its_states_and_gradients(dtype, tolerance, part, monkeypatch):
-    monkeypatch.setattr("cllm4rec.model.frozen._PART", part)  # of 256 inner numbers: the MLP as a whole, and as 86 + 86 + 84
+    monkeypatch.setattr("cllm4rec.model.frozen._PART", part)  # of 256 inner numbers: all at once, and 86 + 86 + 84
     AttentionInterface.register(IMPLEMENTATION, attend)
     segment_RT = np.repeat([[1, 2, 3, 0]], [20, 5, 30, 5], axis=1)
     blocks = blocks_of(segment_RT, torch.device("cpu"))
@@ -105,6 +107,15 @@ def test_a_frozen_layer_of_gpt2_gives_its_states_and_gradients(dtype, tolerance,
     for wanted, found in zip(*told, strict=True):
         # In bf16 the error of rounding, measured against the size of what is rounded.
         assert float((found - wanted).float().norm() / wanted.float().norm()) < tolerance
+
+
+def test_threads_that_ask_for_the_parts_of_an_mlp_at_once_get_all_of_them(monkeypatch):
+    monkeypatch.setattr("cllm4rec.model.frozen._PART", 32)
+    monkeypatch.setattr("cllm4rec.model.frozen.FusedProduct", lambda *_: time.sleep(0.005))
+    _, layer = gpt2_layers(torch.bfloat16)
+    with ThreadPoolExecutor(4) as threads:
+        asked = [threads.submit(lambda: len(layer.mlp_parts)) for _ in range(4)]
+    assert [one.result() for one in asked] == [8, 8, 8, 8]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from cllm4rec.model.attention import Blocks, attention, attention_backward
 
-
 _PART = 1024
 """Inner numbers of an MLP at a time: a product of 3,072 by 768 takes longer than three of 1,024 by 768."""
 
@@ -131,13 +130,15 @@ class FrozenGPT2Layer(GPT2Block):  # type: ignore[misc]
         if not self._mlp_parts:
             inward, outward = self.mlp.c_fc, self.mlp.c_proj
             num_parts = max(1, inward.matrix.shape[1] // _PART)
-            inward_parts = zip(inward.matrix.chunk(num_parts, dim=1), inward.bias.chunk(num_parts), strict=True)
-            for (matrix, bias), back in zip(inward_parts, outward.matrix.chunk(num_parts), strict=True):
-                own_bias = None if self._mlp_parts else outward.bias
-                self._mlp_parts.append((FusedProduct(matrix, bias), FusedProduct(back, own_bias)))
+            cuts = inward.matrix.chunk(num_parts, 1), inward.bias.chunk(num_parts), outward.matrix.chunk(num_parts)
+            parts: list[tuple[FusedProduct, FusedProduct]] = []
+            for matrix, bias, back in zip(*cuts, strict=True):
+                parts.append((FusedProduct(matrix, bias), FusedProduct(back, None if parts else outward.bias)))
+            self._mlp_parts = parts  # all of them at once: several threads rank with one model
         return self._mlp_parts
 
     def __getstate__(self) -> dict[str, Any]:
+        """Without laid-out weights, as FrozenLinear."""
         return {**self.__dict__, "_mlp_parts": []}
 
 

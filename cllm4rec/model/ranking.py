@@ -60,7 +60,7 @@ class Ranker:
     def pass_tokens(self) -> int:
         """Slots of a pass, or the next multiple that a long prompt fits. A single request computes as many.
 
-        Of a narrow model more, up to four times: what a pass costs besides its products would cost more than these.
+        Of a narrow model more, up to 1,024: what a pass costs besides its products would cost more than these.
         """
         return max(_PASS_TOKENS, min(_MOST_PASS_TOKENS, _PASS_VALUES // self.model.backbone.width))
 
