@@ -67,17 +67,21 @@ def train(rank=0, num_workers=1, stage=STAGE, resumed=None, micro_batch_rows=Non
     return {"weights": weights, "saved": saved, "log": log}
 
 
-def work(rank, port, folder):
-    """One of two workers: all stages in one process, for importing DeepSpeed takes longest."""
+def join_workers(rank, num_workers, port):
     torch.set_num_threads(1)
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(num_workers)}
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
-        world_size=NUM_WORKERS,
+        world_size=num_workers,
         timeout=datetime.timedelta(seconds=60),
     )
+
+
+def work(rank, port, folder):
+    """One of two workers: all stages in one process, for importing DeepSpeed takes longest."""
+    join_workers(rank, NUM_WORKERS, port)
     start = torch.load(folder / "start.pt", weights_only=False)
     results = {}
     for zero_stage in ZERO_STAGES:
@@ -99,6 +103,14 @@ def work(rank, port, folder):
     except AssertionError as error:
         results["one user twice"] = str(error)
     torch.save(results, folder / f"worker-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def work_alone(rank, port, folder):
+    """The only worker, where nothing was compiled before."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "compiled")
+    join_workers(rank, 1, port)
+    torch.save(train(engine="deepspeed"), folder / "alone.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -192,3 +204,10 @@ def test_a_checkpoint_goes_on_with_another_engine_and_number_of_workers(plain, w
 
 def test_a_user_whose_documents_two_workers_have_is_noticed(workers):
     assert [worker["one user twice"] for worker in workers] == ["two workers have documents of one user"] * NUM_WORKERS
+
+
+def test_a_lone_worker_takes_the_same_steps_and_compiles_nothing(plain, tmp_path):
+    torch.multiprocessing.spawn(work_alone, (free_port(), tmp_path), nprocs=1)
+    alone = torch.load(tmp_path / "alone.pt", weights_only=False)
+    assert distance(alone["weights"], plain["whole"]["weights"]) < 1e-5
+    assert not list(tmp_path.glob("compiled/**/*.so"))

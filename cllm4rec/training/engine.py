@@ -133,6 +133,9 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         self._deepspeed = deepspeed
+        if self.num_workers == 1:
+            # DeepSpeed would compile its collectives of one machine's CPUs, 20 s and 1.6 GB, for nobody to talk to.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._shapes = {name: weight.shape for name, weight in self.trained.items()}
         self.engine, _, _, _ = deepspeed.initialize(
             model=_GradientsTogether(module) if settings.zero_stage == 2 else module,
