@@ -158,12 +158,13 @@ class _GPT2Layer(torch.autograd.Function):
         hidden_SK, mean_1, scale_1, middle_SK, mean_2, scale_2, *kept = ctx.saved_tensors
         parts = layer.mlp_parts
         grad_normed_SK = torch.zeros_like(grad_SK)
-        for (inward, outward), inner_SN in zip(parts, kept, strict=False):
+        inner, kept = kept[: len(parts)], kept[len(parts) :]
+        for (inward, outward), inner_SN in zip(parts, inner, strict=True):
             grad_inner_SN = torch.ops.aten.gelu_backward(grad_SK @ outward.matrix_KN.T, inner_SN)
             grad_normed_SK.addmm_(grad_inner_SN, inward.matrix_KN.T)
         grad_middle_SK = _norm_backward(layer.ln_2, grad_normed_SK, middle_SK, mean_2, scale_2) + grad_SK
         grad_attended = (grad_middle_SK @ attention_.c_proj.matrix.T).view(len(grad_SK), -1, attention_.head_dim)
-        grad_states = attention_backward(grad_attended, kept[len(parts) :], attention_.scaling, ctx.blocks)
+        grad_states = attention_backward(grad_attended, kept, attention_.scaling, ctx.blocks)
         grad_normed_SK = grad_states.flatten(1) @ attention_.c_attn.matrix.T
         grad_hidden_SK = _norm_backward(layer.ln_1, grad_normed_SK, hidden_SK, mean_1, scale_1) + grad_middle_SK
         return grad_hidden_SK, None, None

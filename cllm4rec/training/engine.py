@@ -134,7 +134,7 @@ class DeepSpeedEngine(Engine):
 
         self._deepspeed = deepspeed
         if self.num_workers == 1:
-            # DeepSpeed would compile its collectives of one machine's CPUs, 20 s and 1.6 GB, for nobody to talk to.
+            # DeepSpeed would compile its collectives of one machine's CPUs, 20 s and 1.7 GB, for nobody to talk to.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._shapes = {name: weight.shape for name, weight in self.trained.items()}
         self.engine, _, _, _ = deepspeed.initialize(
