@@ -124,7 +124,7 @@ class ModelConfig(_Section):
         BackboneSize(), description="a name or folder for from_pretrained, or a size to build from scratch"
     )
     revision: str | None = Field(None, description="the commit or tag of a backbone named on a hub")
-    max_tokens: Annotated[int, Field(ge=16)] = Field(256, description="length of a packed row and longest document")
+    max_tokens: Annotated[int, Field(ge=16)] = Field(256, description="longest document")
     table_std: float | None = Field(
         None, gt=0, description="spread of fresh ID rows; null: that of the word embeddings"
     )
@@ -388,12 +388,11 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
-        micro, rows = self.training.micro_batch_tokens, self.model.max_tokens
-        if micro % rows:
-            fits = max(rows, micro // rows * rows)
+        micro, longest = self.training.micro_batch_tokens, self.model.max_tokens
+        if micro < longest:
             raise ValueError(
-                f"training.micro_batch_tokens {micro} does not divide into rows of model.max_tokens {rows}; "
-                f"use {fits} or {fits + rows}"
+                f"training.micro_batch_tokens {micro} cannot hold a document of model.max_tokens {longest}; "
+                f"use {longest} or more"
             )
         everyone = micro * self.cluster.num_workers
         total = self.training.global_batch_tokens
@@ -410,7 +409,7 @@ class Config(_Section):
             )
         if self.data.max_text_tokens > self.model.max_tokens - 16:
             raise ValueError(
-                f"data.max_text_tokens {self.data.max_text_tokens} leaves no room for the prompt in rows of "
+                f"data.max_text_tokens {self.data.max_text_tokens} leaves no room for the prompt in "
                 f"model.max_tokens {self.model.max_tokens}; use at most {self.model.max_tokens - 16}"
             )
         return self

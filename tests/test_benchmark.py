@@ -67,7 +67,7 @@ def total_and_gradients(asked: CLLM4Rec, loss: torch.Tensor) -> tuple[float, dic
 def test_the_references_loss_and_gradients_are_the_projects(kind):
     asked, some = model(), documents_of(kind)
     asked.train_only(COLLABORATIVE + CONTENT)
-    batch = next(iter(Packer(asked.tokens, 40, MAX_TOKENS).batches([some])))
+    batch = next(iter(Packer(asked.tokens, 40 * MAX_TOKENS, MAX_TOKENS).batches([some])))
     ours, our_gradients = total_and_gradients(asked, asked(TensorBatch.of(batch, torch.device("cpu")), 0.7).total)
     plain, plain_gradients = total_and_gradients(asked, Reference(asked).loss(some, 0.7))
     assert plain == pytest.approx(ours, rel=1e-4)
@@ -89,7 +89,7 @@ def test_the_reference_ranks_as_the_scorer():
 def test_useful_work_is_that_of_products_written_out():
     asked = model()
     width, layers = asked.backbone.width, 2
-    batch = next(iter(Packer(asked.tokens, 40, MAX_TOKENS).batches([documents_of(Kind.INTERACTIONS)])))
+    batch = next(iter(Packer(asked.tokens, 40 * MAX_TOKENS, MAX_TOKENS).batches([documents_of(Kind.INTERACTIONS)])))
     lengths = documents_of(Kind.INTERACTIONS).lengths
     assert sorted(document_lengths(batch)) == sorted(lengths)
     products = 0.0

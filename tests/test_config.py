@@ -157,12 +157,8 @@ def test_a_name_or_a_size_makes_a_backbone(load):
     ("overrides", "sentence"),
     [
         (
-            ["training.micro_batch_tokens=1000"],
-            "training.micro_batch_tokens 1000 does not divide into rows of model.max_tokens 256; use 768 or 1024",
-        ),
-        (
             ["training.micro_batch_tokens=100"],
-            "training.micro_batch_tokens 100 does not divide into rows of model.max_tokens 256; use 256 or 512",
+            "training.micro_batch_tokens 100 cannot hold a document of model.max_tokens 256; use 256 or more",
         ),
         (
             ["training.global_batch_tokens=100000", "cluster.num_workers=8"],
@@ -179,7 +175,7 @@ def test_a_name_or_a_size_makes_a_backbone(load):
         ),
         (
             ["data.max_text_tokens=250"],
-            "data.max_text_tokens 250 leaves no room for the prompt in rows of model.max_tokens 256; use at most 240",
+            "data.max_text_tokens 250 leaves no room for the prompt in model.max_tokens 256; use at most 240",
         ),
         (
             ["finetune.mask_fraction=[0.9, 0.1]"],

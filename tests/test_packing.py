@@ -8,7 +8,7 @@ from parity import MAX_TOKENS, parity
 
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.epochs import Maker, interaction_source
-from cllm4rec.data.packing import Batch, Packer, PairPacker, Table, fill_rows
+from cllm4rec.data.packing import Batch, Packer, PairPacker, Table, fill
 from cllm4rec.data.ragged import Ragged, no_values
 
 
@@ -20,7 +20,10 @@ def all_kinds() -> Documents:
 
 
 def packers() -> list[Packer | PairPacker]:
-    return [Packer(parity().tokens, 4, MAX_TOKENS), PairPacker(parity().tokens, 4 * MAX_TOKENS, start_token=0)]
+    return [
+        Packer(parity().tokens, 4 * MAX_TOKENS, MAX_TOKENS),
+        PairPacker(parity().tokens, 4 * MAX_TOKENS, start_token=0),
+    ]
 
 
 def tokens_of(batch: Batch, grid_number: int) -> np.ndarray:
@@ -33,53 +36,62 @@ def tokens_of(batch: Batch, grid_number: int) -> np.ndarray:
     return slots
 
 
-@given(st.lists(st.integers(1, 32), max_size=60), st.integers(1, 4))
-def test_every_document_is_placed_once_and_none_overlap(lengths, num_rows):
-    placed = []
-    for chosen, rows, starts in fill_rows(np.array(lengths, np.int64), num_rows, 32)[0]:
-        used = np.zeros((num_rows, 32), int)
-        for document, row, start in zip(chosen, rows, starts, strict=True):
-            assert start + lengths[document] <= 32
-            used[row, start : start + lengths[document]] += 1
-        assert used.max() == 1
-        placed += chosen.tolist()
-    assert sorted(placed) == list(range(len(lengths)))
+@given(st.lists(st.integers(1, 32), max_size=60), st.integers(32, 100))
+def test_every_document_is_in_one_batch_that_has_room_for_it(lengths, num_slots):
+    batches, left = fill(np.array(lengths, np.int64), num_slots)
+    assert all(sum(lengths[document] for document in batch) <= num_slots for batch in batches)
+    assert sorted(np.concatenate([left, *batches]).tolist()) == list(range(len(lengths)))
 
 
-@given(st.lists(st.integers(1, 32), max_size=80), st.integers(1, 4), st.integers(1, 30))
-def test_documents_that_come_in_parts_are_placed_as_if_at_once(lengths, num_rows, at_once):
+@given(st.lists(st.integers(1, 32), max_size=80), st.integers(32, 100), st.integers(1, 30))
+def test_documents_that_come_in_parts_are_placed_as_if_at_once(lengths, num_slots, at_once):
     """Batches do not depend on how much of an epoch is in memory."""
-    documents = all_kinds().take(np.zeros(len(lengths), int))
-    documents = dataclasses.replace(
-        documents,
-        item=np.arange(len(lengths)),
-        prompt=Ragged.from_lists([[0] * length for length in lengths], np.int32),
-        main=no_values(len(lengths)),
-    )
+    documents = of_lengths(lengths)
     parts = [
         documents.take(np.arange(begin, min(begin + at_once, len(lengths))))
         for begin in range(0, len(lengths), at_once)
     ]
-    packer = Placed(parity().tokens, num_rows, 32)
+    packer = Placed(parity().tokens, num_slots, 32)
     assert list(packer.batches(parts)) == list(packer.batches([documents]))
 
 
 class Placed(Packer):
-    """Lays nothing out: says which document goes where."""
+    """Lays nothing out: says which documents a batch has."""
 
-    def layout(self, documents, rows, starts):
-        return documents.item.tolist(), rows.tolist(), starts.tolist()
-
-
-def test_short_documents_fill_the_gaps_of_long_ones():
-    lengths = np.array([20, 20, 20, 20] + [12] * 4)
-    groups = fill_rows(lengths, 4, 32)[0]
-    assert len(groups) == 1
+    def layout(self, documents):
+        return documents.item.tolist()
 
 
-def test_a_document_longer_than_a_row_is_refused_with_the_numbers():
-    with pytest.raises(ValueError, match="33 tokens and a row 32"):
-        fill_rows(np.array([33]), 2, 32)
+def of_lengths(lengths: list[int]) -> Documents:
+    return dataclasses.replace(
+        all_kinds().take(np.zeros(len(lengths), int)),
+        item=np.arange(len(lengths)),
+        prompt=Ragged.from_lists([[0] * length for length in lengths], np.int32),
+        main=no_values(len(lengths)),
+    )
+
+
+def test_short_documents_fill_the_gap_of_a_long_one_which_begins_the_next_batch():
+    batches, _ = fill(np.array([20, 30, 20, 12, 20]), 32)
+    assert [batch.tolist() for batch in batches] == [[0, 3], [1], [2], [4]]
+
+
+def test_batches_of_texts_are_nearly_full():
+    lengths = np.random.default_rng(0).integers(16, 192, 2000)
+    for num_slots, least in ((768, 0.96), (8192, 0.99)):
+        batches, _ = fill(lengths, num_slots)
+        filled = [lengths[batch].sum() / num_slots for batch in batches[:-1]]
+        assert np.mean(filled) > least
+
+
+def test_a_document_longer_than_the_model_reads_is_refused_with_the_numbers():
+    with pytest.raises(ValueError, match=r"33 tokens; raise model\.max_tokens 32"):
+        list(Packer(parity().tokens, 64, 32).batches([of_lengths([33])]))
+
+
+def test_a_batch_that_cannot_hold_the_longest_document_is_refused():
+    with pytest.raises(ValueError, match="31 slots cannot hold a document of 32 tokens"):
+        Packer(parity().tokens, 31, 32)
 
 
 @pytest.mark.parametrize("packer", packers(), ids=lambda packer: type(packer).__name__)
@@ -124,7 +136,7 @@ def test_texts_read_ids_through_content_and_the_rest_through_collaborative_table
         (Kind.INTERACTIONS, {Table.COLLABORATIVE_USERS, Table.COLLABORATIVE_ITEMS}),
         (Kind.RECOMMENDATION, {Table.COLLABORATIVE_USERS, Table.COLLABORATIVE_ITEMS}),
     ):
-        batch = next(iter(Packer(space, 4, MAX_TOKENS).batches([all_kinds().of_kinds([kind])])))
+        batch = next(iter(Packer(space, 4 * MAX_TOKENS, MAX_TOKENS).batches([all_kinds().of_kinds([kind])])))
         read = {table for table, (slots, _) in batch.grids[0].reads.items() if len(slots)}
         assert read - {Table.WORDS} == tables
 
@@ -138,7 +150,7 @@ def test_penalty_counts_each_distinct_id_of_a_document_once():
             prompts.recommendation(space, np.array([-1]), Ragged.from_lists([[5]]), Ragged.from_lists([[6]])),
         ]
     )
-    (batch,) = Packer(space, 2, MAX_TOKENS).batches([documents])
+    (batch,) = Packer(space, 2 * MAX_TOKENS, MAX_TOKENS).batches([documents])
     assert dict(zip(batch.penalty_users, batch.penalty_user_counts, strict=True)) == {4: 2}
     assert dict(zip(batch.penalty_items, batch.penalty_item_counts, strict=True)) == {1: 1, 2: 2, 3: 1, 5: 1, 6: 1}
 

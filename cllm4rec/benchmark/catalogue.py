@@ -48,7 +48,7 @@ def catalogue(num_items: int) -> dict[str, float]:
     maker = Maker(prompts, tokens, 64, 0)
     source = prompts.interactions(tokens, histories.user, histories.train)
     made = maker.recommendations(source, 0, mask_range=(0.2, 0.2), all_targets=False, user_dropout=0.0)
-    batch = next(iter(Packer(tokens, 128, 64).batches([made])))
+    batch = next(iter(Packer(tokens, 128 * 64, 64).batches([made])))
 
     def step() -> None:
         losses = engine.forward(TensorBatch.of(batch, torch.device("cpu")), 1.0)

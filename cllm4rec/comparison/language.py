@@ -95,7 +95,7 @@ def text_vectors(texts: list[str], backbone: Backbone, tokens: TokenSpace, confi
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     words = Ragged.from_lists([one.ids[:most] for one in encoded], np.int32)
     vectors_DK = np.zeros((len(texts), backbone.width), np.float32)
-    packer = Packer(tokens, _TEXTS_AT_ONCE, most)
+    packer = Packer(tokens, _TEXTS_AT_ONCE * most, most)
     for begin in range(0, len(texts), _TEXTS_AT_ONCE):
         rows = np.arange(begin, min(begin + _TEXTS_AT_ONCE, len(texts)))
         rows = rows[words.lengths[rows] > 0]
@@ -104,9 +104,9 @@ def text_vectors(texts: list[str], backbone: Backbone, tokens: TokenSpace, confi
         kinds = np.full(len(rows), int(Kind.ITEM_TEXT), np.int8)
         # As a prompt: words of a main text would be predicted, too, for nothing.
         documents = Documents(kinds, none, none, part, no_values(len(rows)), no_values(len(rows)))
-        batch = packer.layout(documents, np.arange(len(rows)), np.zeros(len(rows), np.int64))
+        batch = packer.layout(documents)
         with torch.inference_mode():
-            hidden_RTK = model.hidden(TensorBatch.of(batch, torch.device("cpu"))).view(_TEXTS_AT_ONCE, most, -1)
-        for place, row in enumerate(rows.tolist()):
-            vectors_DK[row] = hidden_RTK[place, : words.lengths[row]].float().mean(dim=0).numpy()
+            hidden_SK = model.hidden(TensorBatch.of(batch, torch.device("cpu")))
+        for row, first, end in zip(rows.tolist(), part.offsets[:-1], part.offsets[1:], strict=True):
+            vectors_DK[row] = hidden_SK[first:end].float().mean(dim=0).numpy()
     return vectors_DK

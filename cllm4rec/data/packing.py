@@ -1,6 +1,6 @@
 """Documents → batches of fixed shape, as plain arrays: which token stands in which slot and what is predicted where.
 
-A batch is one grid of slots for a decoder (many documents in a row, each seeing only itself), or two for an
+A batch is one grid of slots for a decoder (documents end to end in one row, each seeing only itself), or two for an
 encoder-decoder (prompt and main text, one document a row).
 
 Lengths: D documents, R rows × T columns = S slots of a grid, P predictions.
@@ -18,11 +18,12 @@ import numpy.typing as npt
 
 from cllm4rec.catalog import NOBODY, TokenSpace
 from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind
-from cllm4rec.data.ragged import Ragged, offsets_of
+from cllm4rec.data.ragged import Ragged
 
 Array = npt.NDArray[Any]
-Group = tuple[Array, Array, Array]
-"""Documents of one batch, the row of each and its first column."""
+
+_LOOK_PAST = 16
+"""A batch is full when so many documents have been found too long for what room is left."""
 
 
 class Table(IntEnum):
@@ -76,47 +77,55 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Packer:
-    """Many documents a row, for models that read one sequence (GPT-2, Llama)."""
+    """Documents end to end, for models that read one sequence (GPT-2, Llama)."""
 
     tokens: TokenSpace
-    num_rows: int
-    num_columns: int
+    num_slots: int
+    max_tokens: int
+    """Of a document: what the model has positions for. At most `num_slots`."""
+
+    def __post_init__(self) -> None:
+        if self.num_slots < self.max_tokens:
+            raise ValueError(f"{self.num_slots} slots cannot hold a document of {self.max_tokens} tokens")
 
     def batches(self, parts: Iterable[Documents]) -> Iterator[Batch]:
         """All documents, in order but for small ones that fill gaps, however they are parted. Batches have one shape.
 
-        Raises ValueError for a document longer than a row.
+        Raises ValueError for a document longer than `max_tokens`.
         """
         held = nothing()
         for part in parts:
+            self._refuse_long(part)
             held = Documents.concat([held, part])
-            groups, left = fill_rows(held.lengths, self.num_rows, self.num_columns, more=True)
+            groups, left = fill(held.lengths, self.num_slots, more=True)
             yield from self._laid_out(held, groups)
             held = held.take(left)
-        groups, _ = fill_rows(held.lengths, self.num_rows, self.num_columns)
+        groups, _ = fill(held.lengths, self.num_slots)
         yield from self._laid_out(held, groups)
 
-    def _laid_out(self, documents: Documents, groups: list[Group]) -> Iterator[Batch]:
-        for chosen, rows, starts in groups:
-            yield self.layout(documents.take(chosen), rows, starts)
+    def _laid_out(self, documents: Documents, groups: list[Array]) -> Iterator[Batch]:
+        for chosen in groups:
+            yield self.layout(documents.take(chosen))
 
-    def layout(self, documents: Documents, rows: Array, starts: Array) -> Batch:
-        """Document d begins in row `rows[d]` at column `starts[d]`."""
+    def layout(self, documents: Documents) -> Batch:
+        """One batch of all of them, which fit."""
         sequence = Ragged.interleave(documents.prompt, documents.main)
-        slots = (rows * self.num_columns + starts)[sequence.rows] + sequence.places
+        slots = np.arange(len(sequence.values))
         first_main = documents.prompt.lengths[sequence.rows]
         is_main = sequence.places >= first_main
         # The first main token is predicted from the prompt's last position (method.md, heads).
         predicted = Ragged(slots[is_main] - 1, documents.main.offsets)
-        last_slots = rows * self.num_columns + starts + sequence.lengths - 1
-        shape = (self.num_rows, self.num_columns)
-        grid = _grid(shape, slots, sequence, _segments(rows)[sequence.rows], documents, self.tokens)
-        return _batch((grid,), documents, predicted, last_slots, self.tokens)
+        grid = _grid((1, self.num_slots), slots, sequence, sequence.rows + 1, documents, self.tokens)
+        return _batch((grid,), documents, predicted, sequence.offsets[1:] - 1, self.tokens)
 
     def empty(self) -> Batch:
         """Padding only: what a worker runs when its documents are used up and the others still step."""
-        none = np.empty(0, np.int64)
-        return self.layout(nothing(), none, none)
+        return self.layout(nothing())
+
+    def _refuse_long(self, documents: Documents) -> None:
+        longest = _longest(documents.lengths)
+        if longest > self.max_tokens:
+            raise ValueError(f"a document has {longest} tokens; raise model.max_tokens {self.max_tokens}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,38 +192,33 @@ class PairPacker:
             yield rows[begin:]
 
 
-def fill_rows(lengths: Array, num_rows: int, num_columns: int, more: bool = False) -> tuple[list[Group], Array]:
-    """First fit: groups of documents with the row and first column of each, and what is left, in its order.
+def fill(lengths: Array, num_slots: int, more: bool = False) -> tuple[list[Array], Array]:
+    """Documents of each batch by first fit, and what is left, in its order. No length is above `num_slots`.
 
-    A document that fits nowhere waits for the next group, of which it is the first; a group closes when four documents
-    a row have been turned away, so that short documents fill the gaps long ones leave. Nothing is left but with `more`
-    to come: then a group that these documents cannot close is not begun.
+    A document that does not fit waits for the next batch, of which it is the first. Nothing is left but with `more` to
+    come: then a batch that these documents cannot fill is not begun.
     """
-    if len(lengths) and lengths.max() > num_columns:
-        raise ValueError(f"a document has {lengths.max()} tokens and a row {num_columns}; raise model.max_tokens")
-    groups: list[Group] = []
+    batches: list[Array] = []
     waiting: list[int] = list(range(len(lengths)))[::-1]
     size = lengths.tolist()
     while waiting:
-        room = np.full(num_rows, num_columns)
-        placed: list[tuple[int, int, int]] = []
+        room = num_slots
+        placed: list[int] = []
         looked_at: list[int] = []
-        turned_away: list[int] = []
-        while waiting and len(turned_away) < 4 * num_rows:
+        too_long: list[int] = []
+        while waiting and room and len(too_long) < _LOOK_PAST:
             document = waiting.pop()
             looked_at.append(document)
-            row = int(np.argmax(room >= size[document]))
-            if room[row] < size[document]:
-                turned_away.append(document)
+            if size[document] > room:
+                too_long.append(document)
                 continue
-            placed.append((document, row, num_columns - int(room[row])))
-            room[row] -= size[document]
-        if more and len(turned_away) < 4 * num_rows:
-            return groups, np.array(looked_at, np.int64)
-        waiting.extend(reversed(turned_away))
-        chosen = np.array(placed, dtype=np.int64)
-        groups.append((chosen[:, 0], chosen[:, 1], chosen[:, 2]))
-    return groups, np.empty(0, np.int64)
+            placed.append(document)
+            room -= size[document]
+        if more and room and len(too_long) < _LOOK_PAST:
+            return batches, np.array(looked_at, np.int64)
+        waiting.extend(reversed(too_long))
+        batches.append(np.array(placed, np.int64))
+    return batches, np.empty(0, np.int64)
 
 
 def nothing() -> Documents:
@@ -224,15 +228,6 @@ def nothing() -> Documents:
 
 def _longest(lengths: Array) -> int:
     return int(lengths.max()) if len(lengths) else 1
-
-
-def _segments(rows: Array) -> Array:
-    """Number the documents of each row from 1, in the order they come."""
-    order = np.argsort(rows, kind="stable")
-    counts = np.bincount(rows) if len(rows) else np.empty(0, np.int64)
-    segments = np.empty(len(rows), np.int64)
-    segments[order] = np.arange(len(rows)) - np.repeat(offsets_of(counts)[:-1], counts) + 1
-    return segments
 
 
 def _grid(

@@ -134,9 +134,8 @@ class Ranker:
             next_ones = order[begin : begin + size]
             ends = np.cumsum(lengths[next_ones])
             count = int(((ends <= size) & (sizes[next_ones] == size)).sum())
-            rows, ends = next_ones[:count], ends[:count]
-            batch = Packer(self.tokens, 1, size).layout(documents.take(rows), np.zeros_like(rows), ends - lengths[rows])
-            yield rows, batch, ends - 1
+            rows = next_ones[:count]
+            yield rows, Packer(self.tokens, size, size).layout(documents.take(rows)), ends[:count] - 1
             begin += count
 
     def _pair_passes(self, documents: Documents) -> Iterator[Pass]:

@@ -272,7 +272,7 @@ def packer_for(backbone: Backbone, tokens: TokenSpace, micro_batch_tokens: int, 
     """Lays documents out as the backbone reads them."""
     if backbone.pairs:
         return PairPacker(tokens, micro_batch_tokens, backbone.start_token)
-    return Packer(tokens, micro_batch_tokens // max_tokens, max_tokens)
+    return Packer(tokens, micro_batch_tokens, max_tokens)
 
 
 def put_weights(model: CLLM4Rec, weights: Mapping[str, Tensor]) -> None:
