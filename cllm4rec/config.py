@@ -190,6 +190,9 @@ class TrainingConfig(_Section):
     global_batch_tokens: Positive | None = Field(
         None, description="token slots of one step of all workers; null: one micro batch each"
     )
+    sampled_items: Positive | None = Field(
+        None, description="items a step's softmax runs over besides its targets, drawn by popularity (logQ); null: all"
+    )
     gradient_clipping: float | None = Field(None, gt=0)
     checkpoint_every_epochs: Positive = 1
     tensorboard: bool = False

@@ -48,7 +48,13 @@ def test_every_slot_stands_in_one_block_with_its_whole_document(lengths, num_row
     found = blocks.paste(sees[:, None], 1, 1).flatten().numpy()
     row, column = slots.numpy() // 160, slots.numpy() % 160
     before = [(segment_RT[r, : c + 1] == segment_RT[r, c]).sum() for r, c in zip(row, column, strict=True)]
-    assert (found == before)[has_place].all()
+    assert (found == before)[segment_S > 0].all()
+
+
+def test_padding_costs_short_blocks_however_much_there_is():
+    for segment_RT in (np.zeros((1, 4096), np.int32), grid_of([90, 30], 1, 4096)):
+        blocks = blocks_of(segment_RT, CPU)
+        assert max(group.bias_BLL.shape[1] for group in blocks.groups) <= 96 + 32
 
 
 def test_alone_the_shapes_of_a_group_follow_from_its_documents_length():

@@ -33,6 +33,24 @@ def test_loss_and_gradients_equal_the_obvious_ones_whatever_the_chunk(world, row
         assert torch.allclose(one, other, atol=1e-5)
 
 
+def test_a_bias_counts_everywhere_but_at_a_predictions_own_targets(world):
+    """Of items that were drawn the bias is -log of their chance; a target that was not drawn is nobody else's."""
+    hidden, table, rows, targets = world
+    bias = torch.linspace(0.0, 3.0, 11, dtype=torch.float64)
+    bias[4] = bias[10] = -torch.inf
+    logits = hidden @ table.T
+    is_own = torch.zeros(7, 11, dtype=torch.bool)
+    is_own[rows, targets] = True
+    log_p = torch.log_softmax(torch.where(is_own, logits, logits + bias), dim=1)
+    expected = -log_p[rows, targets].sum()
+    loss = tied_cross_entropy(hidden.float(), table.float(), rows, targets, bias_J=bias.float())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    found = torch.autograd.grad(loss, (hidden, table))
+    wanted = torch.autograd.grad(expected, (hidden, table))
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
 def test_a_frozen_table_gets_no_gradient(world):
     hidden, table, rows, targets = world
     frozen = table.detach().float()

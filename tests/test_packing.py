@@ -118,6 +118,14 @@ def test_a_token_is_predicted_from_the_slot_before_it_in_its_own_document():
         assert (grid.position_RT.ravel()[batch.word_slots + 1] > 0).all()
 
 
+def test_held_out_items_are_predicted_from_the_last_slot_of_their_document():
+    for batch in packers()[0].batches([all_kinds().of_kinds([Kind.RECOMMENDATION])]):
+        segment = np.append(batch.grids[0].segment_RT.ravel(), 0)
+        assert len(batch.item_slots) == batch.num_documents
+        assert segment[batch.item_slots].tolist() == list(range(1, batch.num_documents + 1))
+        assert (segment[batch.item_slots + 1] != segment[batch.item_slots]).all()
+
+
 def test_the_decoder_of_a_pair_reads_the_main_text_shifted_by_one():
     packer = packers()[1]
     for batch in packer.batches([all_kinds()]):

@@ -22,7 +22,7 @@ from cllm4rec.data.ragged import Ragged, offsets_of
 Array = npt.NDArray[Any]
 
 _MADE_AT_ONCE = 65_536
-_ORDER, _HOLD_OUT, _FRACTION, _HIDE, _SAMPLE, _SHUFFLE = range(6)  # one stream of random numbers for each purpose
+_ORDER, _HOLD_OUT, _FRACTION, _HIDE, _SAMPLE, _SHUFFLE, DRAW = range(7)  # one stream of random numbers for each purpose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,10 @@ def interaction_source(documents: Documents) -> Documents:
 
 
 def uniform(seed: int, epoch: int, stream: int, *keys: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Numbers in [0, 1), one for each entry of the keys, a function of all arguments alone (splitmix64, Steele 2014)."""
+    """Numbers in [0, 1), one for each entry of the first key, a function of all arguments alone (splitmix64, Steele 2014).
+
+    The other keys are as long, or a single number.
+    """
     state = _mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) ^ _mix(np.uint64(epoch * 64 + stream)))
     mixed = np.full(np.shape(keys[0]), state, np.uint64)
     for key in keys:

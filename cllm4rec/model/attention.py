@@ -118,9 +118,10 @@ def blocks_of(segment_RT: Array, device: torch.device, alone: bool = False) -> B
 
 
 def _runs(segment_RT: Array) -> tuple[Array, Array]:
-    """A number for every slot that tells documents (and padding) apart, and which slots begin one."""
-    is_first = np.ones(segment_RT.shape, bool)
-    is_first[:, 1:] = segment_RT[:, 1:] != segment_RT[:, :-1]
+    """A number for every slot that tells documents apart, and which slots begin one. A slot of padding is one by itself."""
+    is_first = segment_RT == 0
+    is_first[:, 0] = True
+    is_first[:, 1:] |= segment_RT[:, 1:] != segment_RT[:, :-1]
     return np.cumsum(is_first.ravel()), is_first.ravel()
 
 

@@ -1,7 +1,7 @@
 """CLLM4Rec: four ID tables around one frozen language model, with tied heads (Zhu et al. 2024; method.md).
 
 Lengths: I users, J items, N words, K hidden size, R rows × T columns of a grid, P item predictions, W word predictions,
-U distinct users of a batch.
+U distinct users of a batch, M items of a sampled softmax.
 """
 
 from __future__ import annotations
@@ -95,13 +95,16 @@ class CLLM4Rec(nn.Module):
         """user_rows: rows `batch.penalty_users` of users tables, (U, K) each; those not given are read from the tables."""
         users = {**self._user_rows(batch), **(user_rows or {})}
         hidden_SK = self._hidden(batch, users)
-        items = tied_cross_entropy(
-            self.queries(hidden_SK[batch.item_slots]),
-            self.collaborative_items,
-            batch.item_target_rows,
-            batch.item_targets,
-            self.precision,
-        )
+        queries_PK, sampled = self.queries(hidden_SK[batch.item_slots]), batch.sampled
+        if sampled is None:
+            items = tied_cross_entropy(
+                queries_PK, self.collaborative_items, batch.item_target_rows, batch.item_targets, self.precision
+            )
+        else:
+            table_MK = self.collaborative_items.index_select(0, sampled.items_M)
+            items = tied_cross_entropy(
+                queries_PK, table_MK, batch.item_target_rows, sampled.targets_E, self.precision, sampled.bias_M
+            )
         words = tied_cross_entropy(
             hidden_SK[batch.word_slots],
             self.backbone.vocabulary_head[: self.tokens.num_words],

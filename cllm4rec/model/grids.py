@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec.data.packing import USER_TABLES, Batch, Grid, Table
+from cllm4rec.data.sampling import ItemSample
 from cllm4rec.model.attention import Blocks, blocks_of
 
 
@@ -32,6 +33,17 @@ class TensorGrid:
 
 
 @dataclasses.dataclass(frozen=True)
+class SampledItems:
+    """What the item head's softmax runs over in place of the whole catalogue: M items, those drawn and all targets."""
+
+    items_M: Tensor
+    bias_M: Tensor
+    """-log of the chance to be drawn; -inf for a target that was not, and which its own predictions alone count."""
+    targets_E: Tensor
+    """The batch's `item_targets` as places in `items_M`."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TensorBatch:
     """`Batch` on a device; see there for the meaning of every field."""
 
@@ -45,16 +57,26 @@ class TensorBatch:
     penalty_user_counts: Tensor
     penalty_items: Tensor
     penalty_item_counts: Tensor
+    sampled: SampledItems | None = None
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device, alone: bool = False) -> TensorBatch:
-        """alone: attention gives each document the same bits in any company (`attention.blocks_of`)."""
+    def of(
+        cls, batch: Batch, device: torch.device, alone: bool = False, sample: ItemSample | None = None
+    ) -> TensorBatch:
+        """alone: attention gives each document the same bits in any company (`attention.blocks_of`).
+
+        sample: the items to predict among, by default all.
+        """
         flat = {
             field.name: _tensor(getattr(batch, field.name), device)
             for field in dataclasses.fields(cls)
-            if field.name != "grids"
+            if field.name not in ("grids", "sampled")
         }
-        return cls(grids=tuple(_grid(grid, batch.penalty_users, device, alone) for grid in batch.grids), **flat)
+        return cls(
+            grids=tuple(_grid(grid, batch.penalty_users, device, alone) for grid in batch.grids),
+            sampled=None if sample is None else _sampled(sample, batch.item_targets, device),
+            **flat,
+        )
 
 
 def _grid(grid: Grid, users: np.ndarray, device: torch.device, alone: bool) -> TensorGrid:
@@ -64,6 +86,13 @@ def _grid(grid: Grid, users: np.ndarray, device: torch.device, alone: bool) -> T
     }
     blocks = blocks_of(grid.segment_RT, device, alone)
     return TensorGrid(_tensor(grid.segment_RT, device), _tensor(grid.position_RT, device), reads, blocks)
+
+
+def _sampled(sample: ItemSample, targets: np.ndarray, device: torch.device) -> SampledItems:
+    items = np.union1d(sample.items, targets)
+    bias = np.full(len(items), -np.inf, np.float32)
+    bias[np.searchsorted(items, sample.items)] = -sample.log_chance
+    return SampledItems(*(_tensor(array, device) for array in (items, bias, np.searchsorted(items, targets))))
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:

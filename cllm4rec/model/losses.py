@@ -20,7 +20,12 @@ _STEP = 64
 
 
 def tied_cross_entropy(
-    hidden_PK: Tensor, table_JK: Tensor, target_rows_E: Tensor, targets_E: Tensor, precision: torch.dtype | None = None
+    hidden_PK: Tensor,
+    table_JK: Tensor,
+    target_rows_E: Tensor,
+    targets_E: Tensor,
+    precision: torch.dtype | None = None,
+    bias_J: Tensor | None = None,
 ) -> Tensor:
     """-sum over targets of log softmax(Z h)[target]: Eq. 7 and 8 with one target a prediction, Eq. 9 with many.
 
@@ -28,9 +33,12 @@ def tied_cross_entropy(
     default that of `hidden_PK`; the sum, of shape (), and the table's gradient are float32. A target whose probability no
     float32 holds counts 87.3, and its gradient is whole. Gradients are made in the forward pass, chunk by chunk, so no more
     than a chunk of logits ever exists. A table that needs no gradient (the frozen word embeddings) costs no product for it.
+
+    bias_J: added to every logit but those of a prediction's own targets. With a sampled softmax `table_JK` holds the items
+    that were drawn and all targets, and the bias is -log of the chance to be drawn (-inf for targets that were not).
     """
     loss: Tensor = _TiedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_PK, table_JK, target_rows_E, targets_E, precision or hidden_PK.dtype
+        hidden_PK, table_JK, target_rows_E, targets_E, precision or hidden_PK.dtype, bias_J
     )
     return loss
 
@@ -38,7 +46,13 @@ def tied_cross_entropy(
 class _TiedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_PK: Tensor, table_JK: Tensor, target_rows_E: Tensor, targets_E: Tensor, precision: torch.dtype
+        ctx: Any,
+        hidden_PK: Tensor,
+        table_JK: Tensor,
+        target_rows_E: Tensor,
+        targets_E: Tensor,
+        precision: torch.dtype,
+        bias_J: Tensor | None,
     ) -> Tensor:
         wants_hidden, wants_table = ctx.needs_input_grad[:2]
         num_predictions = len(hidden_PK)
@@ -56,7 +70,12 @@ class _TiedCrossEntropy(torch.autograd.Function):
             targets = slice(target_ends[begin - 1] if begin else 0, target_ends[end - 1])
             where = (target_rows_E[targets] - begin, targets_E[targets])
             # d loss / d logits = times · (softmax - targets / times): times are put to the smaller side of each product.
-            gradient = (hidden @ table_JK.T).softmax(dim=1)
+            logits = hidden @ table_JK.T
+            if bias_J is not None:
+                own = logits[where]
+                logits += bias_J.to(precision)
+                logits[where] = own
+            gradient = logits.softmax(dim=1)
             loss -= gradient[where].float().clamp_min(_LEAST).log().sum()
             gradient.index_put_(where, -times[where[0], 0].reciprocal(), accumulate=True)
             if grad_hidden is not None:
@@ -70,15 +89,13 @@ class _TiedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
         grad_hidden, grad_table_KJ = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_table_KJ is None else grad_table_KJ.T.contiguous().mul_(scale.to(grad_table_KJ.dtype)),
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 

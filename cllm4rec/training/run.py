@@ -24,6 +24,7 @@ from cllm4rec.data.documents import Documents, Prompts
 from cllm4rec.data.epochs import Maker
 from cllm4rec.data.packing import Batch, Packer, PairPacker
 from cllm4rec.data.ragged import Ragged
+from cllm4rec.data.sampling import ItemSampler
 from cllm4rec.errors import TrainingError
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, Losses
@@ -74,6 +75,7 @@ class RunSettings:
     max_tokens: int
     checkpoint_every_epochs: int
     seed: int
+    sampled_items: int | None = None
 
 
 def run_settings(config: Config) -> RunSettings:
@@ -89,6 +91,7 @@ def run_settings(config: Config) -> RunSettings:
         max_tokens=config.model.max_tokens,
         checkpoint_every_epochs=training.checkpoint_every_epochs,
         seed=config.seed,
+        sampled_items=training.sampled_items,
     )
 
 
@@ -221,6 +224,7 @@ class _Steps:
         self.maker = Maker(loop.prompts, model.tokens, settings.max_tokens, settings.seed)
         self.packer = packer_for(model.backbone, model.tokens, settings.micro_batch_tokens, settings.max_tokens)
         self.blank = TensorBatch.of(self.packer.empty(), self.device)
+        self.sampler = ItemSampler.of(self.documents, model.tokens, settings.sampled_items, settings.seed)
 
     def epoch(self, epoch: int) -> _Totals:
         """All documents of all workers once. Raises TrainingError at the first loss that is not finite."""
@@ -248,8 +252,11 @@ class _Steps:
     def _step(self, micro_batches: list[Batch], num_documents: float, epoch: int, step: int) -> float:
         """One optimizer step; returns the summed loss of all workers."""
         parts = np.zeros(4)
+        sample = self.sampler.draw(epoch, step) if self.sampler else None
         for place in range(self.accumulation):
-            inputs = TensorBatch.of(micro_batches[place], self.device) if place < len(micro_batches) else self.blank
+            inputs = self.blank
+            if place < len(micro_batches):
+                inputs = TensorBatch.of(micro_batches[place], self.device, sample=sample)
             losses: Losses = self.engine.forward(inputs, self.stage.lambda_c)
             self.engine.backward(losses.total / num_documents)
             parts += [float(part.detach()) for part in losses]
