@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +105,18 @@ def _epoch_s(metrics: Path) -> float:
 
 def _of_items(num_items: int) -> Row:
     command = [sys.executable, "-m", "cllm4rec.benchmark.catalogue", str(num_items)]
-    _, peak_mb, told = run_watched(command)
+    _, peak_mb, told = run_watched(command, {**os.environ, **allocator.environment()})  # as a worker runs
     return {"items": num_items, **told, "peak_mb": peak_mb}
 
 
-def run_watched(command: list[str]) -> tuple[float, float, dict[str, Any]]:
+def run_watched(command: list[str], variables: Mapping[str, str] | None = None) -> tuple[float, float, dict[str, Any]]:
     """Seconds, the largest process's peak of own memory in MB, and the last line of output as JSON.
 
+    variables: its environment, by default this one without the workers' allocator, which jobs hand on by themselves.
     Raises ResourceError where the program fails.
     """
     began = time.monotonic()
-    variables = allocator.without(os.environ)  # workers get theirs from the jobs
+    variables = allocator.without(os.environ) if variables is None else variables
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables) as process:
         watch = _Watch(process.pid)
         watch.start()

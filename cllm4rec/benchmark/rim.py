@@ -31,7 +31,7 @@ from cllm4rec.training.stages import COLLABORATIVE, Stage
 
 _BACKBONE = BackboneSize(layers=4, width=256, heads=4, vocab_size=2048)
 _NUM_ITEMS = 5_000
-_EPOCHS = 3
+_EPOCHS = 5
 """Of each the first is not counted: it warms caches up on both sides."""
 
 
