@@ -90,13 +90,14 @@ def _measure(config: Config, parts: list[str], args: argparse.Namespace) -> dict
 def _measure_model(config: Config, parts: list[str], device: str) -> dict[str, Any]:
     """The parts without Ray, in this process. Shares need the machine's rate, so it is always measured."""
     from cllm4rec.benchmark.corpora import load_corpora
-    from cllm4rec.benchmark.machine import machine
+    from cllm4rec.benchmark.machine import machine, rates
     from cllm4rec.benchmark.scoring import scoring
     from cllm4rec.benchmark.training import Setting, training
     from cllm4rec.model.backbone import new_backbone
 
     say("benchmark: machine")
-    told: dict[str, Any] = {"machine": machine(device=device), "notes": []}
+    measured = [rates(device=device)]
+    told: dict[str, Any] = {"machine": machine(measured, device), "notes": []}
     if not {"training", "scoring"} & set(parts):
         return told
     corpora = load_corpora(Path(os.environ.get(_SHARED, "../shared")))
@@ -106,8 +107,11 @@ def _measure_model(config: Config, parts: list[str], device: str) -> dict[str, A
     setting = Setting(micro_batch_tokens, max_tokens, config.score.batch_users, device=device)
     if "training" in parts:
         told["training"] = training(corpora, backbone, setting, say)
+        measured.append(rates(device=device))
     if "scoring" in parts:
         told["scoring"] = scoring(corpora, backbone, setting, say)
+        measured.append(rates(device=device))
+    told["machine"] = machine(measured, device)
     rate = told["machine"]["bf16_flops_per_s"]
     for row in [*told.get("training", {}).values(), *([told["scoring"]] if "scoring" in told else [])]:
         row["flops_share"] = row["useful_flops_per_s"] / rate
