@@ -76,6 +76,20 @@ def losses(sample: ItemSample | None):
     return total.item(), torch.autograd.grad(total, model.collaborative_items)[0]
 
 
+def test_a_sample_has_all_targets_and_few_shapes():
+    """Every number of items would be a kernel that a CPU keeps."""
+    source = parity().documents.take(np.arange(40))
+    batch = next(iter(Packer(parity().tokens, 4096, settings().max_tokens).batches([source])))
+    sizes = set()
+    for drawn in (np.arange(1), np.arange(0, parity().tokens.num_items, 3)):
+        sampled = TensorBatch.of(batch, CPU, sample=ItemSample(drawn, np.zeros(len(drawn), np.float32))).sampled
+        assert sampled is not None
+        assert np.array_equal(sampled.items_M[sampled.targets_E], batch.item_targets)
+        assert sorted(sampled.items_M[sampled.bias_M == 0].tolist()) == drawn.tolist()
+        sizes.add(len(sampled.items_M))
+    assert sizes == {256}
+
+
 def test_a_sample_of_all_items_is_the_whole_softmax():
     every = np.arange(len(COUNTS))
     whole, gradient = losses(None)

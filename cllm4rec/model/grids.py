@@ -15,6 +15,8 @@ from cllm4rec.data.packing import USER_TABLES, Batch, Grid, Table
 from cllm4rec.data.sampling import ItemSample
 from cllm4rec.model.attention import Blocks, blocks_of
 
+_SAMPLED_STEP = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorGrid:
@@ -34,11 +36,14 @@ class TensorGrid:
 
 @dataclasses.dataclass(frozen=True)
 class SampledItems:
-    """What the item head's softmax runs over in place of the whole catalogue: M items, those drawn and all targets."""
+    """What the item head's softmax runs over in place of the whole catalogue: M items, those drawn and all targets.
+
+    The last is repeated up to a multiple of `_SAMPLED_STEP`, so that products have few shapes: a CPU keeps a kernel for each.
+    """
 
     items_M: Tensor
     bias_M: Tensor
-    """-log of the chance to be drawn; -inf for a target that was not, and which its own predictions alone count."""
+    """-log of the chance to be drawn; -inf for what nobody counts but predictions of it: targets not drawn, repetitions."""
     targets_E: Tensor
     """The batch's `item_targets` as places in `items_M`."""
 
@@ -90,9 +95,11 @@ def _grid(grid: Grid, users: np.ndarray, device: torch.device, alone: bool) -> T
 
 def _sampled(sample: ItemSample, targets: np.ndarray, device: torch.device) -> SampledItems:
     items = np.union1d(sample.items, targets)
-    bias = np.full(len(items), -np.inf, np.float32)
+    places = np.searchsorted(items, targets)
+    filled = np.pad(items, (0, -len(items) % _SAMPLED_STEP), mode="edge")
+    bias = np.full(len(filled), -np.inf, np.float32)
     bias[np.searchsorted(items, sample.items)] = -sample.log_chance
-    return SampledItems(*(_tensor(array, device) for array in (items, bias, np.searchsorted(items, targets))))
+    return SampledItems(*(_tensor(array, device) for array in (filled, bias, places)))
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:

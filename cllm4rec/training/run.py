@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cllm4rec.catalog import TokenSpace
 from cllm4rec.config import Config
-from cllm4rec.data.documents import Documents, Prompts
+from cllm4rec.data.documents import Documents, Kind, Prompts
 from cllm4rec.data.epochs import Maker
 from cllm4rec.data.packing import Batch, Packer, PairPacker
 from cllm4rec.data.ragged import Ragged
@@ -224,7 +224,8 @@ class _Steps:
         self.maker = Maker(loop.prompts, model.tokens, settings.max_tokens, settings.seed)
         self.packer = packer_for(model.backbone, model.tokens, settings.micro_batch_tokens, settings.max_tokens)
         self.blank = TensorBatch.of(self.packer.empty(), self.device)
-        self.sampler = ItemSampler.of(self.documents, model.tokens, settings.sampled_items, settings.seed)
+        size = settings.sampled_items if Kind.INTERACTIONS in stage.kinds else None
+        self.sampler = ItemSampler.of(self.documents, model.tokens, size, settings.seed)
 
     def epoch(self, epoch: int) -> _Totals:
         """All documents of all workers once. Raises TrainingError at the first loss that is not finite."""
