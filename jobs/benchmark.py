@@ -138,7 +138,7 @@ def _rim(config: Config, threads: int, num_users: int) -> dict[str, Any]:
     from cllm4rec.benchmark.rim import rim
 
     try:
-        return rim(config, threads, num_users, connect)
+        return rim(config, threads, num_users, connect, ray.shutdown)
     finally:
         ray.shutdown()  # the parts after it start their own, in new processes
 

@@ -58,7 +58,11 @@ def _rim(row: Row) -> str:
     return markdown_table(
         ("what", "bare, s", "through Ray, s", "lost"),
         [
-            (part, f"{row[f'{part}_bare_s']:.1f}", f"{row[f'{part}_ray_s']:.1f}", f"{row[f'{part}_lost']:.1%}")
+            (
+                part,
+                *(_with_spread(row, f"{part}_{side}_s", 1.0, 1) for side in ("bare", "ray")),
+                f"{row[f'{part}_lost']:.1%}",
+            )
             for part in ("training", "scoring")
         ],
     )
@@ -89,8 +93,8 @@ def _figure(row: Row, name: str, unit: float, digits: int = 0) -> tuple[str, str
     return f"{row[name] / unit:,.{digits}f}", f"{low / unit:,.{digits}f} to {high / unit:,.{digits}f}"
 
 
-def _with_spread(row: Row, name: str, unit: float) -> str:
-    median, spread = _figure(row, name, unit)
+def _with_spread(row: Row, name: str, unit: float, digits: int = 0) -> str:
+    median, spread = _figure(row, name, unit, digits)
     return f"{median} ({spread})"
 
 
