@@ -88,16 +88,15 @@ def _measure(config: Config, parts: list[str], args: argparse.Namespace) -> dict
 
 
 def _measure_model(config: Config, parts: list[str], device: str) -> dict[str, Any]:
-    """The parts without Ray, in this process. Shares need the machine's rate, so it is always measured."""
+    """The parts without Ray, in this process."""
     from cllm4rec.benchmark.corpora import load_corpora
-    from cllm4rec.benchmark.machine import machine, rates
+    from cllm4rec.benchmark.machine import machine, rate_now
     from cllm4rec.benchmark.scoring import scoring
     from cllm4rec.benchmark.training import Setting, training
     from cllm4rec.model.backbone import new_backbone
 
     say("benchmark: machine")
-    measured = [rates(device=device)]
-    told: dict[str, Any] = {"machine": machine(measured, device), "notes": []}
+    told: dict[str, Any] = {"machine": machine(device=device), "notes": []}
     if not {"training", "scoring"} & set(parts):
         return told
     corpora = load_corpora(Path(os.environ.get(_SHARED, "../shared")))
@@ -105,16 +104,11 @@ def _measure_model(config: Config, parts: list[str], device: str) -> dict[str, A
     backbone = new_backbone(config.model, corpora.histories.tokens.num_words, config.seed)
     micro_batch_tokens, max_tokens = config.training.micro_batch_tokens, config.model.max_tokens
     setting = Setting(micro_batch_tokens, max_tokens, config.score.batch_users, device=device)
+    rate = rate_now(device)
     if "training" in parts:
-        told["training"] = training(corpora, backbone, setting, say)
-        measured.append(rates(device=device))
+        told["training"] = training(corpora, backbone, setting, rate, say)
     if "scoring" in parts:
-        told["scoring"] = scoring(corpora, backbone, setting, say)
-        measured.append(rates(device=device))
-    told["machine"] = machine(measured, device)
-    rate = told["machine"]["bf16_flops_per_s"]
-    for row in [*told.get("training", {}).values(), *([told["scoring"]] if "scoring" in told else [])]:
-        row["flops_share"] = row["useful_flops_per_s"] / rate
+        told["scoring"] = scoring(corpora, backbone, setting, rate, say)
     return told
 
 

@@ -107,13 +107,12 @@ def test_useful_work_is_that_of_products_written_out():
 def test_the_machines_rate_is_that_of_its_fastest_product(monkeypatch):
     monkeypatch.setattr(machine_module, "SHAPES", ((64, 64, 64), (256, 256, 256)))
     monkeypatch.setattr(machine_module, "_COPY_BYTES", 1 << 16)
-    measured = [machine_module.rates(repeats=3) for _ in range(2)]
-    told = machine_module.machine(measured)
+    told = machine_module.machine(repeats=3)
     for name in ("fp32_flops_per_s", "bf16_flops_per_s", "copy_bytes_per_s"):
         low, high = told["spread"][name]
         assert 0 < low <= told[name] <= high
-        assert {low, high} <= {rate for samples in measured for rate in samples[name]}
     assert "fp32 matrix products" in report({"machine": told})
+    assert machine_module.rate_now()() > 0
 
 
 def test_a_part_that_does_not_exist_is_named_in_one_sentence():
@@ -138,9 +137,10 @@ def test_the_bare_loop_is_measured_on_a_machine_without_ray_and_deepspeed(tmp_pa
     code = (
         "import runpy, sys\n"
         "for name in ('ray', 'deepspeed', 'deltalake', 'implicit'): sys.modules[name] = None\n"
-        "from cllm4rec.benchmark import machine\n"
-        "names = ('fp32_flops_per_s', 'bf16_flops_per_s', 'copy_bytes_per_s')\n"
-        "machine.rates = lambda **_: dict.fromkeys(names, [1e9])\n"
+        "from cllm4rec.benchmark import figures, machine\n"
+        "rates = ('fp32_flops_per_s', 'bf16_flops_per_s', 'copy_bytes_per_s')\n"
+        "machine.machine = lambda **_: figures.row({rate: [1e9] for rate in rates}) | {'threads': 1}\n"
+        "machine.rate_now = lambda _: lambda: 1e9\n"
         f"sys.argv = ['jobs.benchmark', *{words!r}]\n"
         "runpy.run_module('jobs.benchmark', run_name='__main__')\n"
     )
@@ -202,9 +202,10 @@ def test_every_kind_of_step_is_measured_in_the_same_units_as_the_reference(kind,
     setting = Setting(micro_batch_tokens=320, max_tokens=160, steps=2, reference_steps=1)
     trained = CONTENT if kind == "text" else COLLABORATIVE
     documents = epoch_of(kind, corpora.texts, corpora, setting)
-    ours = our_steps(documents, corpora.texts, backbone, trained, setting)
+    ours = our_steps(documents, corpora.texts, backbone, trained, setting, lambda: 2e9)
     assert {"users_per_s", "documents_per_s", "tokens_per_s", "useful_flops_per_s", "spread", "fill"} <= set(ours)
     assert len(ours["spread"]["users_per_s"]) == 2
+    assert ours["flops_share"] == pytest.approx(ours["useful_flops_per_s"] / 2e9)
     if kind != "mixed":
         plain_backbone = build_backbone(BackboneSize(layers=1, width=8, heads=1, vocab_size=50257), 50257, 160, 0)
         plain = reference_steps(documents, corpora.texts, plain_backbone, trained, setting)

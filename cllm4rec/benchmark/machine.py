@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -14,32 +14,30 @@ SHAPES = ((2048, 2048, 2048), (4096, 4096, 4096), (4096, 768, 3072), (4096, 3072
 """Rows, inner and columns of the products: large squares, and those of GPT-2 small. The fastest speaks for the machine."""
 _COPY_BYTES = 1 << 28
 
-Samples = dict[str, list[float]]
-"""Of each figure, by name."""
 
-
-def rates(repeats: int = 7, device: str = "cpu") -> Samples:
-    """Samples of `fp32_flops_per_s`, `bf16_flops_per_s` (a multiplication and an addition are 2) and `copy_bytes_per_s`
-    (read and written bytes together), with torch's present number of threads."""
-    products = {
+def machine(repeats: int = 7, device: str = "cpu") -> Row:
+    """`fp32_flops_per_s`, `bf16_flops_per_s` (a multiplication and an addition are 2) and `copy_bytes_per_s` (read and
+    written bytes together), with torch's present number of threads."""
+    rates = {
         f"{name}_flops_per_s": max((_product_rates(shape, dtype, repeats, device) for shape in SHAPES), key=_median)
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
     source = torch.ones(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     copies = seconds_of(_finished(functools.partial(target.copy_, source), device), repeats)
-    return products | {"copy_bytes_per_s": [2 * _COPY_BYTES / seconds for seconds in copies]}
-
-
-def machine(measured: Sequence[Samples], device: str = "cpu") -> Row:
-    """The rates of a run: medians over all samples, which were taken before, between and after what is compared with them.
-
-    A machine that others share is not as fast at the end of a run as at its beginning.
-    """
-    return row({name: [rate for samples in measured for rate in samples[name]] for name in measured[0]}) | {
+    return row(rates | {"copy_bytes_per_s": [2 * _COPY_BYTES / seconds for seconds in copies]}) | {
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def rate_now(device: str = "cpu") -> Callable[[], float]:
+    """A function that tells the bf16 rate of the moment, FLOP/s: what a share of a sample is taken of.
+
+    A machine that others share is not as fast at the end of a run as at its beginning.
+    """
+    fastest = max(SHAPES, key=lambda shape: _median(_product_rates(shape, torch.bfloat16, 3, device)))
+    return lambda: _median(_product_rates(fastest, torch.bfloat16, 3, device))
 
 
 def _product_rates(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int, device: str) -> list[float]:

@@ -22,8 +22,13 @@ from cllm4rec.scoring.scorer import Scorer
 K = 20
 
 
-def scoring(corpora: Corpora, backbone: Backbone, setting: Setting, say: Callable[[str], None]) -> Row:
-    """Users a second of the Scorer in bf16 and of the reference. `backbone` is in fp32 and stays so."""
+def scoring(
+    corpora: Corpora, backbone: Backbone, setting: Setting, rate: Callable[[], float], say: Callable[[str], None]
+) -> Row:
+    """Users a second of the Scorer in bf16 and of the reference. `backbone` is in fp32 and stays so.
+
+    rate: tells the machine's bf16 rate of the moment, FLOP/s; asked after every go.
+    """
     corpus = corpora.histories
     users = np.random.default_rng(setting.seed).permutation(corpus.num_users)[: setting.batch_users]
     histories = corpus.histories.take(users)
@@ -36,7 +41,10 @@ def scoring(corpora: Corpora, backbone: Backbone, setting: Setting, say: Callabl
     scorer = Scorer(
         Ranker(model, corpora.prompts, setting.max_tokens), _catalog(corpus.num_users, corpus.num_items), ""
     )
-    seconds = seconds_of(lambda: scorer.top_k(users, histories, K), setting.reference_steps)
+    seconds, rates = [], []
+    for number in range(setting.reference_steps):
+        seconds += seconds_of(lambda: scorer.top_k(users, histories, K), 1, warm_up=int(number == 0))
+        rates.append(rate())
     lengths = histories.lengths + corpora.prompts.overhead()
     flops = Work.of(model).scoring(lengths)
     ours = row(
@@ -44,6 +52,7 @@ def scoring(corpora: Corpora, backbone: Backbone, setting: Setting, say: Callabl
             "users_per_s": [len(users) / one for one in seconds],
             "tokens_per_s": [float(lengths.sum()) / one for one in seconds],
             "useful_flops_per_s": [flops / one for one in seconds],
+            "flops_share": [flops / one / fastest for one, fastest in zip(seconds, rates, strict=True)],
         }
     )
     reference = _reference(corpora, backbone, users, histories, setting)

@@ -42,8 +42,13 @@ class Setting:
     device: str = "cpu"
 
 
-def training(corpora: Corpora, backbone: Backbone, setting: Setting, say: Callable[[str], None]) -> Row:
-    """Figures of `interaction`, `recommendation`, `text` and `mixed` steps. `backbone` is in fp32 and stays so."""
+def training(
+    corpora: Corpora, backbone: Backbone, setting: Setting, rate: Callable[[], float], say: Callable[[str], None]
+) -> Row:
+    """Figures of `interaction`, `recommendation`, `text` and `mixed` steps. `backbone` is in fp32 and stays so.
+
+    rate: tells the machine's bf16 rate of the moment, FLOP/s; asked after every step.
+    """
     told: Row = {}
     cases = (
         ("interaction", corpora.histories, COLLABORATIVE),
@@ -53,7 +58,7 @@ def training(corpora: Corpora, backbone: Backbone, setting: Setting, say: Callab
     )
     for kind, corpus, trained in cases:
         documents = epoch_of(kind, corpus, corpora, setting)
-        ours = our_steps(documents, corpus, copy.deepcopy(backbone), trained, setting)
+        ours = our_steps(documents, corpus, copy.deepcopy(backbone), trained, setting, rate)
         told[kind] = ours | {"corpus": corpus.name}
         if kind != "mixed":
             reference = reference_steps(documents, corpus, backbone, trained, setting)
@@ -80,8 +85,9 @@ def epoch_of(kind: str, corpus: Corpus, corpora: Corpora, setting: Setting) -> D
 
 
 def our_steps(
-    documents: Documents, corpus: Corpus, backbone: Backbone, trained: tuple[str, ...], setting: Setting
-) -> Row:
+    documents: Documents, corpus: Corpus, backbone: Backbone, trained: tuple[str, ...], setting: Setting,
+    rate: Callable[[], float],
+) -> Row:  # fmt: skip
     """Packing, forward, backward and optimizer of each step, in bf16. Two steps go first and are not counted."""
     model = CLLM4Rec(backbone, corpus.tokens, seed=setting.seed)
     model.train_only(trained)
@@ -99,7 +105,9 @@ def our_steps(
         engine.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        counted.add(number >= 2, batch.num_documents, batch.num_users, batch.num_tokens, work.training_step(batch))
+        counted.add(
+            number >= 2, batch.num_documents, batch.num_users, batch.num_tokens, work.training_step(batch), rate
+        )
         counted.fill.append(batch.num_tokens / batch.grids[0].segment_RT.size)
     return counted.row() | {"fill": float(np.median(counted.fill))}
 
@@ -118,7 +126,7 @@ def reference_steps(
     for number, batch in enumerate(_timed(itertools.islice(batches, setting.reference_steps + 1), counted)):
         reference.step(batch, LAMBDA_C, optimizer)
         num_users = int(np.isin(batch.kind, [Kind.INTERACTIONS, Kind.RECOMMENDATION]).sum())
-        counted.add(number >= 1, len(batch), num_users, int(batch.lengths.sum()), None)
+        counted.add(number >= 1, len(batch), num_users, int(batch.lengths.sum()))
     return counted.row()
 
 
@@ -132,7 +140,10 @@ class _Counted:
         # A text is a part of its user: users/s is texts/s over texts a user.
         self._texts_per_user = max(1.0, len(corpus.words) / corpus.num_users)
 
-    def add(self, counts: bool, num_documents: int, num_users: int, num_tokens: int, flops: float | None) -> None:
+    def add(
+        self, counts: bool, num_documents: int, num_users: int, num_tokens: int, flops: float = 0.0,
+        rate: Callable[[], float] | None = None,
+    ) -> None:  # fmt: skip
         seconds = time.perf_counter() - self.began
         if not counts:
             return
@@ -140,7 +151,9 @@ class _Counted:
             "users_per_s": num_users or num_documents / self._texts_per_user,
             "documents_per_s": num_documents,
             "tokens_per_s": num_tokens,
-        } | ({} if flops is None else {"useful_flops_per_s": flops})
+        }
+        if rate is not None:
+            amounts |= {"useful_flops_per_s": flops, "flops_share": flops / rate()}
         for name, amount in amounts.items():
             self._samples.setdefault(name, []).append(amount / seconds)
 
