@@ -124,3 +124,20 @@ def recall_at_1(ranker: Ranker, users: np.ndarray[Any, Any] | None = None) -> fl
     known = histories.together("train", "validation")
     items, _ = Scorer(ranker, parity().world.catalog, "").top_k(histories.user if users is None else users, known, 1)
     return float((items[:, 0] == histories.test.values).mean())
+
+
+def train(some_stages, shard=None, **changes):
+    """Weights and log of a run on one thread."""
+    torch.set_num_threads(1)
+    world, log = parity(), []
+    options = {name: changes.pop(name) for name in ("save", "resumed") if name in changes}
+    weights = run(
+        world.make_model,
+        world.prompts,
+        some_stages,
+        shard or world.shard(),
+        settings(**changes),
+        log=log.append,
+        **options,
+    )
+    return weights, log

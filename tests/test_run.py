@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from parity import ARCHITECTURES, parity, recall_at_1, settings, stages, trained
+from parity import ARCHITECTURES, parity, recall_at_1, settings, stages, train, trained
 
 from cllm4rec.data.documents import Documents
 from cllm4rec.data.epochs import Maker
@@ -18,23 +18,6 @@ from cllm4rec.training.checkpoints import Checkpoint, Progress, newest_valid, re
 from cllm4rec.training.engine import RowWiseEngine, TorchEngine, make_engine
 from cllm4rec.training.run import Shard, put_weights, run
 from cllm4rec.training.stages import COLLABORATIVE, CONTENT, Stage
-
-
-def train(some_stages, shard=None, **changes):
-    """Weights and log of a run on one thread."""
-    torch.set_num_threads(1)
-    world, log = parity(), []
-    options = {name: changes.pop(name) for name in ("save", "resumed") if name in changes}
-    weights = run(
-        world.make_model,
-        world.prompts,
-        some_stages,
-        shard or world.shard(),
-        settings(**changes),
-        log=log.append,
-        **options,
-    )
-    return weights, log
 
 
 def copied(checkpoint: Checkpoint) -> Checkpoint:

@@ -5,8 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from parity import parity, recall_at_1, settings, stages
-from test_run import train
+from parity import parity, recall_at_1, settings, stages, train
 
 from cllm4rec.catalog import TokenSpace
 from cllm4rec.data.documents import Prompts
