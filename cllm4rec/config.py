@@ -185,7 +185,11 @@ class TrainingConfig(_Section):
 
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 0
-    bf16: bool = Field(True, description="backbone and heads in bfloat16; tables, their gradients and sums in float32")
+    bf16: bool = Field(
+        True,
+        description="backbone and heads in bfloat16 on GPUs and CPUs that multiply it, float32 on others; tables, their "
+        "gradients and sums in float32",
+    )
     micro_batch_tokens: Positive = Field(4096, description="token slots of one worker's forward pass")
     global_batch_tokens: Positive | None = Field(
         None, description="token slots of one step of all workers; null: one micro batch each"

@@ -94,6 +94,7 @@ def _measure_model(config: Config, parts: list[str], device: str) -> dict[str, A
     from cllm4rec.benchmark.scoring import scoring
     from cllm4rec.benchmark.training import Setting, training
     from cllm4rec.model.backbone import new_backbone
+    from cllm4rec.model.precision import precision_on
 
     say("benchmark: machine")
     told: dict[str, Any] = {"machine": machine(device=device), "notes": []}
@@ -103,8 +104,13 @@ def _measure_model(config: Config, parts: list[str], device: str) -> dict[str, A
     told["notes"] += corpora.notes
     backbone = new_backbone(config.model, corpora.histories.tokens.num_words, config.seed)
     micro_batch_tokens, max_tokens = config.training.micro_batch_tokens, config.model.max_tokens
-    setting = Setting(micro_batch_tokens, max_tokens, config.score.batch_users, device=device)
-    rate = rate_now(device)
+    precision = precision_on(device, config.training.bf16)
+    setting = Setting(micro_batch_tokens, max_tokens, config.score.batch_users, device=device, precision=precision)
+    rate = rate_now(precision, device)
+    told["precision"] = str(precision).removeprefix("torch.")
+    told["notes"].append(
+        f"training and scoring compute in {told['precision']}, and shares are of the machine's rate in it"
+    )
     if "training" in parts:
         told["training"] = training(corpora, backbone, setting, rate, say)
     if "scoring" in parts:

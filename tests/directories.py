@@ -33,7 +33,9 @@ def write_prepared(folder: Path, num_buckets: int = 1, world: ParityWorld | None
     return str(folder)
 
 
-def write_random_model(folder: Path, prepared_dir: str, seed: int, world: ParityWorld | None = None) -> str:
+def write_random_model(
+    folder: Path, prepared_dir: str, seed: int, world: ParityWorld | None = None, bf16: bool = False
+) -> str:
     """A model nobody trained: what it answers is arbitrary, but the same wherever it is asked."""
     world = world or parity_world()
     backbone = build_backbone(BackboneSize(width=WIDTH, heads=2, vocab_size=NUM_WORDS), NUM_WORDS, MAX_TOKENS, seed)
@@ -42,7 +44,7 @@ def write_random_model(folder: Path, prepared_dir: str, seed: int, world: Parity
     torch.manual_seed(seed)
     model = CLLM4Rec(backbone, world.catalog.tokens(NUM_WORDS), std=1.0)
     facts = ModelFacts(
-        NUM_WORDS, world.num_users, world.num_items, WIDTH, MAX_TOKENS, prompt="recommendation", bf16=False
+        NUM_WORDS, world.num_users, world.num_items, WIDTH, MAX_TOKENS, prompt="recommendation", bf16=bf16
     )
     inputs = {"prepared": read_manifest(prepared_dir, "prepared").digest}
     with write_directory(str(folder / "model"), kind="model", inputs=inputs, config={}) as draft:

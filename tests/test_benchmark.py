@@ -112,7 +112,7 @@ def test_the_machines_rate_is_that_of_its_fastest_product(monkeypatch):
         low, high = told["spread"][name]
         assert 0 < low <= told[name] <= high
     assert "fp32 matrix products" in report({"machine": told})
-    assert machine_module.rate_now()() > 0
+    assert machine_module.rate_now(torch.float32)() > 0
 
 
 def test_a_part_that_does_not_exist_is_named_in_one_sentence():
@@ -140,7 +140,7 @@ def test_the_bare_loop_is_measured_on_a_machine_without_ray_and_deepspeed(tmp_pa
         "from cllm4rec.benchmark import figures, machine\n"
         "rates = ('fp32_flops_per_s', 'bf16_flops_per_s', 'copy_bytes_per_s')\n"
         "machine.machine = lambda **_: figures.row({rate: [1e9] for rate in rates}) | {'threads': 1}\n"
-        "machine.rate_now = lambda _: lambda: 1e9\n"
+        "machine.rate_now = lambda *_: lambda: 1e9\n"
         f"sys.argv = ['jobs.benchmark', *{words!r}]\n"
         "runpy.run_module('jobs.benchmark', run_name='__main__')\n"
     )

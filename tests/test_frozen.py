@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from cllm4rec.model.attention import IMPLEMENTATION, attend, blocks_of
 from cllm4rec.model.frozen import FrozenGPT2Layer, FrozenLinear, can_lay_out
 
+PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-6)])
 LAYERS = [lambda: nn.Linear(48, 80), lambda: nn.Linear(48, 80, bias=False), lambda: Conv1D(80, 48)]
 
 
@@ -35,7 +36,7 @@ def product_and_gradient(layer, dtype):
 
 
 @pytest.mark.parametrize("make", LAYERS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-6)])
+@PRECISIONS
 def test_products_and_gradients_are_those_of_the_layer(make, dtype, tolerance):
     layer, frozen = both(make, dtype)
     for found, wanted in zip(product_and_gradient(frozen, dtype), product_and_gradient(layer, dtype), strict=True):
@@ -44,10 +45,11 @@ def test_products_and_gradients_are_those_of_the_layer(make, dtype, tolerance):
 
 
 @pytest.mark.parametrize("make", LAYERS)
-def test_inference_in_bf16_gives_the_same_products(make):
-    layer, frozen = both(make, torch.bfloat16)
-    inputs = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert torch.allclose(frozen(inputs).float(), layer(inputs).float(), atol=2e-2)
+@PRECISIONS
+def test_inference_gives_the_same_products(make, dtype, tolerance):
+    layer, frozen = both(make, dtype)
+    inputs = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert torch.allclose(frozen(inputs).float(), layer(inputs).float(), atol=tolerance)
     assert frozen(inputs).shape == (3, 7, 80)
 
 
@@ -59,10 +61,12 @@ def test_a_used_layer_can_be_copied_and_sent(again):
     assert torch.equal(again(frozen)(inputs), output)
 
 
-@pytest.mark.skipif(not can_lay_out(), reason="this CPU has no bf16 products with a layout of their own")
-def test_weights_are_laid_out_once_and_only_for_inference():
-    _, frozen = both(LAYERS[0], torch.bfloat16)
-    inputs = torch.randn(2, 48, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_are_laid_out_once_and_only_for_inference(dtype):
+    if not can_lay_out(dtype):
+        pytest.skip("this CPU has no products with a layout of their own")
+    _, frozen = both(LAYERS[0], dtype)
+    inputs = torch.randn(2, 48, dtype=dtype)
     frozen(inputs.clone().requires_grad_())
     assert frozen.fused._layout is None
     frozen(inputs)
@@ -72,13 +76,15 @@ def test_weights_are_laid_out_once_and_only_for_inference():
     assert frozen.fused._layout is layout
 
 
-def gpt2_layers(dtype):
-    """A layer with the exact GELU whose attention runs in blocks, and its frozen copy."""
+def gpt2_layers(dtype, gelu="none"):
+    """A layer whose attention runs in blocks, and its frozen copy."""
     torch.manual_seed(0)
     config = GPT2Config(n_embd=64, n_head=4, n_layer=1, attn_pdrop=0.0, resid_pdrop=0.0)
     config._attn_implementation = IMPLEMENTATION
     layer = GPT2Block(config, layer_idx=0).to(dtype).requires_grad_(False)
-    layer.mlp.act = nn.GELU()
+    layer.mlp.act = nn.GELU(gelu)
+    with torch.no_grad():
+        layer.mlp.c_fc.weight.mul_(30)  # where GELU and its approximation by tanh differ
     layer.ln_1.weight.normal_(1.0, 0.2)
     layer.ln_2.bias.normal_(0.0, 0.2)
     inner = copy.deepcopy(layer)
@@ -88,9 +94,10 @@ def gpt2_layers(dtype):
     return layer, FrozenGPT2Layer.of(inner)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-6)])
+@PRECISIONS
+@pytest.mark.parametrize("gelu", ["none", "tanh"])
 @pytest.mark.parametrize("part", [1024, 80])
-def test_a_frozen_layer_of_gpt2_gives_its_states_and_gradients(dtype, tolerance, part, monkeypatch):
+def test_a_frozen_layer_of_gpt2_gives_its_states_and_gradients(dtype, tolerance, gelu, part, monkeypatch):
     monkeypatch.setattr("cllm4rec.model.frozen._PART", part)  # of 256 inner numbers: all at once, and 86 + 86 + 84
     AttentionInterface.register(IMPLEMENTATION, attend)
     segment_RT = np.repeat([[1, 2, 3, 0]], [20, 5, 30, 5], axis=1)
@@ -98,7 +105,7 @@ def test_a_frozen_layer_of_gpt2_gives_its_states_and_gradients(dtype, tolerance,
     generator = torch.Generator().manual_seed(1)
     inputs, weights = (torch.randn(1, 60, 64, generator=generator).to(dtype) for _ in range(2))
     told = []
-    for layer in gpt2_layers(dtype):
+    for layer in gpt2_layers(dtype, gelu):
         given = inputs.clone().requires_grad_()
         trained = layer(given, attention_mask=None, blocks=blocks)
         trained.backward(weights)
@@ -118,13 +125,14 @@ def test_threads_that_ask_for_the_parts_of_an_mlp_at_once_get_all_of_them(monkey
     assert [one.result() for one in asked] == [8, 8, 8, 8]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_frozen_backbone_in_bf16_keeps_its_weights_and_their_names(architecture):
+def test_a_frozen_backbone_keeps_its_weights_and_their_names(architecture, dtype):
     model = parity().make_model(architecture)
-    before = {name: weight.bfloat16() for name, weight in model.backbone.model.state_dict().items()}
+    before = {name: weight.to(dtype) for name, weight in model.backbone.model.state_dict().items()}
     model.train_only(())
-    model.use_bf16()
-    model.use_bf16()  # each stage of training does
+    model.compute_in(dtype)
+    model.compute_in(dtype)  # each stage of training does
     after = model.backbone.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -135,5 +143,5 @@ def test_a_frozen_backbone_in_bf16_keeps_its_weights_and_their_names(architectur
 def test_a_backbone_that_is_trained_keeps_its_layers():
     model = parity().make_model("gpt2")
     model.train_only(("backbone",))
-    model.use_bf16()
+    model.compute_in(torch.bfloat16)
     assert not any(isinstance(module, FrozenLinear) for module in model.backbone.modules())

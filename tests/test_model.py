@@ -92,7 +92,7 @@ def test_only_what_is_trained_gets_a_gradient(architecture):
 def test_bf16_stays_near_float32(architecture):
     model, some = model_of(architecture), documents()
     exact, _ = total_and_gradients(model, [some])
-    model.use_bf16()
+    model.compute_in(torch.bfloat16)
     rounded, gradients = total_and_gradients(model, [some])
     assert rounded == pytest.approx(exact, rel=0.02)
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
@@ -204,6 +204,6 @@ def test_in_bf16_the_exact_gelu_stands_where_its_approximation_was():
     model = parity().make_model("gpt2")
     names = lambda: {type(module).__name__ for module in model.backbone.modules()}  # noqa: E731
     assert "GELUTanh" in names()
-    model.use_bf16()
+    model.compute_in(torch.bfloat16)
     assert "GELUTanh" not in names()
     assert "GELU" in names()

@@ -26,7 +26,7 @@ def hidden_with(num_threads, bf16, width):
     model = CLLM4Rec(build_backbone(size, num_words, 512, 0), TokenSpace(num_words, num_users, num_items))
     model.train_only(())
     if bf16:
-        model.use_bf16()
+        model.compute_in(torch.bfloat16)
     lengths = np.random.default_rng(0).integers(1, 300, num_users)
     histories = Ragged.from_lists([np.arange(length) for length in lengths])
     ranker = Ranker(model, Prompts.tokenise(lambda text: [len(text)] * 3), 512)

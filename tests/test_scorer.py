@@ -52,7 +52,7 @@ def one_by_one(asked, users, histories, k, **options):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_answer_is_bit_for_bit_the_same_alone_and_in_any_company(architecture, precision):
-    asked = changed(lambda model: model.use_bf16() if precision == "bfloat16" else None, architecture)
+    asked = changed(lambda model: model.compute_in(getattr(torch, precision)), architecture)
     # Histories of every length, users known and not, so that the batch has rows of many shapes.
     cut = np.arange(len(USERS)) % 9
     histories = KNOWN.where(KNOWN.places < np.repeat(9 - cut, KNOWN.lengths))

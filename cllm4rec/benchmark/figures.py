@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+_LEAST_GOES = 3
 
 Row = dict[str, Any]
 """Figures by name, and under `spread` for each of them [least, most]."""
@@ -27,6 +29,16 @@ def seconds_of(work: Callable[[], object], repeats: int, warm_up: int = 1) -> li
         work()
         seconds.append(time.perf_counter() - began)
     return seconds
+
+
+def goes(most: int, seconds: float, warm_up: int) -> Iterator[bool]:
+    """Whether each go counts: `warm_up` that do not, then `most` that do, or as many of them as `seconds` allow and at least
+    three."""
+    began = time.perf_counter()
+    for number in range(warm_up + most):
+        if number >= warm_up + _LEAST_GOES and time.perf_counter() - began > seconds:
+            return
+        yield number >= warm_up
 
 
 def ratio(ours: Row, reference: Row, name: str) -> float:

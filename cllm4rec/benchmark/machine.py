@@ -31,13 +31,13 @@ def machine(repeats: int = 7, device: str = "cpu") -> Row:
     }
 
 
-def rate_now(device: str = "cpu") -> Callable[[], float]:
-    """A function that tells the bf16 rate of the moment, FLOP/s: what a share of a sample is taken of.
+def rate_now(precision: torch.dtype, device: str = "cpu") -> Callable[[], float]:
+    """A function that tells the rate of the moment in a precision, FLOP/s: what a share of a sample is taken of.
 
     A machine that others share is not as fast at the end of a run as at its beginning.
     """
-    fastest = max(SHAPES, key=lambda shape: _median(_product_rates(shape, torch.bfloat16, 3, device)))
-    return lambda: _median(_product_rates(fastest, torch.bfloat16, 3, device))
+    fastest = max(SHAPES, key=lambda shape: _median(_product_rates(shape, precision, 3, device)))
+    return lambda: _median(_product_rates(fastest, precision, 3, device))
 
 
 def _product_rates(shape: tuple[int, int, int], dtype: torch.dtype, repeats: int, device: str) -> list[float]:

@@ -39,7 +39,7 @@ def _machine(row: Row) -> str:
 
 
 def _training(rows: Row) -> str:
-    head = ("documents", "users/s", "documents/s", "tokens/s", "useful GFLOP/s", "% of bf16 rate", "× reference")
+    head = ("documents", "users/s", "documents/s", "tokens/s", "useful GFLOP/s", "% of the rate", "× reference")
     names = (("users_per_s", 1.0), ("documents_per_s", 1.0), ("tokens_per_s", 1.0), ("useful_flops_per_s", 1e9))
     return markdown_table(
         head, [(kind, *(_with_spread(row, *name) for name in names), *_shares(row)) for kind, row in rows.items()]
@@ -49,7 +49,7 @@ def _training(rows: Row) -> str:
 def _scoring(row: Row) -> str:
     names = (("users_per_s", 1.0), ("tokens_per_s", 1.0), ("useful_flops_per_s", 1e9))
     return markdown_table(
-        ("users/s", "tokens/s", "useful GFLOP/s", "% of bf16 rate", "× reference"),
+        ("users/s", "tokens/s", "useful GFLOP/s", "% of the rate", "× reference"),
         [(*(_with_spread(row, *name) for name in names), *_shares(row))],
     )
 

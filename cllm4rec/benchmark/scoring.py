@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from cllm4rec.benchmark.corpora import Corpora
-from cllm4rec.benchmark.figures import Row, ratio, row, seconds_of
+from cllm4rec.benchmark.figures import Row, goes, ratio, row, seconds_of
 from cllm4rec.benchmark.reference import BATCH, Reference
 from cllm4rec.benchmark.training import Setting
 from cllm4rec.benchmark.work import Work
@@ -20,31 +21,39 @@ from cllm4rec.model.ranking import Ranker
 from cllm4rec.scoring.scorer import Scorer
 
 K = 20
+_FEW = 256
+"""Users of the go that tells how fast the machine is."""
 
 
 def scoring(
     corpora: Corpora, backbone: Backbone, setting: Setting, rate: Callable[[], float], say: Callable[[str], None]
 ) -> Row:
-    """Users a second of the Scorer in bf16 and of the reference. `backbone` is in fp32 and stays so.
+    """Users a second of the Scorer and of the reference. `backbone` is in fp32 and stays so.
 
-    rate: tells the machine's bf16 rate of the moment, FLOP/s; asked after every go.
+    rate: tells the machine's rate of the moment in `setting.precision`, FLOP/s; asked after every go. A slow machine scores
+    fewer users a go than `setting.batch_users`.
     """
     corpus = corpora.histories
     users = np.random.default_rng(setting.seed).permutation(corpus.num_users)[: setting.batch_users]
-    histories = corpus.histories.take(users)
 
     model = CLLM4Rec(copy.deepcopy(backbone), corpus.tokens, seed=setting.seed)
     model.train_only(())
     model.eval()
-    model.use_bf16()
+    model.compute_in(setting.precision)
     model.to(setting.device)
     scorer = Scorer(
         Ranker(model, corpora.prompts, setting.max_tokens), _catalog(corpus.num_users, corpus.num_items), ""
     )
+    few = users[:_FEW]
+    (probe,) = seconds_of(lambda: scorer.top_k(few, corpus.histories.take(few), K), 1)
+    users = users[: max(_FEW, int(_FEW * setting.seconds / setting.reference_steps / probe))]
+    histories = corpus.histories.take(users)
     seconds, rates = [], []
-    for number in range(setting.reference_steps):
-        seconds += seconds_of(lambda: scorer.top_k(users, histories, K), 1, warm_up=int(number == 0))
-        rates.append(rate())
+    for counts in goes(setting.reference_steps, setting.seconds, warm_up=1):
+        took = seconds_of(lambda: scorer.top_k(users, histories, K), 1, warm_up=0)
+        if counts:
+            seconds += took
+            rates.append(rate())
     lengths = histories.lengths + corpora.prompts.overhead()
     flops = Work.of(model).scoring(lengths)
     ours = row(
@@ -55,9 +64,10 @@ def scoring(
             "flops_share": [flops / one / fastest for one, fastest in zip(seconds, rates, strict=True)],
         }
     )
-    reference = _reference(corpora, backbone, users, histories, setting)
+    reference = _reference(corpora, backbone, users, setting)
     say(f"scoring: {ours['users_per_s']:,.0f} users/s, {ours['useful_flops_per_s'] / 1e9:,.0f} GFLOP/s")
     return ours | {
+        "users": len(users),
         "vs_reference": ratio(ours, reference, "users_per_s"),
         "reference": reference,
         "corpus": corpus.name,
@@ -65,22 +75,23 @@ def scoring(
 
 
 def _reference(
-    corpora: Corpora, backbone: Backbone, users: np.ndarray[tuple[int], np.dtype[np.int64]], histories: Ragged,
-    setting: Setting,
-) -> Row:  # fmt: skip
+    corpora: Corpora, backbone: Backbone, users: np.ndarray[tuple[int], np.dtype[np.int64]], setting: Setting
+) -> Row:
     tokens = corpora.histories.tokens
     reference = Reference(CLLM4Rec(backbone, tokens, seed=setting.seed).to(setting.device))
     rates = []
-    for number in range(setting.reference_steps + 1):
-        rows = np.arange(number * BATCH, (number + 1) * BATCH)
-        seen = histories.take(rows)
+    for number, counts in enumerate(goes(setting.reference_steps, setting.seconds, warm_up=1)):
+        some = users[number * BATCH : (number + 1) * BATCH]
+        seen = corpora.histories.histories.take(some)
 
-        def rank(rows: np.ndarray[tuple[int], np.dtype[np.int64]] = rows, seen: Ragged = seen) -> None:
-            prompts = corpora.prompts.recommendation(tokens, users[rows], seen, no_values(len(rows)))
+        def rank(some: Any = some, seen: Ragged = seen) -> None:
+            prompts = corpora.prompts.recommendation(tokens, some, seen, no_values(len(some)))
             reference.top_k(prompts, seen, K).cpu()
 
-        rates += [BATCH / one for one in seconds_of(rank, 1, warm_up=int(number == 0))]
-    return row({"users_per_s": rates[1:]})
+        (took,) = seconds_of(rank, 1, warm_up=0)
+        if counts:
+            rates.append(len(some) / took)
+    return row({"users_per_s": rates})
 
 
 def _catalog(num_users: int, num_items: int) -> Catalog:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from cllm4rec.benchmark.corpora import Corpora, Corpus
-from cllm4rec.benchmark.figures import Row, ratio, row
+from cllm4rec.benchmark.figures import Row, goes, ratio, row
 from cllm4rec.benchmark.reference import BATCH, Reference
 from cllm4rec.benchmark.work import Work
 from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind
@@ -31,15 +30,20 @@ Thing = TypeVar("Thing")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How steps are measured; the batch is that of `training.micro_batch_tokens`, `model.max_tokens` and `score.batch_users`."""
+    """How steps are measured; the batch is that of `training.micro_batch_tokens`, `model.max_tokens` and `score.batch_users`.
+
+    seconds: after which a slow machine takes fewer steps of a kind. precision: of ours; the reference is in fp32.
+    """
 
     micro_batch_tokens: int = 8192
     max_tokens: int = 256
     batch_users: int = 512
     steps: int = 15
     reference_steps: int = 7
+    seconds: float = 45.0
     seed: int = 0
     device: str = "cpu"
+    precision: torch.dtype = torch.bfloat16
 
 
 def training(
@@ -47,7 +51,7 @@ def training(
 ) -> Row:
     """Figures of `interaction`, `recommendation`, `text` and `mixed` steps. `backbone` is in fp32 and stays so.
 
-    rate: tells the machine's bf16 rate of the moment, FLOP/s; asked after every step.
+    rate: tells the machine's rate of the moment in that precision, FLOP/s; asked after every step.
     """
     told: Row = {}
     cases = (
@@ -88,26 +92,23 @@ def our_steps(
     documents: Documents, corpus: Corpus, backbone: Backbone, trained: tuple[str, ...], setting: Setting,
     rate: Callable[[], float],
 ) -> Row:  # fmt: skip
-    """Packing, forward, backward and optimizer of each step, in bf16. Two steps go first and are not counted."""
+    """Packing, forward, backward and optimizer of each step. Two steps go first and are not counted."""
     model = CLLM4Rec(backbone, corpus.tokens, seed=setting.seed)
     model.train_only(trained)
-    model.use_bf16()
+    model.compute_in(setting.precision)
     model.to(setting.device)
     engine = make_engine(model, EngineSettings("torch", 1e-3, 1, None, 0), np.arange(corpus.num_users))
     packer = packer_for(backbone, corpus.tokens, setting.micro_batch_tokens, setting.max_tokens)
     counted, device, work = _Counted(corpus), torch.device(setting.device), Work.of(model)
-    for number, batch in enumerate(_timed(packer.batches([documents]), counted)):
-        if number == setting.steps + 2:
-            break
+    steps = goes(setting.steps, setting.seconds, warm_up=2)
+    for counts, batch in zip(steps, _timed(packer.batches([documents]), counted), strict=False):
         losses = engine.forward(TensorBatch.of(batch, device), LAMBDA_C)
         engine.backward(losses.total / batch.num_documents)
         float(losses.total.detach())  # the loop logs it, and a GPU has to finish for it
         engine.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        counted.add(
-            number >= 2, batch.num_documents, batch.num_users, batch.num_tokens, work.training_step(batch), rate
-        )
+        counted.add(counts, batch.num_documents, batch.num_users, batch.num_tokens, work.training_step(batch), rate)
         counted.fill.append(batch.num_tokens / batch.grids[0].segment_RT.size)
     return counted.row() | {"fill": float(np.median(counted.fill))}
 
@@ -123,10 +124,11 @@ def reference_steps(
         documents.take(np.arange(begin, min(begin + BATCH, len(documents))))
         for begin in range(0, len(documents), BATCH)
     )
-    for number, batch in enumerate(_timed(itertools.islice(batches, setting.reference_steps + 1), counted)):
+    steps = goes(setting.reference_steps, setting.seconds, warm_up=1)
+    for counts, batch in zip(steps, _timed(batches, counted), strict=False):
         reference.step(batch, LAMBDA_C, optimizer)
         num_users = int(np.isin(batch.kind, [Kind.INTERACTIONS, Kind.RECOMMENDATION]).sum())
-        counted.add(number >= 1, len(batch), num_users, int(batch.lengths.sum()))
+        counted.add(counts, len(batch), num_users, int(batch.lengths.sum()))
     return counted.row()
 
 

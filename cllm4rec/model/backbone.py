@@ -78,20 +78,22 @@ class Backbone(nn.Module, abc.ABC):
     def forward(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> Tensor:
         """Vectors of shape (R, T, K) for each grid in, hidden states (R, T, K) of the last grid out, in the model's dtype."""
 
-    def use_frozen_bf16(self) -> None:
-        """Convert to bfloat16 for good: layers whose weights stay as they are, and the exact GELU."""
-        self.to(torch.bfloat16)
-        self.use_exact_gelu()
+    def freeze(self, precision: torch.dtype) -> None:
+        """Convert to `precision` for good, with layers that are faster because their weights stay as they are."""
+        self.to(precision)
+        self.use_gelu_for(precision)
         head = self.model.get_output_embeddings()
         self._replace(lambda layer: None if layer is head else FrozenLinear.of(layer))
         self._replace(FrozenGPT2Layer.of)
 
-    def use_exact_gelu(self) -> None:
-        """Put erf in the place of its approximation by tanh. In bfloat16 both are 0.0011 off the approximation's true
-        value (root mean square, normal inputs), and on a CPU the exact one takes a fifth of the time."""
+    def use_gelu_for(self, precision: torch.dtype) -> None:
+        """torch's own GELU in the place of transformers', and in bfloat16 erf in the place of its approximation by tanh: there
+        both are 0.0011 off the approximation's true value (root mean square, normal inputs), and on a CPU the exact one takes
+        a fifth of the time."""
         from transformers.activations import GELUTanh
 
-        self._replace(lambda layer: nn.GELU() if isinstance(layer, GELUTanh) else None)
+        approximate = "none" if precision == torch.bfloat16 else "tanh"
+        self._replace(lambda layer: nn.GELU(approximate) if isinstance(layer, GELUTanh) else None)
 
     def _replace(self, other: Callable[[nn.Module], nn.Module | None]) -> None:
         """Put `other(layer)` in the place of every layer for which it is not None."""

@@ -70,7 +70,7 @@ class CLLM4Rec(nn.Module):
         self.backbone = backbone
         self.autocast = False
         self.precision = torch.float32
-        """Of the products in the heads."""
+        """Of the heads' products, and of the backbone's."""
 
     def tables(self) -> dict[str, nn.Parameter]:
         return {name: getattr(self, name) for name in TABLES.values()}
@@ -82,14 +82,15 @@ class CLLM4Rec(nn.Module):
             table.requires_grad_(name in wanted)
         self.backbone.requires_grad_("backbone" in wanted)
 
-    def use_bf16(self) -> None:
-        """Run the backbone in bfloat16, its frozen weights converted, or autocast where they are being trained; and the heads."""
-        self.precision = torch.bfloat16
+    def compute_in(self, precision: torch.dtype) -> None:
+        """Run backbone and heads in bfloat16 or float32: what is frozen is converted and made faster, a backbone that is
+        being trained stays float32 and runs in bfloat16 by autocast."""
+        self.precision = precision
         if any(weight.requires_grad for weight in self.backbone.parameters()):
-            self.backbone.use_exact_gelu()
-            self.autocast = True
+            self.backbone.use_gelu_for(precision)
+            self.autocast = precision == torch.bfloat16
         else:
-            self.backbone.use_frozen_bf16()
+            self.backbone.freeze(precision)
 
     def forward(self, batch: TensorBatch, lambda_c: float, user_rows: Mapping[str, Tensor] | None = None) -> Losses:
         """user_rows: rows `batch.penalty_users` of users tables, (U, K) each; those not given are read from the tables."""

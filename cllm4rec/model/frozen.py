@@ -1,4 +1,4 @@
-"""Layers whose weights do not change, run in bf16 on a CPU with operations fused and weights laid out once.
+"""Layers whose weights do not change, run on a CPU with operations fused and weights laid out once.
 
 A product of plain tensors arranges the weights anew on every call, which at the few hundred rows of a scoring pass costs
 nearly as much as the product itself; bias, activation and residual are a pass over memory each. oneDNN's own operators do
@@ -11,7 +11,7 @@ Lengths: S slots (the rows of a product), K inputs, N outputs, H heads × D numb
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,11 @@ class FusedProduct:
         self.matrix_KN, self.bias_N = matrix_KN, bias_N
         self._layout: Tensor | None = None
 
-    def then(self, rows_SK: Tensor, activation: Literal["none", "gelu"] = "none") -> Tensor:
+    def then(self, rows_SK: Tensor, gelu: nn.GELU | None = None) -> Tensor:
         """(S, N)."""
         operator = torch.ops.mkldnn._linear_pointwise
-        done: Tensor = operator(rows_SK, self._laid_out(), self.bias_N, activation, [], "none")
+        activation, approximate = ("gelu", gelu.approximate) if gelu else ("none", None)
+        done: Tensor = operator(rows_SK, self._laid_out(), self.bias_N, activation, [], approximate)
         return done
 
     def plus(self, rows_SK: Tensor, residual_SN: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class FrozenGPT2Layer(GPT2Block):  # type: ignore[misc]
     """A layer of GPT-2 of the same parts and names as the one it replaces, and as transformers runs it where not fused."""
 
     def __init__(self, layer: GPT2Block) -> None:
-        """`layer` has FrozenLinear for its four products and the exact GELU."""
+        """`layer` has FrozenLinear for its four products and torch's GELU."""
         nn.Module.__init__(self)
         for name, part in layer.named_children():
             self.add_module(name, part)
@@ -160,7 +161,9 @@ class _GPT2Layer(torch.autograd.Function):
         grad_normed_SK = torch.zeros_like(grad_SK)
         inner, kept = kept[: len(parts)], kept[len(parts) :]
         for (inward, outward), inner_SN in zip(parts, inner, strict=True):
-            grad_inner_SN = torch.ops.aten.gelu_backward(grad_SK @ outward.matrix_KN.T, inner_SN)
+            grad_inner_SN = torch.ops.aten.gelu_backward(
+                grad_SK @ outward.matrix_KN.T, inner_SN, approximate=layer.mlp.act.approximate
+            )
             grad_normed_SK.addmm_(grad_inner_SN, inward.matrix_KN.T)
         grad_middle_SK = _norm_backward(layer.ln_2, grad_normed_SK, middle_SK, mean_2, scale_2) + grad_SK
         grad_attended = (grad_middle_SK @ attention_.c_proj.matrix.T).view(len(grad_SK), -1, attention_.head_dim)
@@ -182,9 +185,9 @@ def _gpt2_layer(hidden_SK: Tensor, layer: Any, blocks: Blocks, keep: bool) -> tu
     for inward, outward in layer.mlp_parts:
         if keep:
             inner.append(inward.then(normed_SK))
-            done = outward.plus(torch.nn.functional.gelu(inner[-1]), done)
+            done = outward.plus(layer.mlp.act(inner[-1]), done)
         else:
-            done = outward.plus(inward.then(normed_SK, "gelu"), done)
+            done = outward.plus(inward.then(normed_SK, layer.mlp.act), done)
     return done, (hidden_SK, *norm_1, middle_SK, *norm_2, *inner, *kept) if keep else ()
 
 
@@ -201,12 +204,14 @@ def _norm_backward(norm: nn.LayerNorm, grad_SK: Tensor, hidden_SK: Tensor, mean:
 
 
 def runs_fused(inputs: Tensor, weight: Tensor) -> bool:
-    """Whether these are for oneDNN: bf16 on a CPU that has it, and weights that are here (ZeRO-3 parts them)."""
+    """Whether these are for oneDNN: of one precision, on a CPU that has it, and weights that are here (ZeRO-3 parts them)."""
     is_here = not hasattr(weight, "ds_id")
-    return inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and is_here and can_lay_out()
+    return inputs.dtype == weight.dtype and inputs.device.type == "cpu" and is_here and can_lay_out(inputs.dtype)
 
 
 @functools.cache
-def can_lay_out() -> bool:
-    """Whether this torch and CPU have bf16 products of weights in a layout of their own."""
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())  # type: ignore[no-untyped-call]
+def can_lay_out(precision: torch.dtype) -> bool:
+    """Whether this torch and CPU have products of weights in a layout of their own."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return precision == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

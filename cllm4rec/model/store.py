@@ -24,6 +24,7 @@ from cllm4rec.data.prepared import Language
 from cllm4rec.errors import ArtifactError
 from cllm4rec.model.backbone import load_backbone
 from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
+from cllm4rec.model.precision import precision_on
 from cllm4rec.model.ranking import Ranker
 from cllm4rec.model.tensors import map_tensors, save_tensors
 
@@ -100,9 +101,9 @@ def load_model(directory: str, kind: str = "model", device: str | None = None) -
         table.data.copy_(tables[name])
     model.train_only(())
     model.eval()
-    if facts.bf16:
-        model.use_bf16()
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model.compute_in(precision_on(device, facts.bf16))
+    model.to(device)
     return StoredModel(Ranker(model, language.prompts, facts.max_tokens, facts.prompt), catalog, language, manifest)
 
 

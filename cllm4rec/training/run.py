@@ -29,6 +29,7 @@ from cllm4rec.errors import TrainingError
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, Losses
 from cllm4rec.model.grids import TensorBatch
+from cllm4rec.model.precision import precision_on
 from cllm4rec.model.ranking import Ranker, merged
 from cllm4rec.training.checkpoints import Checkpoint, Progress
 from cllm4rec.training.engine import Engine, EngineSettings, make_engine
@@ -152,8 +153,7 @@ class _Loop:
             if stage.collaborative_from_content:
                 start_from_content(model)
         model.train_only(stage.trained)
-        if settings.bf16:
-            model.use_bf16()
+        model.compute_in(precision_on(model.collaborative_items.device, settings.bf16))
         owned = _users_by_row(settings, stage, self.shard.documents)
         engine = make_engine(model, _engine_settings(settings, stage), owned)
         steps = _Steps(stage, model, engine, self)
