@@ -1,10 +1,21 @@
-"""The config of a comparison on the parity world, which several test files run."""
+"""A comparison on the parity world, which several test files run."""
 
 from __future__ import annotations
 
-from parity import MAX_TOKENS
+import dataclasses
+from pathlib import Path
 
+import numpy as np
+import torch
+from directories import write_prepared
+from parity import MAX_TOKENS, parity
+
+from cllm4rec.artifacts import join
+from cllm4rec.comparison.language import run_backbone
+from cllm4rec.comparison.trial import Row, of_split, run_row
 from cllm4rec.config import parse_config
+from cllm4rec.data.prepared import Language, write_table
+from cllm4rec.data.tokenizer import save_tokenizer
 
 NUM_WORDS = 300
 
@@ -34,3 +45,34 @@ def make_config(tmp_path, **compare):
             "compare": {"trials": 1, "seeds": [0, 1], **compare},
         }
     )  # fmt: skip
+
+
+def prepared(config):
+    """The parity world as the stages find it, for each seed; splits by parity do not depend on the seed."""
+    torch.set_num_threads(1)
+    for seed in config.compare.seeds:
+        split = of_split(config, seed)
+        directory = write_prepared(Path(split.directory("prepared")))
+        Language(parity().prompts, NUM_WORDS).save(directory)
+        tokens = dataclasses.replace(parity().tokens, num_words=NUM_WORDS)
+        shifted = parity().documents
+        move = NUM_WORDS - parity().tokens.num_words
+
+        def moved(ragged, move=move):
+            ids = ragged.values
+            return dataclasses.replace(ragged, values=np.where(ids >= parity().tokens.num_words, ids + move, ids))
+
+        documents = dataclasses.replace(shifted, prompt=moved(shifted.prompt), main=moved(shifted.main))
+        assert tokens.is_item(documents.main.values).any()
+        write_table(documents.to_arrow(), join(directory, "documents", "bucket-00000.parquet"))
+        save_tokenizer(config.model, parity().world.catalog.item_texts, join(directory, "tokenizer"))
+        run_backbone(split)
+    return config
+
+
+def with_compare(config, **changes):
+    return parse_config(config.model_dump() | {"compare": config.compare.model_dump() | changes})
+
+
+def run_rows(config, names):
+    return [run_row(Row(of_split(config, seed), name)) for name in names for seed in config.compare.seeds]

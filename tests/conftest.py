@@ -1,13 +1,16 @@
 """Fixtures that more than one test file needs."""
 
+import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 import jobs  # noqa: F401 - sets what Ray reads from the environment
+from cllm4rec.config import Config
 
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no finding
 settings.load_profile("no deadline")
@@ -40,6 +43,41 @@ def erasure_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from erasures import write_template
 
     return write_template(tmp_path_factory.mktemp("template"))
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The config of a comparison on the parity world whose data and language models are there."""
+    from comparisons import make_config, prepared
+
+    return prepared(make_config(tmp_path_factory.mktemp("parity")))
+
+
+@pytest.fixture
+def comparison_job(monkeypatch: pytest.MonkeyPatch, comparison: Config) -> Callable[..., Any]:
+    """The job over two baselines and ours, rows one after another in place of Ray: what it tells, and which rows it ran."""
+    from comparisons import with_compare
+
+    from cllm4rec.comparison.trial import Row
+    from jobs import compare
+
+    ran: list[str] = []
+
+    def each(inputs: Any, task: Any) -> Iterator[Any]:
+        for one in inputs:
+            ran.append((one.label or one.name) if isinstance(one, Row) else "backbone")
+            yield task(one)
+
+    monkeypatch.setattr(compare, "each", each)
+    monkeypatch.setattr(compare, "_prepare", lambda config, split, force: None)
+
+    def run(**changes: Any) -> tuple[dict[str, Any], list[str]]:
+        ran.clear()
+        given = with_compare(comparison, methods=["popularity", "ease", "cllm4rec"], **changes)
+        told = compare.run(given, argparse.Namespace(quick=False, force=False))
+        return told, list(ran)
+
+    return run
 
 
 @pytest.fixture(scope="session")

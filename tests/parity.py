@@ -15,6 +15,7 @@ import torch
 from cllm4rec.catalog import TokenSpace
 from cllm4rec.config import BackboneSize
 from cllm4rec.data.documents import Documents, Prompts
+from cllm4rec.data.epochs import Maker
 from cllm4rec.data.ragged import Ragged
 from cllm4rec.data.world import ParityWorld, parity_world
 from cllm4rec.evaluation.protocol import Validation
@@ -69,6 +70,15 @@ def parity() -> Parity:
         ]
     )
     return Parity(world, prompts, tokens, documents.in_order())
+
+
+def all_kinds(user_dropout: float = 0.3) -> Documents:
+    """An epoch of every kind of document, in its order."""
+    reads = ("interactions", "texts", "recommendations")
+    stage = Stage("any", (), reads, 1, 0.0, user_dropout=user_dropout, mask_range=(0.3, 0.3))
+    maker = Maker(parity().prompts, parity().tokens, MAX_TOKENS, seed=0)
+    ((stream, _),) = stage.streams(maker, parity().documents, 0)
+    return Documents.concat(list(stream))
 
 
 def settings(**changes: Any) -> RunSettings:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parity import MAX_TOKENS, parity
+from parity import MAX_TOKENS, all_kinds, parity
 
 from cllm4rec.benchmark import machine as machine_module
 from cllm4rec.benchmark.corpora import load_corpora
@@ -18,11 +18,10 @@ from cllm4rec.benchmark.figures import row
 from cllm4rec.benchmark.growth import further, run_watched
 from cllm4rec.benchmark.reference import Reference
 from cllm4rec.benchmark.report import report
-from cllm4rec.benchmark.training import Setting, epoch_of, our_steps, reference_steps
+from cllm4rec.benchmark.training import STAGES, Setting, epoch_of, our_steps, reference_steps
 from cllm4rec.benchmark.work import Work, document_lengths
 from cllm4rec.config import BackboneSize, load_config
 from cllm4rec.data.documents import Documents, Kind
-from cllm4rec.data.epochs import Maker, interaction_source
 from cllm4rec.data.packing import Packer
 from cllm4rec.data.ragged import no_values
 from cllm4rec.errors import ConfigError, ResourceError
@@ -48,12 +47,7 @@ def model() -> CLLM4Rec:
 
 
 def documents_of(kind: Kind) -> Documents:
-    maker = Maker(WORLD.prompts, WORLD.tokens, MAX_TOKENS, seed=0)
-    recommended = maker.recommendations(
-        interaction_source(WORLD.documents), 0, mask_range=(0.3, 0.3), all_targets=False, user_dropout=0.3
-    )
-    everything = Documents.concat([WORLD.documents, recommended]).of_kinds([kind])
-    return everything.take(np.random.default_rng(0).permutation(len(everything))[:20])
+    return all_kinds().of_kinds([kind]).take(np.arange(20))
 
 
 def total_and_gradients(asked: CLLM4Rec, loss: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
@@ -195,18 +189,17 @@ def test_real_histories_and_reviews_are_read_from_the_shared_data(shared_dir):
     assert corpora.notes == ()
 
 
-@pytest.mark.parametrize("kind", ["interaction", "recommendation", "text", "mixed"])
-def test_every_kind_of_step_is_measured_in_the_same_units_as_the_reference(kind, tmp_path):
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_every_kind_of_step_is_measured_in_the_same_units_as_the_reference(stage, tmp_path):
     corpora = load_corpora(tmp_path)
     backbone = build_backbone(BackboneSize(layers=1, width=8, heads=1, vocab_size=50257), 50257, 160, 0)
     setting = Setting(micro_batch_tokens=320, max_tokens=160, steps=2, reference_steps=1)
-    trained = CONTENT if kind == "text" else COLLABORATIVE
-    documents = epoch_of(kind, corpora.texts, corpora, setting)
-    ours = our_steps(documents, corpora.texts, backbone, trained, setting, lambda: 2e9)
+    documents = epoch_of(stage, corpora.texts, corpora.prompts, setting)
+    ours = our_steps(documents, corpora.texts, backbone, stage, setting, lambda: 2e9)
     assert {"users_per_s", "documents_per_s", "tokens_per_s", "useful_flops_per_s", "spread", "fill"} <= set(ours)
     assert len(ours["spread"]["users_per_s"]) == 2
     assert ours["flops_share"] == pytest.approx(ours["useful_flops_per_s"] / 2e9)
-    if kind != "mixed":
+    if stage.name != "mixed":
         plain_backbone = build_backbone(BackboneSize(layers=1, width=8, heads=1, vocab_size=50257), 50257, 160, 0)
-        plain = reference_steps(documents, corpora.texts, plain_backbone, trained, setting)
+        plain = reference_steps(documents, corpora.texts, plain_backbone, stage, setting)
         assert {"users_per_s", "tokens_per_s"} <= set(plain)

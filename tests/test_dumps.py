@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from deltalake import DeltaTable
-from test_publish import FACTS, seen, stage
+from publications import FACTS, seen, stage
 
 from cllm4rec.artifacts import write_directory
 from cllm4rec.catalog import Catalog

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from parity import MAX_TOKENS, parity
+from parity import MAX_TOKENS, all_kinds, parity
 
 from cllm4rec.data import epochs
 from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind
-from cllm4rec.data.epochs import Maker, Part, interaction_source, uniform
+from cllm4rec.data.epochs import Maker, Part, uniform
 from cllm4rec.data.ragged import Ragged
 
 
@@ -15,7 +15,7 @@ def maker() -> Maker:
 
 @pytest.fixture
 def source() -> Documents:
-    return interaction_source(parity().documents)
+    return parity().documents.of_kinds([Kind.INTERACTIONS])
 
 
 def items_of(documents: Documents, part: Ragged) -> list[list[int]]:
@@ -77,8 +77,8 @@ def test_user_dropout_hides_about_the_share_it_says_and_others_each_epoch(source
     assert hidden[0] != hidden[1]
 
 
-def test_hidden_users_are_spread_over_the_epoch_like_everyone(maker, source):
-    made = maker.shuffled(maker.interactions(source, 0, reorder=True, user_dropout=1.0), 0)
+def test_hidden_users_are_spread_over_the_epoch_like_everyone():
+    made = all_kinds(user_dropout=1.0).of_kinds([Kind.INTERACTIONS])
     assert (np.diff(made.user) < 0).any()  # ties would leave them in order
 
 
@@ -98,15 +98,20 @@ def test_an_epoch_made_some_at_a_time_is_the_epoch_made_at_once(maker, monkeypat
     """And it does not matter how the documents lie."""
     documents = parity().documents
     options = {"mask_range": (0.2, 0.6), "all_targets": False, "user_dropout": 0.5}
-    source, texts = interaction_source(documents), documents.take(maker.text_rows(documents, 3, 0.5))
-    whole = maker.shuffled(Documents.concat([texts, maker.recommendations(source, 3, **options)]), 3)
+
+    def stream(lying):
+        parts = [
+            Part(lying.rows_of([Kind.INTERACTIONS]), lambda some: maker.recommendations(some, 3, **options), Kind.RECOMMENDATION),
+            Part(maker.text_rows(lying, 3, 0.5), lambda some: some),
+        ]  # fmt: skip
+        return list(maker.stream(lying, parts, 3))
+
+    (whole,) = stream(documents)
+    sources = documents.of_kinds([Kind.INTERACTIONS]), documents.take(maker.text_rows(documents, 3, 0.5))
+    expected = Documents.concat([maker.recommendations(sources[0], 3, **options), sources[1]])
+    assert whole.in_order().to_arrow().equals(expected.in_order().to_arrow())
     monkeypatch.setattr(epochs, "_MADE_AT_ONCE", at_once)
-    lying = documents.take(np.random.default_rng(0).permutation(len(documents)))
-    parts = [
-        Part(lying.rows_of([Kind.INTERACTIONS]), lambda some: maker.recommendations(some, 3, **options), Kind.RECOMMENDATION),
-        Part(maker.text_rows(lying, 3, 0.5), lambda some: some),
-    ]  # fmt: skip
-    streamed = list(maker.stream(lying, parts, 3))
+    streamed = stream(documents.take(np.random.default_rng(0).permutation(len(documents))))
     assert max(map(len, streamed)) <= at_once
     made = Documents.concat(streamed)
     assert made.to_arrow().equals(whole.to_arrow())

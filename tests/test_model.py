@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from parity import ARCHITECTURES, MAX_TOKENS, parity
+from parity import ARCHITECTURES, MAX_TOKENS, all_kinds, parity
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from cllm4rec.config import BackboneSize
 from cllm4rec.data.documents import Documents
-from cllm4rec.data.epochs import Maker, interaction_source
 from cllm4rec.data.ragged import Ragged
 from cllm4rec.model.backbone import (
     build_backbone,
@@ -28,10 +27,7 @@ CPU = torch.device("cpu")
 
 
 def documents() -> Documents:
-    maker = Maker(parity().prompts, parity().tokens, MAX_TOKENS, seed=0)
-    source = interaction_source(parity().documents)
-    made = maker.recommendations(source, 0, mask_range=(0.3, 0.3), all_targets=False, user_dropout=0.3)
-    return maker.shuffled(Documents.concat([parity().documents, made]), 0).take(np.arange(120))
+    return all_kinds().take(np.arange(120))
 
 
 def model_of(architecture: str) -> CLLM4Rec:

@@ -4,19 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import MAX_TOKENS, parity
+from parity import MAX_TOKENS, all_kinds, parity
 
 from cllm4rec.data.documents import Documents, Kind
-from cllm4rec.data.epochs import Maker, interaction_source
 from cllm4rec.data.packing import Batch, Packer, PairPacker, Table, fill
 from cllm4rec.data.ragged import Ragged, no_values
-
-
-def all_kinds() -> Documents:
-    maker = Maker(parity().prompts, parity().tokens, MAX_TOKENS, seed=0)
-    source = interaction_source(parity().documents)
-    made = maker.recommendations(source, 0, mask_range=(0.3, 0.3), all_targets=False, user_dropout=0.3)
-    return maker.shuffled(Documents.concat([parity().documents, made]), 0)
 
 
 def packers() -> list[Packer | PairPacker]:

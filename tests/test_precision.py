@@ -6,7 +6,6 @@ from directories import write_prepared, write_random_model
 from parity import stages, train
 
 from cllm4rec.model import precision
-from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.precision import precision_on
 from cllm4rec.model.store import load_model
 
@@ -46,14 +45,6 @@ def test_a_model_trained_in_bf16_is_loaded_in_what_is_here(wanted, tmp_path):
     assert (model.precision, model.backbone.dtype) == (wanted, wanted)
 
 
-def test_a_run_trains_in_what_is_here(wanted, monkeypatch):
-    found = []
-    own = CLLM4Rec.compute_in
-
-    def compute_in(model, asked):
-        found.append(asked)
-        own(model, asked)
-
-    monkeypatch.setattr(CLLM4Rec, "compute_in", compute_in)
-    train(stages()[:2], bf16=True)
-    assert found == [wanted, wanted]
+def test_a_run_trains_in_what_is_here_and_says_so(wanted):
+    _, log = train(stages()[:2], bf16=True)
+    assert {entry["precision"] for entry in log if entry["event"] == "epoch"} == {str(wanted).removeprefix("torch.")}

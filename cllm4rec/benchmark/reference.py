@@ -34,7 +34,7 @@ class Reference:
     def device(self) -> torch.device:
         return self.model.collaborative_items.device
 
-    def optimizer(self, learning_rate: float = 1e-3) -> torch.optim.Optimizer:
+    def optimizer(self, learning_rate: float) -> torch.optim.Optimizer:
         return torch.optim.Adam([table for table in self.model.tables().values() if table.requires_grad], learning_rate)
 
     def step(self, documents: Documents, lambda_c: float, optimizer: torch.optim.Optimizer) -> float:

@@ -15,16 +15,22 @@ from cllm4rec.benchmark.corpora import Corpora, Corpus
 from cllm4rec.benchmark.figures import Row, goes, ratio, row
 from cllm4rec.benchmark.reference import BATCH, Reference
 from cllm4rec.benchmark.work import Work
-from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind
-from cllm4rec.data.epochs import Maker, interaction_source
+from cllm4rec.data.documents import Documents, Kind, Prompts
+from cllm4rec.data.epochs import Maker
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.grids import TensorBatch
 from cllm4rec.training.engine import EngineSettings, make_engine
 from cllm4rec.training.run import packer_for
-from cllm4rec.training.stages import COLLABORATIVE, CONTENT
+from cllm4rec.training.stages import COLLABORATIVE, CONTENT, Stage
 
-LAMBDA_C = 1.0
+STAGES = (
+    Stage("interaction", COLLABORATIVE, ("interactions",), 1, 1e-3, lambda_c=1.0),
+    Stage("recommendation", COLLABORATIVE, ("recommendations",), 1, 1e-3, lambda_c=1.0),
+    Stage("text", CONTENT, ("texts",), 1, 1e-3, lambda_c=1.0),
+    Stage("mixed", COLLABORATIVE + CONTENT, ("interactions", "texts"), 1, 1e-3, lambda_c=1.0),
+)
+"""Whose steps are measured, by the name of their figures."""
 Thing = TypeVar("Thing")
 
 
@@ -54,55 +60,40 @@ def training(
     rate: tells the machine's rate of the moment in that precision, FLOP/s; asked after every step.
     """
     told: Row = {}
-    cases = (
-        ("interaction", corpora.histories, COLLABORATIVE),
-        ("recommendation", corpora.histories, COLLABORATIVE),
-        ("text", corpora.texts, CONTENT),
-        ("mixed", corpora.texts, COLLABORATIVE + CONTENT),
-    )
-    for kind, corpus, trained in cases:
-        documents = epoch_of(kind, corpus, corpora, setting)
-        ours = our_steps(documents, corpus, copy.deepcopy(backbone), trained, setting, rate)
+    for stage in STAGES:
+        kind, corpus = stage.name, corpora.texts if "texts" in stage.reads else corpora.histories
+        documents = epoch_of(stage, corpus, corpora.prompts, setting)
+        ours = our_steps(documents, corpus, copy.deepcopy(backbone), stage, setting, rate)
         told[kind] = ours | {"corpus": corpus.name}
         if kind != "mixed":
-            reference = reference_steps(documents, corpus, backbone, trained, setting)
+            reference = reference_steps(documents, corpus, backbone, stage, setting)
             what = "tokens_per_s" if kind == "text" else "users_per_s"
             told[kind] |= {"vs_reference": ratio(ours, reference, what), "reference": reference}
         say(f"training {kind}: {ours['tokens_per_s']:,.0f} tokens/s, {ours['useful_flops_per_s'] / 1e9:,.0f} GFLOP/s")
     return told
 
 
-def epoch_of(kind: str, corpus: Corpus, corpora: Corpora, setting: Setting) -> Documents:
-    """The documents of one epoch in its order, as a stage makes them."""
-    everything = corpus.documents(corpora.prompts)
-    maker = Maker(corpora.prompts, corpus.tokens, setting.max_tokens, setting.seed)
-    source = interaction_source(everything)
-    texts = everything.of_kinds(TEXT_KINDS)
-    if kind == "recommendation":
-        made = maker.recommendations(source, 0, mask_range=(0.2, 0.2), all_targets=False, user_dropout=0.0)
-    elif kind == "text":
-        made = texts
-    else:
-        made = maker.interactions(source, 0, reorder=True, user_dropout=0.0)
-        made = Documents.concat([made, texts]) if kind == "mixed" else made
-    return maker.shuffled(made, 0)
+def epoch_of(stage: Stage, corpus: Corpus, prompts: Prompts, setting: Setting) -> Documents:
+    """The documents of a stage's first epoch in its order."""
+    maker = Maker(prompts, corpus.tokens, setting.max_tokens, setting.seed)
+    ((stream, _),) = stage.streams(maker, corpus.documents(prompts), 0)
+    return Documents.concat(list(stream))
 
 
 def our_steps(
-    documents: Documents, corpus: Corpus, backbone: Backbone, trained: tuple[str, ...], setting: Setting,
-    rate: Callable[[], float],
+    documents: Documents, corpus: Corpus, backbone: Backbone, stage: Stage, setting: Setting, rate: Callable[[], float]
 ) -> Row:  # fmt: skip
     """Packing, forward, backward and optimizer of each step. Two steps go first and are not counted."""
     model = CLLM4Rec(backbone, corpus.tokens, seed=setting.seed)
-    model.train_only(trained)
+    model.train_only(stage.trained)
     model.compute_in(setting.precision)
     model.to(setting.device)
-    engine = make_engine(model, EngineSettings("torch", 1e-3, 1, None, 0), np.arange(corpus.num_users))
+    engine = make_engine(model, EngineSettings("torch", stage.learning_rate, 1, None, 0), np.arange(corpus.num_users))
     packer = packer_for(backbone, corpus.tokens, setting.micro_batch_tokens, setting.max_tokens)
     counted, device, work = _Counted(corpus), torch.device(setting.device), Work.of(model)
     steps = goes(setting.steps, setting.seconds, warm_up=2)
     for counts, batch in zip(steps, _timed(packer.batches([documents]), counted), strict=False):
-        losses = engine.forward(TensorBatch.of(batch, device), LAMBDA_C)
+        losses = engine.forward(TensorBatch.of(batch, device), stage.lambda_c)
         engine.backward(losses.total / batch.num_documents)
         float(losses.total.detach())  # the loop logs it, and a GPU has to finish for it
         engine.step()
@@ -113,20 +104,18 @@ def our_steps(
     return counted.row() | {"fill": float(np.median(counted.fill))}
 
 
-def reference_steps(
-    documents: Documents, corpus: Corpus, backbone: Backbone, trained: tuple[str, ...], setting: Setting
-) -> Row:
+def reference_steps(documents: Documents, corpus: Corpus, backbone: Backbone, stage: Stage, setting: Setting) -> Row:
     model = CLLM4Rec(backbone, corpus.tokens, seed=setting.seed).to(setting.device)
-    model.train_only(trained)
+    model.train_only(stage.trained)
     reference, counted = Reference(model), _Counted(corpus)
-    optimizer = reference.optimizer()
+    optimizer = reference.optimizer(stage.learning_rate)
     batches = (
         documents.take(np.arange(begin, min(begin + BATCH, len(documents))))
         for begin in range(0, len(documents), BATCH)
     )
     steps = goes(setting.reference_steps, setting.seconds, warm_up=1)
     for counts, batch in zip(steps, _timed(batches, counted), strict=False):
-        reference.step(batch, LAMBDA_C, optimizer)
+        reference.step(batch, stage.lambda_c, optimizer)
         num_users = int(np.isin(batch.kind, [Kind.INTERACTIONS, Kind.RECOMMENDATION]).sum())
         counted.add(counts, len(batch), num_users, int(batch.lengths.sum()))
     return counted.row()

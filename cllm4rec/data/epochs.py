@@ -103,10 +103,6 @@ class Maker:
             made = [part.make(documents.take(rows[some[part_of[some] == number]])) for number, part in enumerate(parts)]
             yield Documents.concat(made).take(np.argsort(by_part))
 
-    def shuffled(self, documents: Documents, epoch: int) -> Documents:
-        """The same documents in the epoch's order."""
-        return documents.take(self._order(documents.kind, documents.user, documents.item, epoch))
-
     def _order(self, kind: Array, user: Array, item: Array, epoch: int) -> Array:
         """By a hash; where two are equal, as the documents' names say, not as they happen to lie."""
         return np.lexsort((item, user, kind, uniform(self.seed, epoch, _SHUFFLE, kind, user, item)))
@@ -120,11 +116,6 @@ class Maker:
 
     def _hidden(self, user: npt.NDArray[Any], epoch: int, chance: float) -> npt.NDArray[np.bool_]:
         return uniform(self.seed, epoch, _HIDE, user) < chance
-
-
-def interaction_source(documents: Documents) -> Documents:
-    """What interactions and recommendations are made of."""
-    return documents.of_kinds([Kind.INTERACTIONS])
 
 
 def uniform(seed: int, epoch: int, stream: int, *keys: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

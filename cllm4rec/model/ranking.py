@@ -37,8 +37,8 @@ Pass = tuple[IntArray, Batch, IntArray]
 
 _PASS_TOKENS = {torch.bfloat16: 384, torch.float32: 192}
 """On a CPU. In float32 more slots bring 3 % and double the time of a lone request."""
-_GPU_PASS_TOKENS = 8192
-"""By arithmetic, not measured: a pass of GPT-2 small is then some milliseconds of products, no less than its launches take."""
+_GPU_PASS_TOKENS = 2048
+"""A guess, not measured: more would keep a GPU busier at night and make a lone request wait longer."""
 _PASS_VALUES = 1 << 17
 _MOST_PASS_TOKENS = 1024
 _COLUMNS_STEP = 8

@@ -186,6 +186,7 @@ class _Loop:
                     "epoch": epoch + 1,
                     "epochs": stage.epochs,
                     "seconds": elapsed_s,
+                    "precision": str(model.precision).removeprefix("torch."),
                     "loss": totals.loss / max(1.0, totals.documents),
                     "users_per_s": totals.users / elapsed_s,
                     "tokens_per_s": totals.tokens / elapsed_s,
