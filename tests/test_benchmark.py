@@ -14,7 +14,7 @@ from parity import MAX_TOKENS, all_kinds, parity
 
 from cllm4rec.benchmark import machine as machine_module
 from cllm4rec.benchmark.corpora import load_corpora
-from cllm4rec.benchmark.figures import row
+from cllm4rec.benchmark.figures import goes, row
 from cllm4rec.benchmark.growth import further, run_watched
 from cllm4rec.benchmark.reference import Reference
 from cllm4rec.benchmark.report import report
@@ -170,6 +170,11 @@ def test_a_further_user_costs_what_is_left_without_the_start():
 
 def test_figures_are_medians_with_their_spread():
     assert row({"users_per_s": [3.0, 1.0, 10.0]}) == {"users_per_s": 3.0, "spread": {"users_per_s": [1.0, 10.0]}}
+
+
+@pytest.mark.parametrize(("seconds", "counted"), [(1e9, 5), (0.0, 3)])
+def test_a_slow_machine_takes_fewer_goes_and_at_least_three(seconds, counted):
+    assert list(goes(5, seconds, warm_up=2)) == [False] * 2 + [True] * counted
 
 
 def test_without_shared_data_the_sample_world_stands_in_and_the_report_says_so(tmp_path):
