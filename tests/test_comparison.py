@@ -9,9 +9,7 @@ from cllm4rec.artifacts import read_manifest
 from cllm4rec.comparison.report import markdown
 from cllm4rec.comparison.results import METRICS, Splits
 from cllm4rec.comparison.sweeps import sweep_rows
-from cllm4rec.comparison.trial import (
-    of_split,
-)
+from cllm4rec.comparison.trial import of_split
 from cllm4rec.config import parse_config
 from jobs import compare
 

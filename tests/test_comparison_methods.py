@@ -22,13 +22,7 @@ from cllm4rec.comparison.methods import (
     stages_of,
     with_settings,
 )
-from cllm4rec.comparison.trial import (
-    Data,
-    Row,
-    fit,
-    fit_variant,
-    of_split,
-)
+from cllm4rec.comparison.trial import Data, Row, fit, fit_variant, of_split
 from cllm4rec.data.documents import Documents
 from cllm4rec.data.epochs import Maker
 from cllm4rec.errors import ConfigError

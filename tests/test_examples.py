@@ -8,12 +8,7 @@ from comparisons import with_compare
 
 from cllm4rec.comparison import examples as examples_page
 from cllm4rec.comparison.examples import chosen_users, examples, plain_markdown, shortened, shown_methods
-from cllm4rec.comparison.trial import (
-    Data,
-    Row,
-    of_split,
-    read_row,
-)
+from cllm4rec.comparison.trial import Data, Row, of_split, read_row
 from cllm4rec.evaluation.protocol import HeldOut
 
 

@@ -94,6 +94,18 @@ def test_bf16_stays_near_float32(architecture):
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
 
 
+def test_a_backbone_that_is_trained_stays_float32_and_computes_in_bf16():
+    hidden = {}
+    for precision in (torch.float32, torch.bfloat16):
+        model = model_of("gpt2")
+        model.train_only(("backbone",))
+        model.compute_in(precision)
+        batch = next(iter(packer_for(model.backbone, model.tokens, 8 * MAX_TOKENS, MAX_TOKENS).batches([documents()])))
+        hidden[precision] = model.hidden(TensorBatch.of(batch, CPU)).float()
+        assert model.backbone.dtype == torch.float32
+    assert 1e-3 < float((hidden[torch.bfloat16] - hidden[torch.float32]).abs().max()) < 0.1
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_loss_of_interactions_is_that_of_the_backbone_run_by_hand(temperature):
     """Eq. 7 without packing or tied-head tricks: embed, run, softmax."""

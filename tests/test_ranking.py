@@ -18,15 +18,14 @@ def test_merged_lists_are_ascending_and_distinct():
     assert merged(one, other).tolist() == [[0, 1, 5], [], [2, 3]]
 
 
-def hidden_with(num_threads, bf16, width):
+def hidden_with(num_threads, precision, width):
     """Widths and lengths at which a product that is parted over threads does change its bits."""
     torch.manual_seed(0)
     num_users, num_items, num_words = 60, 400, 300
     size = BackboneSize(layers=1, width=width, heads=4, vocab_size=num_words)
     model = CLLM4Rec(build_backbone(size, num_words, 512, 0), TokenSpace(num_words, num_users, num_items))
     model.train_only(())
-    if bf16:
-        model.compute_in(torch.bfloat16)
+    model.compute_in(precision)
     lengths = np.random.default_rng(0).integers(1, 300, num_users)
     histories = Ragged.from_lists([np.arange(length) for length in lengths])
     ranker = Ranker(model, Prompts.tokenise(lambda text: [len(text)] * 3), 512)
@@ -39,12 +38,13 @@ def hidden_with(num_threads, bf16, width):
 
 
 # With width 512 a fused MLP is cut into two parts.
-@pytest.mark.parametrize(("bf16", "width"), [(False, 384), (True, 384), (True, 512)])
-def test_hidden_states_have_the_same_bits_with_any_number_of_threads(bf16, width):
-    alone = hidden_with(1, bf16, width)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [384, 512])
+def test_hidden_states_have_the_same_bits_with_any_number_of_threads(precision, width):
+    alone = hidden_with(1, precision, width)
     assert float(alone.std()) > 0
     for num_threads in (2, 3):
-        assert torch.equal(hidden_with(num_threads, bf16, width), alone)
+        assert torch.equal(hidden_with(num_threads, precision, width), alone)
 
 
 def test_threads_that_rank_leave_the_others_their_number():

@@ -10,12 +10,7 @@ from cllm4rec.comparison import trial
 from cllm4rec.comparison.report import places_of, render
 from cllm4rec.comparison.results import METRICS, collect
 from cllm4rec.comparison.sweeps import describe_sweeps, sweep_rows
-from cllm4rec.comparison.trial import (
-    Row,
-    of_split,
-    read_row,
-    run_row,
-)
+from cllm4rec.comparison.trial import Row, of_split, read_row, run_row
 from cllm4rec.errors import ConfigError, TrainingError
 
 LAMBDA = {"name": "lambda c", "settings": ["pretrain.lambda_c", "finetune.lambda_c"], "values": [0, 1.0]}

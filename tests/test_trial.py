@@ -10,13 +10,7 @@ from cllm4rec.artifacts import join, read_json
 from cllm4rec.comparison import trial
 from cllm4rec.comparison.report import render
 from cllm4rec.comparison.results import collect
-from cllm4rec.comparison.trial import (
-    Data,
-    Row,
-    of_split,
-    read_row,
-    run_row,
-)
+from cllm4rec.comparison.trial import Data, Row, of_split, read_row, run_row
 from cllm4rec.config import parse_config
 from cllm4rec.errors import TrainingError
 
@@ -44,7 +38,7 @@ def test_validation_chooses_the_setting_and_its_lists_are_written(comparison, mo
 
     monkeypatch.setattr(trial, "fit", fake_fit)
     monkeypatch.setattr(trial, "validate", lambda fitted, data: {"ndcg@100": reached[fitted.curve[0]["beta"]]})
-    monkeypatch.setattr(trial, "points_of", lambda name, comparison: [{"beta": beta} for beta in (0.2, 0.5, 2.0, 1.0)])
+    monkeypatch.setattr(trial, "points_of", lambda name, config: [{"beta": beta} for beta in (0.2, 0.5, 2.0, 1.0)])
     row = Row(of_split(comparison, 0), "multi_vae")
     run_row(row)
     result = read_row(row)

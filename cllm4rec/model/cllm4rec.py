@@ -68,7 +68,6 @@ class CLLM4Rec(nn.Module):
             setattr(self, f"collaborative_{kind}", nn.Parameter(collaborative))
             setattr(self, f"content_{kind}", nn.Parameter(content))
         self.backbone = backbone
-        self.autocast = False
         self.precision = torch.float32
         """Of the heads' products, and of the backbone's."""
 
@@ -88,7 +87,6 @@ class CLLM4Rec(nn.Module):
         self.precision = precision
         if any(weight.requires_grad for weight in self.backbone.parameters()):
             self.backbone.use_gelu_for(precision)
-            self.autocast = precision == torch.bfloat16
         else:
             self.backbone.freeze(precision)
 
@@ -128,12 +126,9 @@ class CLLM4Rec(nn.Module):
 
     def _hidden(self, batch: TensorBatch, users: Mapping[str, Tensor]) -> Tensor:
         embeddings = tuple(self._embed(grid, users) for grid in batch.grids)
-        precision = (
-            torch.autocast(embeddings[0].device.type, dtype=torch.bfloat16)
-            if self.autocast
-            else contextlib.nullcontext()
-        )
-        with precision:
+        is_converted = self.precision == self.backbone.dtype
+        device = embeddings[0].device.type
+        with contextlib.nullcontext() if is_converted else torch.autocast(device, dtype=self.precision):
             hidden_RTK: Tensor = self.backbone(embeddings, batch.grids)
         return hidden_RTK.flatten(0, 1)
 
