@@ -10,11 +10,11 @@ install: $(VENV)/installed
 # DS_BUILD_OPS=0: DeepSpeed's CUDA ops are built when first used, not here.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,baselines]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,experiments]"
 	touch $@
 
 demo: install
-	$(BIN)/python -m jobs.demo
+	$(BIN)/python -m cllm4rec demo
 
 lint: install
 	$(BIN)/ruff format --check .

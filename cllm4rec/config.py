@@ -1,6 +1,6 @@
 """One schema for a whole run: read from YAML, overridden by `section.key=value`, refused when wrong, frozen after.
 
-    config = load_config("jobs/configs/demo.yaml", ["pretrain.epochs=5"])
+    config = load_config("demo", ["pretrain.epochs=5"])
 
 What can be derived (accumulation, directories, rows of a micro batch) is a property here and a setting nowhere.
 """
@@ -12,6 +12,8 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
 
 from cllm4rec.errors import ConfigError
+from cllm4rec.run import Run
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -128,7 +131,7 @@ class ModelConfig(_Section):
     table_std: float | None = Field(
         None, gt=0, description="spread of fresh ID rows; null: that of the word embeddings"
     )
-    table_start: Literal["noise", "texts"] = Field(
+    table_init: Literal["noise", "texts"] = Field(
         "texts",
         description="fresh item rows; texts: principal components of texts and reviews, noise for items without",
     )
@@ -231,7 +234,7 @@ class EvaluateConfig(_Section):
 
 
 class Sweep(_Section):
-    """CLLM4Rec under the config's own values with one thing changed (see `cllm4rec.comparison.sweeps`)."""
+    """CLLM4Rec under the config's own values with one thing changed (see `cllm4rec.experiments.comparison.sweeps`)."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w ]*$", description="a heading, and part of file names")]
     settings: Annotated[list[str], Field(min_length=1, description="dotted keys, set to the same value together")]
@@ -244,10 +247,10 @@ class Sweep(_Section):
 
 
 class CompareConfig(_Section):
-    """What `jobs.compare` runs: every method with the same budget on every split."""
+    """What `cllm4rec compare` runs: every method with the same budget on every split."""
 
     rows: Literal["main", "all"] = Field("main", description="which methods, where compare.methods names none")
-    methods: list[str] = Field([], description="names of the methods (see cllm4rec.comparison.methods)")
+    methods: list[str] = Field([], description="names of the methods (see cllm4rec.experiments.comparison.methods)")
     seeds: Annotated[list[int], Field(min_length=1)] = Field([0], description="a split, and a run, for each seed")
     trials: Positive = Field(6, description="most settings tried of a method on a split; validation chooses")
     minutes: Annotated[float, Field(gt=0)] = Field(
@@ -313,7 +316,7 @@ class ScoreConfig(_Section):
 
 
 class DriftLimits(_Section):
-    """How far a nightly table may be from the one published before (see `cllm4rec.scoring.drift`)."""
+    """How far a nightly table may be from the one published before (see `cllm4rec.nightly.drift`)."""
 
     max_users_gone: Fraction = Field(0.1, description="share of the last table's users who are in the new one no more")
     max_top10_changed: Fraction = Field(1.0, description="share of users whose ten best items are another set")
@@ -427,19 +430,24 @@ class Config(_Section):
         total = self.training.global_batch_tokens
         return 1 if total is None else total // (self.training.micro_batch_tokens * self.cluster.num_workers)
 
-    def directory(self, name: str) -> str:
-        """URI of a stage's directory: `prepared`, `backbone`, `pretrained`, `model`, `evaluation`, `dump`, `nightly` or `runs`."""
-        return f"{self.output_dir.rstrip('/')}/{name}"
+    @property
+    def run(self) -> Run:
+        """The directories below `output_dir`."""
+        return Run(self.output_dir)
+
+
+RENAMED = {"model.table_start": "model.table_init"}
+"""Settings of older config files → their names now, for the error that refuses the old one."""
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file, apply `section.key=value` overrides and return the frozen, checked config.
+    """Read a YAML file, or a shipped config by its name, apply `section.key=value` overrides and return the checked config.
 
     Relative paths stay relative to the working directory, as `ray job submit --working-dir` expects.
     Raises ConfigError with one sentence that names the key.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = (_shipped(path) or Path(path)).read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}; give a YAML file to --config") from None
     except UnicodeDecodeError:
@@ -453,6 +461,17 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, 
     for override in overrides:
         _apply_override(raw, override)
     return parse_config(raw)
+
+
+def _shipped(name: str | os.PathLike[str]) -> Traversable | None:
+    """The config of this package that a bare word names; None for a path."""
+    if not re.fullmatch(r"\w+", os.fspath(name)) or os.path.exists(name):
+        return None
+    found = resources.files("cllm4rec.configs") / f"{name}.yaml"
+    if found.is_file():
+        return found
+    known = sorted(file.name.removesuffix(".yaml") for file in found.parent.iterdir() if file.name.endswith(".yaml"))  # type: ignore[attr-defined]
+    raise ConfigError(f"there is no file {name} and no shipped config of that name; shipped are {', '.join(known)}")
 
 
 def parse_config(raw: dict[str, Any]) -> Config:
@@ -527,7 +546,9 @@ def _sentence(key: str, problems: list[Any]) -> str:
     if ours:
         return "; ".join(ours)  # these name their keys
     if problems[0]["type"] in ("extra_forbidden", "missing"):
-        return f"{key} is missing" if problems[0]["type"] == "missing" else f"{key} is no setting"
+        if problems[0]["type"] == "missing":
+            return f"{key} is missing"
+        return f"{key} is now {RENAMED[key]}" if key in RENAMED else f"{key} is no setting"
     reasons = [re.sub(r"^\w+ should | or instance of \w+", "", problem["msg"]) for problem in problems]
     value = problems[0]["input"]
     given = f"is {json.dumps(value)} and " if isinstance(value, str | int | float | None) else ""

@@ -25,8 +25,8 @@ class Cllm4RecError(Exception):
     """Base of all errors a caller can act on; the jobs print it as one line and exit with `exit_status`."""
 
     exit_status = 1
-    told: Mapping[str, Any] = MappingProxyType({})
-    """What the job's last line of JSON holds beside the sentence."""
+    details: Mapping[str, Any] = MappingProxyType({})
+    """What a command's last line of JSON holds beside the sentence."""
 
 
 class ConfigError(Cllm4RecError, ValueError):
@@ -54,9 +54,9 @@ class AuditError(Cllm4RecError):
 
 
 class PromotionError(AuditError):
-    def __init__(self, sentence: str, told: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, sentence: str, details: Mapping[str, Any] | None = None) -> None:
         super().__init__(sentence)
-        self.told = told or {}
+        self.details = details or {}
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

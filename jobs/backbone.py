@@ -1,9 +1,6 @@
-"""The language model → `backbone/`: built, or loaded, and with `backbone.epochs` trained on the training split's texts.
+"""Build or train the language model: `cllm4rec backbone`, for `ray job submit --working-dir . -- python -m jobs.backbone ...`."""
 
-python -m jobs.backbone --config jobs/configs/demo.yaml backbone.epochs=3
-"""
-
-from jobs.cli import main
+from cllm4rec.commands.cli import run_command
 
 if __name__ == "__main__":
-    main("backbone", __doc__)
+    run_command("backbone", "python -m jobs.backbone")

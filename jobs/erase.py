@@ -1,43 +1,6 @@
-"""Erase users: known to nobody from the first second, then out of prepared data, models, evaluation, table and staging.
+"""Erase users: `cllm4rec erase`, for `ray job submit --working-dir . -- python -m jobs.erase ...`."""
 
-    python -m jobs.erase --config jobs/configs/demo.yaml --user u00017
-    python -m jobs.erase --config jobs/configs/demo.yaml --user u00017 --user u00023
-
-Stop training first; the endpoint may go on, and knows an erased user no more within a second. Takes about as long as
-reading and writing the directories once, and starts no Ray. Interrupted at any point, the same command finishes the
-rest, and so does one without --user. Ends with a receipt, `erasures/<time>-<hash>.json`, which also lists what is left
-to you: the raw files, and retraining if the weights are to forget as well. Older versions of the table, staged lists and
-interrupted runs are removed whole where they could hold the user. An id that is still found afterwards: exit status 3.
-"""
-
-from __future__ import annotations
-
-import argparse
-from typing import Any
-
-from cllm4rec.config import Config
-from cllm4rec.erasure import erase
-from jobs.cli import program
-from jobs.progress import say
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--user", action="append", default=[], metavar="ID", help="the id as it stands in the data; may be repeated"
-    )
-
-
-def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    told = erase(config, args.user)
-    if told["already_done"]:
-        say("erase: was done before; looked again and found nothing")
-    elif not told["touched"]:
-        say("erase: nothing was found of these users; from now on they are left out of whatever is prepared or scored")
-    else:
-        say(f"erase: done, {told['touched']} places were changed")
-    say(f"erase: the receipt is {told['receipt']}" if told["receipt"] else "erase: nobody was erased here yet")
-    return told
-
+from cllm4rec.commands.cli import run_command
 
 if __name__ == "__main__":
-    program("jobs.erase", __doc__, run, add_flags, needs_ray=False)
+    run_command("erase", "python -m jobs.erase")

@@ -1,11 +1,6 @@
-"""Full-catalogue ranking of CLLM4Rec, popularity and EASE on the test split → `evaluation/`.
+"""Evaluate the model: `cllm4rec evaluate`, for `ray job submit --working-dir . -- python -m jobs.evaluate ...`."""
 
-    python -m jobs.evaluate --config jobs/configs/demo.yaml
-
-Writes metrics.json, per_user.parquet, top100.parquet, plots and report.md.
-"""
-
-from jobs.cli import main
+from cllm4rec.commands.cli import run_command
 
 if __name__ == "__main__":
-    main("evaluate", __doc__)
+    run_command("evaluate", "python -m jobs.evaluate")

@@ -1,9 +1,6 @@
-"""Recommendation-oriented finetuning → `model/`, the directory that is evaluated, scored and served.
+"""Finetune for recommendation: `cllm4rec finetune`, for `ray job submit --working-dir . -- python -m jobs.finetune ...`."""
 
-python -m jobs.finetune --config jobs/configs/demo.yaml finetune.epochs=30
-"""
-
-from jobs.cli import main
+from cllm4rec.commands.cli import run_command
 
 if __name__ == "__main__":
-    main("finetune", __doc__)
+    run_command("finetune", "python -m jobs.finetune")

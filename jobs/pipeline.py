@@ -1,62 +1,6 @@
-"""The whole chain from one config: prepare → backbone → pretrain → finetune → evaluate → score → serve.
+"""Run the whole chain: `cllm4rec pipeline`, for `ray job submit --working-dir . -- python -m jobs.pipeline ...`."""
 
-    python -m jobs.pipeline --config jobs/configs/demo.yaml
-    ray job submit --working-dir . -- python -m jobs.pipeline --config my.yaml pretrain.epochs=20
-
-Stages whose inputs and settings did not change are skipped. It ends with the table of results, a list of the nightly
-table and the endpoint's answer to one real request; --serve keeps the endpoint up after that.
-"""
-
-from __future__ import annotations
-
-import argparse
-import time
-from typing import Any
-
-from cllm4rec.artifacts import read_json
-from cllm4rec.config import Config
-from cllm4rec.evaluation.report import table
-from jobs import serve
-from jobs.cli import program
-from jobs.progress import say
-from jobs.stages import PIPELINE, run_stage
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--serve", action="store_true", help="keep the endpoint up at the end, until interrupted")
-
-
-def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    started = time.monotonic()
-    told = {stage.name: run_stage(stage, config, args.force) for stage in PIPELINE}
-    say("serve: starting the endpoint")
-    told["serve"] = serve.check(config)
-    _show(config, told["serve"])
-    say(f"pipeline: done in {time.monotonic() - started:.0f} s")
-    if args.serve:
-        args.check = False
-        told |= serve.run(config, args)
-    return told
-
-
-def _show(config: Config, served: dict[str, Any]) -> None:
-    say("")
-    say(table(read_json(f"{config.directory('evaluation')}/metrics.json")))
-    say("")
-    for name, what in (
-        ("model", "the trained model"),
-        ("evaluation", "report.md, plots, per-user values"),
-        ("dump", "the Delta table with a list for every user"),
-    ):
-        say(f"{config.directory(name):<32} {what}")
-    say("")
-    say(f"POST {served['url']} {served['question']}")
-    answer = served["answer"]
-    say(f"model {answer['model_version']}, cold_start {answer['cold_start']}")
-    for item in answer["items"]:
-        say(f"  {item['score']:8.3f}  {item['item_id']:<12} {item['text'][:90]}")
-    say("")
-
+from cllm4rec.commands.cli import run_command
 
 if __name__ == "__main__":
-    program("jobs.pipeline", __doc__, run, add_flags)
+    run_command("pipeline", "python -m jobs.pipeline")

@@ -1,11 +1,6 @@
-"""Raw interactions and texts → `prepared/`: validated, thresholded, k-core, split, tokenised once.
+"""Prepare the data: `cllm4rec prepare`, for `ray job submit --working-dir . -- python -m jobs.prepare ...`."""
 
-    python -m jobs.prepare --config jobs/configs/demo.yaml
-
-Prints how many rows went where and the leakage audit. The demo's 2,000 users take about 10 s.
-"""
-
-from jobs.cli import main
+from cllm4rec.commands.cli import run_command
 
 if __name__ == "__main__":
-    main("prepare", __doc__)
+    run_command("prepare", "python -m jobs.prepare")

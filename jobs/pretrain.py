@@ -1,11 +1,6 @@
-"""Content warm-up and mutually regularised pretraining → `pretrained/`.
+"""Pretrain the ID tables: `cllm4rec pretrain`, for `ray job submit --working-dir . -- python -m jobs.pretrain ...`."""
 
-    python -m jobs.pretrain --config jobs/configs/demo.yaml pretrain.epochs=20
-
-Prints each epoch's loss, validation recall and rates. An interrupted run goes on from its last checkpoint.
-"""
-
-from jobs.cli import main
+from cllm4rec.commands.cli import run_command
 
 if __name__ == "__main__":
-    main("pretrain", __doc__)
+    run_command("pretrain", "python -m jobs.pretrain")

@@ -1,11 +1,6 @@
-"""A list of items for every user → `dump/`, a Delta table: scored, audited, then published in one commit.
+"""Score every user: `cllm4rec score`, for `ray job submit --working-dir . -- python -m jobs.score ...`."""
 
-    python -m jobs.score --config jobs/configs/demo.yaml score.k=20
-
-An interrupted run goes on with the users it has not scored. Lists that fail the audit are not published (status 3).
-"""
-
-from jobs.cli import main
+from cllm4rec.commands.cli import run_command
 
 if __name__ == "__main__":
-    main("score", __doc__)
+    run_command("score", "python -m jobs.score")

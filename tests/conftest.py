@@ -40,7 +40,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def erasure_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output_dir that is never changed: tests erase from copies of it."""
-    from erasures import write_template
+    from support.erasures import write_template
 
     return write_template(tmp_path_factory.mktemp("template"))
 
@@ -48,7 +48,7 @@ def erasure_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """The config of a comparison on the parity world whose data and language models are there."""
-    from comparisons import make_config, prepared
+    from support.comparisons import make_config, prepared
 
     return prepared(make_config(tmp_path_factory.mktemp("parity")))
 
@@ -56,10 +56,10 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Config:
 @pytest.fixture
 def comparison_job(monkeypatch: pytest.MonkeyPatch, comparison: Config) -> Callable[..., Any]:
     """The job over two baselines and ours, rows one after another in place of Ray: what it tells, and which rows it ran."""
-    from comparisons import with_compare
+    from support.comparisons import with_compare
 
-    from cllm4rec.comparison.trial import Row
-    from jobs import compare
+    from cllm4rec.commands import compare
+    from cllm4rec.experiments.comparison.trial import Row
 
     ran: list[str] = []
 

@@ -97,8 +97,8 @@ def keys_of(section, prefix=""):
 def test_a_minimal_file_is_a_whole_run(load):
     config = load()
     assert (config.data.core, config.training.engine, config.model.backbone) == (5, "deepspeed", BackboneSize())
-    assert config.directory("model") == "runs/x/model"
-    assert load("output_dir=s3://bucket/run/").directory("model") == "s3://bucket/run/model"
+    assert config.run.model == "runs/x/model"
+    assert load("output_dir=s3://bucket/run/").run.model == "s3://bucket/run/model"
 
 
 def test_a_config_is_frozen(load):
@@ -111,6 +111,7 @@ def test_a_config_is_frozen(load):
     [
         ("pretrain.epoch=3", "pretrain.epoch is no setting"),
         ("pretrane.epochs=3", "pretrane is no setting"),
+        ("model.table_start=noise", "model.table_start is now model.table_init"),
         ("data.interactions={format: yelp}", "data.interactions.path is missing"),
         ("pretrain.epochs=-1", "pretrain.epochs is -1 and should be greater than or equal to 0"),
         ("pretrain.epochs=many", 'pretrain.epochs is "many" and should be a valid integer'),

@@ -1,7 +1,7 @@
 """Documents: a prompt (context, no loss) and a main text of one kind of token (carries the loss). method.md, Documents.
 
-`prepared/documents` holds the documents that do not change from epoch to epoch, tokenised once. What changes (the order
-of a user's items, the held-out part, a hidden user) is made from them by `cllm4rec.data.epochs`.
+`prepared/documents` holds the documents that do not change from epoch to epoch, tokenized once. What changes (the order
+of a user's items, the held-out part, a hidden user) is made from them by `cllm4rec.training.epochs`.
 
 Lengths: D documents.
 """
@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cllm4rec.catalog import TokenSpace
-from cllm4rec.data.ragged import Ragged, no_values
+from cllm4rec.arrays.ids import TokenSpace
+from cllm4rec.arrays.ragged import Ragged, no_values
 
 
 class Kind(IntEnum):
@@ -118,7 +118,7 @@ class Documents:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The words of every prompt, tokenised once by the backbone's tokenizer (token ids, all below N)."""
+    """The words of every prompt, tokenized once by the backbone's tokenizer (token ids, all below N)."""
 
     has_interacted: list[int]
     writes_review: list[int]
@@ -130,7 +130,7 @@ class Prompts:
     will_interact: list[int]
 
     @classmethod
-    def tokenise(cls, encode: Any) -> Prompts:
+    def tokenize(cls, encode: Any) -> Prompts:
         """`encode` maps a text to a list of word tokens, without special tokens."""
         return cls(
             has_interacted=encode(" has interacted with"),
@@ -148,20 +148,24 @@ class Prompts:
         return 2 + len(self.has_interacted) + len(self.comma) + len(self.will_interact)
 
     def interactions(
-        self, tokens: TokenSpace, user: npt.NDArray[Any], items: Ragged, hidden: npt.NDArray[np.bool_] | None = None
+        self,
+        token_space: TokenSpace,
+        user: npt.NDArray[Any],
+        items: Ragged,
+        hidden: npt.NDArray[np.bool_] | None = None,
     ) -> Documents:
         """`<user> has interacted with` → items. `items` holds item indices, a row a user.
 
         NOBODY stands for user -1 and where `hidden` is true.
         """
-        user_tokens = _column(_user_tokens(tokens, user, hidden))
+        user_tokens = _column(_user_tokens(token_space, user, hidden))
         prompt = Ragged.interleave(user_tokens, _repeat(self.has_interacted, len(user)))
-        main = Ragged(tokens.item_token(items.values).astype(np.int32), items.offsets)
+        main = Ragged(token_space.item_token(items.values).astype(np.int32), items.offsets)
         return _documents(Kind.INTERACTIONS, user, None, prompt, main, no_values(len(user)))
 
     def recommendation(
         self,
-        tokens: TokenSpace,
+        token_space: TokenSpace,
         user: npt.NDArray[Any],
         items: Ragged,
         target: Ragged,
@@ -169,38 +173,40 @@ class Prompts:
     ) -> Documents:
         """`<user> has interacted with <items> , <user> will interact with` → target item indices."""
         num_documents = len(user)
-        user_tokens = _column(_user_tokens(tokens, user, hidden))
+        user_tokens = _column(_user_tokens(token_space, user, hidden))
         prompt = Ragged.interleave(
             user_tokens,
             _repeat(self.has_interacted, num_documents),
-            Ragged(tokens.item_token(items.values).astype(np.int32), items.offsets),
+            Ragged(token_space.item_token(items.values).astype(np.int32), items.offsets),
             _repeat(self.comma, num_documents),
             user_tokens,
             _repeat(self.will_interact, num_documents),
         )
         return _documents(Kind.RECOMMENDATION, user, None, prompt, no_values(num_documents), target)
 
-    def reviews(self, tokens: TokenSpace, user: npt.NDArray[Any], item: npt.NDArray[Any], words: Ragged) -> Documents:
+    def reviews(
+        self, token_space: TokenSpace, user: npt.NDArray[Any], item: npt.NDArray[Any], words: Ragged
+    ) -> Documents:
         """`<user> writes the review for <item> :` → words."""
         prompt = Ragged.interleave(
-            _column(tokens.user_token(user)),
+            _column(token_space.user_token(user)),
             _repeat(self.writes_review, len(user)),
-            _column(tokens.item_token(item)),
+            _column(token_space.item_token(item)),
             _repeat(self.colon, len(user)),
         )
         return _documents(Kind.REVIEW, user, item, prompt, words, no_values(len(user)))
 
-    def user_texts(self, tokens: TokenSpace, user: npt.NDArray[Any], words: Ragged) -> Documents:
+    def user_texts(self, token_space: TokenSpace, user: npt.NDArray[Any], words: Ragged) -> Documents:
         """`The biography of <user> is:` → words."""
         prompt = Ragged.interleave(
-            _repeat(self.biography, len(user)), _column(tokens.user_token(user)), _repeat(self.copula, len(user))
+            _repeat(self.biography, len(user)), _column(token_space.user_token(user)), _repeat(self.copula, len(user))
         )
         return _documents(Kind.USER_TEXT, user, None, prompt, words, no_values(len(user)))
 
-    def item_texts(self, tokens: TokenSpace, item: npt.NDArray[Any], words: Ragged) -> Documents:
+    def item_texts(self, token_space: TokenSpace, item: npt.NDArray[Any], words: Ragged) -> Documents:
         """`The content of <item> is:` → words."""
         prompt = Ragged.interleave(
-            _repeat(self.content, len(item)), _column(tokens.item_token(item)), _repeat(self.copula, len(item))
+            _repeat(self.content, len(item)), _column(token_space.item_token(item)), _repeat(self.copula, len(item))
         )
         return _documents(Kind.ITEM_TEXT, None, item, prompt, words, no_values(len(item)))
 
@@ -217,8 +223,10 @@ def _documents(kind: Kind, user: Any, item: Any, prompt: Ragged, main: Ragged, t
     )
 
 
-def _user_tokens(tokens: TokenSpace, user: npt.NDArray[Any], hidden: npt.NDArray[np.bool_] | None) -> npt.NDArray[Any]:
-    return np.asarray(tokens.user_token(user if hidden is None else np.where(hidden, -1, user)))
+def _user_tokens(
+    token_space: TokenSpace, user: npt.NDArray[Any], hidden: npt.NDArray[np.bool_] | None
+) -> npt.NDArray[Any]:
+    return np.asarray(token_space.user_token(user if hidden is None else np.where(hidden, -1, user)))
 
 
 def _column(values: npt.NDArray[Any]) -> Ragged:

@@ -1,9 +1,9 @@
 """The prepare stage: raw interactions and texts → `prepared/` (see `cllm4rec.data.prepared` for what lies there).
 
-    validate → erased users → duplicates → threshold → k-core → catalog → split → tokenise the training texts → buckets →
+    validate → erased users → duplicates → threshold → k-core → catalog → split → tokenize the training texts → buckets →
     audit
 
-Texts stay out of this process but for the catalogue's own and, one file at a time, those a tokenizer learns from.
+Texts stay out of this process but for the catalog's own and, one file at a time, those a tokenizer learns from.
 
 Lengths: E interactions kept.
 """
@@ -11,6 +11,7 @@ Lengths: E interactions kept.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections import Counter
 from typing import Any
@@ -20,45 +21,46 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cllm4rec.artifacts import (
-    Draft,
-    Manifest,
+from cllm4rec.arrays.histories import SPLITS
+from cllm4rec.arrays.ids import Catalog, TokenSpace
+from cllm4rec.config import BackboneSize, Config, DataConfig, Source
+from cllm4rec.data.document_files import LEAKS, Corpus, Facts, chosen_texts, tokenize, write_buckets
+from cllm4rec.data.documents import Kind
+from cllm4rec.data.formats import ROLES, Layout, Role
+from cllm4rec.data.ingest import Staged, quiet_data_context, stage
+from cllm4rec.data.prepared import PromptTokens, num_buckets
+from cllm4rec.data.records import Limits
+from cllm4rec.data.sources import fingerprint, inspect, source_files
+from cllm4rec.data.split import TEST, TRAIN, hash_ids, k_core, last_of_pairs, shuffle_keys, split_rows
+from cllm4rec.data.tokenizer import Encoder, save_tokenizer, tokenize_prompts
+from cllm4rec.errors import DataError
+from cllm4rec.storage.artifacts import Draft, Manifest, read_manifest, write_directory
+from cllm4rec.storage.files import (
     absolute,
     digest_of,
     digest_of_file,
     join,
     list_files,
-    read_manifest,
     remove_directory,
-    write_directory,
     write_json,
+    write_table,
 )
-from cllm4rec.catalog import Catalog, TokenSpace
-from cllm4rec.config import BackboneSize, Config, DataConfig, Source
-from cllm4rec.data.corpus import LEAKS, Corpus, Facts, chosen_texts, tokenise, write_buckets
-from cllm4rec.data.documents import Kind
-from cllm4rec.data.formats import ROLES, Layout, Role
-from cllm4rec.data.prepared import SPLITS, Language, num_buckets, write_table
-from cllm4rec.data.records import Limits
-from cllm4rec.data.sources import fingerprint, inspect, source_files
-from cllm4rec.data.split import TEST, TRAIN, hash_ids, k_core, last_of_pairs, shuffle_keys, split_rows
-from cllm4rec.data.staging import Staged, quiet_data_context, stage
-from cllm4rec.data.tokenizer import Encoder, save_tokenizer, tokenise_prompts
-from cllm4rec.errors import DataError
-from cllm4rec.tombstones import Tombstones
+from cllm4rec.storage.tombstones import Tombstones
 
 Array = npt.NDArray[Any]
 
+logger = logging.getLogger(__name__)
+
 
 def prepare(config: Config) -> Manifest:
-    """Run the stage and return the manifest of `config.directory("prepared")`. Ray must be connected.
+    """Run the stage and return the manifest of `config.run.prepared`. Ray must be connected.
 
     The same input and config give the same bytes. Raises DataError or ConfigError with one sentence for input that does
     not fit, and leaves what stood at the directory before.
     """
     layouts = [inspect(source, role, config.data.min_rating) for role, source in _sources(config.data)]
     inputs, resolved = prepare_inputs(config), config.model_dump(mode="json")
-    uri = config.directory("prepared")
+    uri = config.run.prepared
     with write_directory(uri, kind="prepared", inputs=inputs, config=resolved) as draft, quiet_data_context():
         staging = absolute(draft.path("staging"))
         staged = stage(layouts, Limits.of(config.data), staging)
@@ -68,10 +70,10 @@ def prepare(config: Config) -> Manifest:
         kept = _keep(staged, config.data, draft.counts)
         chosen, fragments = _choose_texts(kept, staged, layouts, draft.counts), staged.fragments
         del staged  # the rows: most of what this process has held so far
-        print(f"tokenising {len(chosen):,} texts")
+        logger.info(f"tokenizing {len(chosen):,} texts")
         _write_catalog(kept, chosen, fragments, staging, draft)
         corpus = _corpus(config, kept, chosen, fragments, staging, draft)
-        spelled = tokenise(corpus, chosen)
+        spelled = tokenize(corpus, chosen)
         _audit(write_buckets(corpus, kept.user_ids, kept.facts), spelled, draft)
         remove_directory(staging)
     return read_manifest(uri, "prepared")
@@ -117,14 +119,14 @@ def _quarantine(staged: Staged, layouts: list[Layout], data: DataConfig, draft: 
     for layout, rows_in, rows in zip(layouts, staged.rows_in, staged.rows, strict=True):
         refused = rows_in - len(rows)
         draft.counts["rows"][layout.role] = {"in": rows_in, "good": len(rows), "quarantined": refused}
-        print(f"{layout.role}: {rows_in:,} rows in, {len(rows):,} good, {refused:,} quarantined")
+        logger.info(f"{layout.role}: {rows_in:,} rows in, {len(rows):,} good, {refused:,} quarantined")
         if refused > data.max_bad_fraction * rows_in:
             raise DataError(
                 f"{refused:,} of {rows_in:,} rows of data.{layout.role} were refused, more than data.max_bad_fraction "
                 f"{data.max_bad_fraction} allows: {_commonest(staged.refused, layout)}; correct the files or the config"
             )
         if refused:
-            print(f"  quarantined because: {_commonest(staged.refused, layout)}")
+            logger.info(f"  quarantined because: {_commonest(staged.refused, layout)}")
 
 
 def _commonest(refused: pa.Table, layout: Layout, most: int = 3) -> str:
@@ -146,7 +148,7 @@ def _without_erased(staged: Staged, tombstones: Tombstones, counts: dict[str, An
     rows = [source.take(np.flatnonzero(~np.isin(source.user, erased))) for source in staged.rows]
     left_out = sum(map(len, staged.rows)) - sum(map(len, rows))
     counts["erased"] = {"rows": left_out}
-    print(f"left out: {left_out:,} rows of erased users")
+    logger.info(f"left out: {left_out:,} rows of erased users")
     return dataclasses.replace(staged, rows=rows)
 
 
@@ -193,8 +195,8 @@ def _indexed(staged: Staged, core: Array, data: DataConfig) -> _Kept:
     time, item.
     """
     rows = staged.rows[0]
-    user_ids, user_of_code = _catalogued(rows.user[core], staged.user_ids)
-    item_ids, item_of_code = _catalogued(rows.item[core], staged.item_ids)
+    user_ids, user_of_code = _cataloged(rows.user[core], staged.user_ids)
+    item_ids, item_of_code = _cataloged(rows.item[core], staged.item_ids)
     user_E, item_E, time_E = user_of_code[rows.user[core]], item_of_code[rows.item[core]], rows.time[core]
     shuffle_E = shuffle_keys(hash_ids(user_ids)[user_E], hash_ids(item_ids)[item_E], data.split.seed)
     split_E = split_rows(user_E, time_E, shuffle_E, data.split)
@@ -204,7 +206,7 @@ def _indexed(staged: Staged, core: Array, data: DataConfig) -> _Kept:
     return _Kept(user_ids, item_ids, user_of_code, item_of_code, facts, rows.fragment[place], rows.place[place])
 
 
-def _catalogued(code_E: Array, ids: Array) -> tuple[Array, Array]:
+def _cataloged(code_E: Array, ids: Array) -> tuple[Array, Array]:
     """The ids that occur, sorted, and the index of every code."""
     codes = np.unique(code_E)
     codes = codes[np.argsort(ids[codes])]
@@ -224,11 +226,11 @@ def _count_facts(kept: _Kept, counts: dict[str, Any]) -> None:
         "by_split": dict(zip(SPLITS, by_split, strict=True)),
         "users_without_test": len(kept.user_ids) - tested,
     }
-    print(
+    logger.info(
         f"left out: {counts['duplicates']:,} duplicates, {counts['below_threshold']:,} below the threshold, "
         f"{counts['outside_core']:,} outside the core"
     )
-    print(
+    logger.info(
         f"kept: {counts['users']:,} users x {counts['items']:,} items x {counts['interactions']:,} interactions ("
         + ", ".join(f"{count:,} {name}" for name, count in counts["by_split"].items())
         + f"; {counts['users_without_test']:,} users without test items)"
@@ -307,16 +309,16 @@ def _corpus(config: Config, kept: _Kept, chosen: pa.Table, fragments: list[str],
     texts = (text for _, texts in chosen_texts(staging, fragments, chosen) for text in texts)
     save_tokenizer(config.model, texts, draft.path("tokenizer"))
     encoder = Encoder.load(draft.path("tokenizer"))
-    language = Language(tokenise_prompts(encoder), encoder.num_words)
-    language.save(draft.uri)
-    draft.counts["num_words"] = language.num_words
+    prompt_tokens = PromptTokens(tokenize_prompts(encoder), encoder.num_words)
+    prompt_tokens.save(draft.uri)
+    draft.counts["num_words"] = prompt_tokens.num_words
     return Corpus(
         staging=staging,
         fragments=fragments,
         prepared=absolute(draft.uri),
         tokenizer_digest=digest_of_file(draft.path("tokenizer", "tokenizer.json")),
-        prompts=language.prompts,
-        space=TokenSpace(language.num_words, len(kept.user_ids), len(kept.item_ids)),
+        prompts=prompt_tokens.prompts,
+        space=TokenSpace(prompt_tokens.num_words, len(kept.user_ids), len(kept.item_ids)),
         buckets=num_buckets(len(kept.user_ids)),
         max_text_tokens=config.data.max_text_tokens,
     )
@@ -331,8 +333,8 @@ def _audit(totals: Counter[str], spelled: int, draft: Draft) -> None:
             name.partition(".")[2]: count for name, count in sorted(totals.items()) if name.startswith(f"{table}.")
         }
         draft.counts[table] = kinds
-        print(f"{table}: " + ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in kinds.items()))
-    print(
+        logger.info(f"{table}: " + ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in kinds.items()))
+    logger.info(
         f"leakage audit: {leaks['pairs_in_two_splits']} pairs shared by splits, {leaks['held_out_texts']} texts of "
         f"held-out pairs, {leaks['held_out_items']} held-out items in histories, "
         f"{spelled:,} texts that spell an ID (harmless)"

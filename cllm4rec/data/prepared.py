@@ -16,20 +16,17 @@ Buckets partition the users (and, for item texts, the items): a worker owns whol
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cllm4rec.artifacts import filesystem, join, read_json, write_json
-from cllm4rec.catalog import TokenSpace, read_sizes
+from cllm4rec.arrays.histories import SPLITS, Histories
+from cllm4rec.arrays.ids import TokenSpace, read_sizes
 from cllm4rec.data.documents import Documents, Prompts
-from cllm4rec.data.ragged import Ragged
+from cllm4rec.storage.files import filesystem, join, read_json, read_tables, write_json
 
-SPLITS = ("train", "validation", "test")
 USERS_PER_BUCKET = 4096
 MIN_BUCKETS = 16
 
@@ -55,51 +52,8 @@ def bucket_paths(prepared_dir: str, table: str, rank: int = 0, world_size: int =
     return [join(prepared_dir, table, name) for name in names if name.endswith(".parquet")][rank::world_size]
 
 
-def read_tables(paths: Sequence[str], columns: list[str] | None = None) -> pa.Table:
-    tables = []
-    for uri in paths:
-        fs, path = filesystem(uri)
-        with fs.open(path, "rb") as stream:
-            tables.append(pq.read_table(stream, columns=columns))
-    return pa.concat_tables(tables)
-
-
-def write_table(table: pa.Table, uri: str, row_group_size: int | None = None) -> None:
-    fs, path = filesystem(uri)
-    fs.makedirs(fs._parent(path), exist_ok=True)
-    with fs.open(path, "wb") as stream:
-        pq.write_table(table, stream, row_group_size=row_group_size)
-
-
 @dataclasses.dataclass(frozen=True)
-class Histories:
-    """Every user's items by split, oldest first; rows in the order of `user`. Item indices."""
-
-    user: npt.NDArray[np.int64]
-    train: Ragged
-    validation: Ragged
-    test: Ragged
-
-    def together(self, *splits: str) -> Ragged:
-        """The items of several splits, a row a user."""
-        return Ragged.interleave(*(getattr(self, split) for split in splits))
-
-    def take(self, rows: npt.NDArray[Any]) -> Histories:
-        return Histories(self.user[rows], self.train.take(rows), self.validation.take(rows), self.test.take(rows))
-
-    @classmethod
-    def from_arrow(cls, table: pa.Table) -> Histories:
-        users = table["user"].to_numpy().astype(np.int64)
-        rows = cls(users, *(Ragged.from_arrow(table[split]) for split in SPLITS))
-        return rows.take(np.argsort(users, kind="stable"))
-
-    @classmethod
-    def load(cls, prepared_dir: str) -> Histories:
-        return cls.from_arrow(read_tables(bucket_paths(prepared_dir, "histories"), ["user", *SPLITS]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Language:
+class PromptTokens:
     """What the tokenizer fixed at prepare: the prompts' tokens and N."""
 
     prompts: Prompts
@@ -109,13 +63,18 @@ class Language:
         write_json(join(directory, "prompts.json"), {"num_words": self.num_words, **dataclasses.asdict(self.prompts)})
 
     @classmethod
-    def load(cls, directory: str) -> Language:
+    def load(cls, directory: str) -> PromptTokens:
         raw = read_json(join(directory, "prompts.json"))
         return cls(num_words=raw.pop("num_words"), prompts=Prompts(**raw))
 
 
+def load_histories(prepared_dir: str) -> Histories:
+    """Everybody's history, in order of user."""
+    return Histories.from_arrow(read_tables(bucket_paths(prepared_dir, "histories"), ["user", *SPLITS]))
+
+
 def load_documents(prepared_dir: str, rank: int = 0, world_size: int = 1) -> Documents:
-    """One worker's documents, read without Ray; see `cllm4rec.training.loop` for the same through Ray Data."""
+    """One worker's documents, read without Ray; see `cllm4rec.training.ray_trainer` for the same through Ray Data."""
     return Documents.from_arrow(read_tables(bucket_paths(prepared_dir, "documents", rank, world_size))).in_order()
 
 
@@ -125,7 +84,7 @@ def documents_by_bucket(prepared_dir: str) -> Iterator[Documents]:
         yield Documents.from_arrow(read_tables([path]))
 
 
-def load_space(prepared_dir: str) -> tuple[Language, TokenSpace]:
+def load_token_space(prepared_dir: str) -> tuple[PromptTokens, TokenSpace]:
     """What the tokenizer fixed and the sizes of the token ids; the catalog is not read."""
-    language = Language.load(prepared_dir)
-    return language, TokenSpace(language.num_words, *read_sizes(prepared_dir))
+    prompt_tokens = PromptTokens.load(prepared_dir)
+    return prompt_tokens, TokenSpace(prompt_tokens.num_words, *read_sizes(prepared_dir))

@@ -1,4 +1,4 @@
-"""Raw bytes → records → validated rows. Plain functions; `cllm4rec.data.staging` hands them to Ray Data.
+"""Raw bytes → records → validated rows. Plain functions; `cllm4rec.data.ingest` hands them to Ray Data.
 
     for records in read_records(file, layout, limits):         records of one file, streaming, bounded memory
         rows = parse_records(records, layout, limits)          validated, or refused with a reason
@@ -25,10 +25,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cllm4rec.artifacts import filesystem
 from cllm4rec.config import DataConfig
 from cllm4rec.data.formats import FORMATS, Layout, named_columns
 from cllm4rec.errors import DataError
+from cllm4rec.storage.files import filesystem
 
 CHUNK_BYTES = 1 << 20
 PARQUET_ROWS = 1024
@@ -189,7 +189,7 @@ def _quoted_records(lines: Iterator[tuple[int, bytes | str]], max_bytes: int) ->
     held: list[tuple[int, bytes]] = []
     size = 0
     for number, line in lines:
-        if isinstance(line, str) or (not held and not _leaves_quoteopen_file(line)):
+        if isinstance(line, str) or (not held and not _leaves_quote_open(line)):
             yield number, line
             continue
         closes = bool(held) and line.count(b'"') % 2 == 1
@@ -204,7 +204,7 @@ def _quoted_records(lines: Iterator[tuple[int, bytes | str]], max_bytes: int) ->
     yield from ((number, NOT_CSV) for number, _ in held)
 
 
-def _leaves_quoteopen_file(line: bytes) -> bool:
+def _leaves_quote_open(line: bytes) -> bool:
     if b'"' not in line:
         return False
     try:
@@ -405,7 +405,7 @@ def _seconds(value: Any, layout: Layout) -> int:
     if isinstance(value, date):
         return math.floor(datetime(value.year, value.month, value.day, tzinfo=UTC).timestamp())
     number = _number(value, BAD_TIME)
-    if abs(number) > 2**53:  # beyond it, neighbouring seconds are the same float
+    if abs(number) > 2**53:  # beyond it, neighboring seconds are the same float
         raise Refused(BAD_TIME)
     return math.floor(number / FORMATS[layout.format].ticks_per_second)
 

@@ -13,7 +13,6 @@ import posixpath
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
-from cllm4rec.artifacts import absolute, digest_of_file, filesystem, join
 from cllm4rec.config import Columns, Source
 from cllm4rec.data.formats import FORMATS, MOVIELENS_NAMES, Layout, Role, named_columns
 from cllm4rec.data.records import (
@@ -28,6 +27,8 @@ from cllm4rec.data.records import (
     require,
 )
 from cllm4rec.errors import ConfigError, DataError
+from cllm4rec.storage.files import absolute, digest_of_file, filesystem, join
+from cllm4rec.storage.table import delta_files
 
 MAX_DIGESTED_BYTES = 1 << 30
 """A larger input file is told by its size and time instead of its sha256: reading it again would cost minutes."""
@@ -70,11 +71,6 @@ def fingerprint(file: str) -> tuple[str, int, str]:
     size = int(fs.size(path))
     content = digest_of_file(file) if size <= MAX_DIGESTED_BYTES else str(fs.modified(path))
     return posixpath.basename(file), size, content
-
-
-def delta_files(table: DeltaTable) -> list[str]:
-    """The files of a Delta table's version, as paths below it. (`file_uris` spells a space above it as %20.)"""
-    return sorted(str(fragment.path) for fragment in table.to_pyarrow_dataset().get_fragments())
 
 
 def _files_of_table(uri: str, role: Role) -> list[str]:

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from cllm4rec.arrays.histories import SPLITS
+from cllm4rec.arrays.random import hash_uniform
 from cllm4rec.config import Split
-from cllm4rec.data.epochs import uniform
-from cllm4rec.data.prepared import SPLITS
 
 Array = npt.NDArray[Any]
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
@@ -89,7 +89,7 @@ def shuffle_keys(user_id_E: Array, item_id_E: Array, seed: int) -> npt.NDArray[n
 
     Takes hashes of the ids (`hash_ids`), not indices: an index shifts when another user joins.
     """
-    return uniform(seed, 0, 0, user_id_E, item_id_E)
+    return hash_uniform(seed, 0, 0, user_id_E, item_id_E)
 
 
 def hash_ids(ids: Array) -> npt.NDArray[np.uint64]:

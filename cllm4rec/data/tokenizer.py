@@ -2,7 +2,7 @@
 
     save_tokenizer(config.model, texts, directory)      the backbone's own, or a byte-level BPE trained on `texts`
     encoder = Encoder.load(directory)                   texts → word tokens, all below encoder.num_words (N)
-    prompts = tokenise_prompts(encoder)
+    prompts = tokenize_prompts(encoder)
 
 No text can produce a special token: they are split while encoding and whatever is left of them is dropped. ID tokens
 are never added to a tokenizer; they are integers assembled afterwards (see `Prompts`).
@@ -20,11 +20,11 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from cllm4rec.artifacts import copy_file, join, read_bytes
+from cllm4rec.arrays.ragged import Ragged, no_values
 from cllm4rec.config import BackboneSize, ModelConfig
 from cllm4rec.data.documents import Prompts
-from cllm4rec.data.ragged import Ragged, no_values
 from cllm4rec.errors import ConfigError
+from cllm4rec.storage.files import copy_file, join, read_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 HUB_TIMEOUT_S = 10.0
@@ -67,9 +67,9 @@ class Encoder:
         return Ragged.from_lists([encoding.ids for encoding in encodings], np.int32)
 
 
-def tokenise_prompts(encoder: Encoder) -> Prompts:
+def tokenize_prompts(encoder: Encoder) -> Prompts:
     """The prompts' words as tokens. Raises ConfigError where the tokenizer has no words for one of them."""
-    prompts = Prompts.tokenise(encoder)
+    prompts = Prompts.tokenize(encoder)
     empty = [name for name, tokens in dataclasses.asdict(prompts).items() if not tokens]
     if empty:
         raise ConfigError(

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cllm4rec.artifacts import filesystem, join, write_bytes
-from cllm4rec.catalog import Catalog
-from cllm4rec.data.prepared import Histories
-from cllm4rec.data.ragged import Ragged
+from cllm4rec.arrays.histories import Histories
+from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.storage.files import filesystem, join, write_bytes
 
 Array = npt.NDArray[Any]
 
@@ -456,7 +456,7 @@ _MOODS = ("fine", "nice", "lovely", "pretty", "pleasant")
 def parity_world(num_users: int = 40, num_items: int = 20) -> ParityWorld:
     """Even users like all even items, odd users all odd ones; each user hides one in test and one in validation.
 
-    The hidden items rotate through the catalogue, so popularity does not give them away.
+    The hidden items rotate through the catalog, so popularity does not give them away.
     """
     liked = [np.arange(user % 2, num_items, 2) for user in range(num_users)]
     turned = [np.roll(items, -(user // 2)) for user, items in enumerate(liked)]

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cllm4rec.page import INK, markdown_table, plain, png
+from cllm4rec.reporting import INK, markdown_table, plain, png
 
 NAMES = {
     "cllm4rec": "CLLM4Rec",
@@ -40,8 +40,8 @@ NAMES = {
 }
 """Methods as people write them, in the order of every table; others follow by the name they have."""
 
-COLOURS = {"cllm4rec": "#0b6e99", "popularity": "#98a3ad", "ease": "#d9822b"}
-OTHER_COLOURS = ("#6b4c9a", "#3a923a", "#c03d3e", "#845b53", "#d684bd", "#b7950b", "#4c72b0", "#1f9e89")
+COLORS = {"cllm4rec": "#0b6e99", "popularity": "#98a3ad", "ease": "#d9822b"}
+OTHER_COLORS = ("#6b4c9a", "#3a923a", "#c03d3e", "#845b53", "#d684bd", "#b7950b", "#4c72b0", "#1f9e89")
 STRATA = {
     "history length": ("history_length.png", "training items of a user"),
     "item popularity": (
@@ -95,7 +95,7 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         "## Where the methods differ",
         "By the length of the history: users in groups of nearly equal size by their number of training items.",
         "![By history length](history_length.png)",
-        "By the popularity of what should be found: head, middle and tail of the catalogue each hold a third of the "
+        "By the popularity of what should be found: head, middle and tail of the catalog each hold a third of the "
         "training interactions; a user counts in a group with the test items that belong to it.",
         "![By item popularity](item_popularity.png)",
     ]
@@ -177,7 +177,7 @@ def metrics_in_words(metrics: Mapping[str, str]) -> list[str]:
 
 def _tuning_in_words(name: str, choice: Mapping[str, Any]) -> str:
     tried = ", ".join(f"{value} → {_number(reached)}" for value, reached in choice["grid"].items())
-    return f"{name}: regularisation {choice['regularisation']:g}, tuned on {choice['tuned_on']} ({tried})."
+    return f"{name}: regularization {choice['regularization']:g}, tuned on {choice['tuned_on']} ({tried})."
 
 
 def _results_table(metrics: Mapping[str, Any]) -> str:
@@ -203,7 +203,7 @@ def plot_results(metrics: Mapping[str, Any]) -> Figure:
     panels = np.atleast_1d(figure.subplots(1, len(columns), sharey=True, gridspec_kw={"wspace": 0.08}))
     for axes, column in zip(panels, columns, strict=True):
         for row, method in enumerate(methods):
-            dot(axes, results[method][column], row, colour_of(method, results), vertical=False)
+            dot(axes, results[method][column], row, color_of(method, results), vertical=False)
         axes.set_yticks(range(len(methods)), [name_of(method) for method in methods])
         axes.set_ylim(-0.6, len(methods) - 0.4)
         axes.set_xlim(0, _limit(row[column] for row in results.values()))
@@ -220,12 +220,10 @@ def plot_strata(kind: str, strata: Sequence[Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(max(5.5, 1.2 + 1.6 * len(strata)), 3.8), layout="constrained")
     axes = figure.subplots()
     for place, method in enumerate(methods):
-        colour = colour_of(method, strata[0]["results"])
+        color = color_of(method, strata[0]["results"])
         for group, stratum in enumerate(strata):
-            dot(
-                axes, stratum["results"][method], group + step * (place - (len(methods) - 1) / 2), colour, vertical=True
-            )
-        axes.plot([], [], "o", color=colour, label=name_of(method))
+            dot(axes, stratum["results"][method], group + step * (place - (len(methods) - 1) / 2), color, vertical=True)
+        axes.plot([], [], "o", color=color, label=name_of(method))
     axes.set_xticks(range(len(strata)), [f"{stratum['label']}\n{stratum['users']:,} users" for stratum in strata])
     axes.set_xlim(-0.5, len(strata) - 0.5)
     axes.set_ylim(0, _limit(value for stratum in strata for value in stratum["results"].values()))
@@ -236,15 +234,15 @@ def plot_strata(kind: str, strata: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def dot(axes: Axes, value: Mapping[str, float], place: float, colour: str, *, vertical: bool) -> None:
+def dot(axes: Axes, value: Mapping[str, float], place: float, color: str, *, vertical: bool) -> None:
     """A mean as a dot and its interval as a line through it."""
     mean, ends, places = value["mean"], [value["low"], value["high"]], [place, place]
     if vertical:
-        axes.plot(places, ends, color=colour, linewidth=2.2, solid_capstyle="round", alpha=0.55)
-        axes.plot([place], [mean], "o", color=colour, markersize=7, clip_on=False)
+        axes.plot(places, ends, color=color, linewidth=2.2, solid_capstyle="round", alpha=0.55)
+        axes.plot([place], [mean], "o", color=color, markersize=7, clip_on=False)
         return
-    axes.plot(ends, places, color=colour, linewidth=2.6, solid_capstyle="round", alpha=0.55)
-    axes.plot([mean], [place], "o", color=colour, markersize=8, clip_on=False)
+    axes.plot(ends, places, color=color, linewidth=2.6, solid_capstyle="round", alpha=0.55)
+    axes.plot([mean], [place], "o", color=color, markersize=8, clip_on=False)
     axes.annotate(f"{mean:.3f}", (mean, place), (0, 7), textcoords="offset points", ha="center", fontsize=9, color=INK)
 
 
@@ -271,9 +269,9 @@ def name_of(method: str) -> str:
     return NAMES.get(method, method)
 
 
-def colour_of(method: str, results: Mapping[str, Any]) -> str:
-    others = [name for name in methods_of(results) if name not in COLOURS]
-    return COLOURS[method] if method in COLOURS else OTHER_COLOURS[others.index(method) % len(OTHER_COLOURS)]
+def color_of(method: str, results: Mapping[str, Any]) -> str:
+    others = [name for name in methods_of(results) if name not in COLORS]
+    return COLORS[method] if method in COLORS else OTHER_COLORS[others.index(method) % len(OTHER_COLORS)]
 
 
 def _splits(policy: str) -> str:

@@ -22,17 +22,17 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from cllm4rec.artifacts import Manifest, digest_of, join, read_manifest, write_bytes, write_directory, write_json
-from cllm4rec.baselines.data import Training
-from cllm4rec.baselines.ease import MAX_ITEMS, TUNED_ON, tune_ease
-from cllm4rec.baselines.popularity import Popularity
-from cllm4rec.catalog import Catalog
+from cllm4rec.arrays.histories import Histories
+from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ragged import offsets_of
 from cllm4rec.config import Config
-from cllm4rec.data.prepared import Histories, write_table
-from cllm4rec.data.ragged import offsets_of
+from cllm4rec.data.prepared import load_histories
 from cllm4rec.errors import ArtifactError, DataError
-from cllm4rec.evaluation.metrics import METRICS, FloatArray, IntArray, compute, depth, parse_metric
-from cllm4rec.evaluation.protocol import (
+from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.ease import MAX_ITEMS, TUNED_ON, tune_ease
+from cllm4rec.evaluation.popularity import Popularity
+from cllm4rec.evaluation.report import render
+from cllm4rec.metrics.protocol import (
     CONFIDENCE,
     HeldOut,
     Recommender,
@@ -42,10 +42,12 @@ from cllm4rec.evaluation.protocol import (
     interval,
     popularity_strata,
     rank_with,
-    summarise,
+    summarize,
 )
-from cllm4rec.evaluation.report import render
+from cllm4rec.metrics.ranking import METRICS, FloatArray, IntArray, compute, depth, parse_metric
 from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.storage.artifacts import Manifest, read_manifest, write_directory
+from cllm4rec.storage.files import digest_of, join, write_bytes, write_json, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -71,27 +73,27 @@ class Evaluation:
 def evaluate_inputs(config: Config) -> dict[str, str]:
     """Digests of everything the result depends on: where they are equal the stage can be skipped."""
     return {
-        "prepared": read_manifest(config.directory("prepared"), "prepared").digest,
-        "model": read_manifest(config.directory("model"), "model").digest,
+        "prepared": read_manifest(config.run.prepared, "prepared").digest,
+        "model": read_manifest(config.run.model, "model").digest,
         "evaluate": digest_of({"evaluate": config.evaluate.model_dump(exclude_none=True), "seed": config.seed}),
     }
 
 
 def evaluate(config: Config) -> Manifest:
-    """Rank the whole catalogue for every user with test items, write `evaluation/` and return its manifest.
+    """Rank the whole catalog for every user with test items, write `evaluation/` and return its manifest.
 
     Raises ArtifactError where `prepared/` or `model/` is missing or they do not belong together, DataError where no
     user has a test item.
     """
-    inputs, uri = evaluate_inputs(config), config.directory("evaluation")
-    prepared_dir, model_dir = config.directory("prepared"), config.directory("model")
+    inputs, uri = evaluate_inputs(config), config.run.evaluation
+    prepared_dir, model_dir = config.run.prepared, config.run.model
     catalog, scorer = Catalog.load(prepared_dir), Scorer.load(model_dir)
     if not _same_catalog(catalog, scorer.catalog):
         raise ArtifactError(
             f"{model_dir} was trained on other users or items than {prepared_dir} holds; "
             "run pretrain and finetune again"
         )
-    evaluation = evaluate_methods(Histories.load(prepared_dir), catalog, scorer, config)
+    evaluation = evaluate_methods(load_histories(prepared_dir), catalog, scorer, config)
     with write_directory(uri, kind="evaluation", inputs=inputs, config=config.model_dump(mode="json")) as draft:
         write_evaluation(draft.uri, evaluation, catalog)
         draft.counts.update(users=len(evaluation.held_out.users), methods=len(evaluation.ranked))
@@ -100,7 +102,7 @@ def evaluate(config: Config) -> Manifest:
 
 def evaluate_methods(histories: Histories, catalog: Catalog, scorer: Scorer, config: Config) -> Evaluation:
     """Rank by every method and measure, without files. Raises DataError where no user has a test item."""
-    held_out = HeldOut.test(histories, config.evaluate)
+    held_out = HeldOut.test(histories, config.evaluate.read, config.evaluate.mask)
     if not len(held_out.users):
         raise DataError("no user has a test item to evaluate on; raise data.split.test and prepare again")
     with _timed(MODEL, held_out):
@@ -120,11 +122,11 @@ def evaluate_methods(histories: Histories, catalog: Catalog, scorer: Scorer, con
             "baselines": baselines.choices,
             "skipped": baselines.skipped,
         },
-        "results": {method: summarise(values, samples, seed) for method, values in per_user.items()},
+        "results": {method: summarize(values, samples, seed) for method, values in per_user.items()},
         "comparison": compare({method: values[HEADLINE] for method, values in per_user.items()}, samples, seed),
         "strata": {
-            "history length": summarise_strata(history_strata(held_out), ranked, samples, seed),
-            "item popularity": summarise_strata(
+            "history length": summarize_strata(history_strata(held_out), ranked, samples, seed),
+            "item popularity": summarize_strata(
                 popularity_strata(held_out, catalog.item_counts), ranked, samples, seed
             ),
         },
@@ -166,9 +168,9 @@ def fit_baselines(training: Training) -> Baselines:
     baselines.fitted["ease"] = ease
     baselines.choices["ease"] = {
         "fitted_on": "train",
-        "regularisation": ease.regularisation,
+        "regularization": ease.regularization,
         "tuned_on": f"{TUNED_ON} of the validation split",
-        "grid": {f"{regularisation:g}": value for regularisation, value in reached.items()},
+        "grid": {f"{regularization:g}": value for regularization, value in reached.items()},
     }
     return baselines
 
@@ -186,7 +188,7 @@ def describe(config: Config, held_out: HeldOut, num_items: int) -> dict[str, Any
         "read": config.evaluate.read,
         "mask": config.evaluate.mask,
         "metrics": {name: DEFINITIONS[parse_metric(name)[0]] for name in METRICS},
-        "ranking": "the whole catalogue; equal scores by lower item index",
+        "ranking": "the whole catalog; equal scores by lower item index",
         "items_ranked": num_items,
         "users_evaluated": len(held_out.users),
         "users_dropped": held_out.num_dropped,
@@ -219,7 +221,7 @@ def compare(headline: Mapping[str, FloatArray], samples: int, seed: int) -> dict
     return {"metric": HEADLINE, "baseline": baseline, "difference": differences}
 
 
-def summarise_strata(
+def summarize_strata(
     strata: Sequence[Stratum], ranked: Mapping[str, IntArray], samples: int, seed: int
 ) -> list[dict[str, Any]]:
     """HEADLINE of every method in every stratum."""
@@ -278,5 +280,5 @@ def _timed(method: str, held_out: HeldOut) -> Iterator[None]:
     yield
     seconds, num_users = time.perf_counter() - start, len(held_out.users)
     logger.info(
-        "%s ranked the catalogue for %d users in %.1f s (%.0f users/s)", method, num_users, seconds, num_users / seconds
+        "%s ranked the catalog for %d users in %.1f s (%.0f users/s)", method, num_users, seconds, num_users / seconds
     )

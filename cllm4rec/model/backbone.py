@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cllm4rec import artifacts
 from cllm4rec.config import BackboneSize, ModelConfig
 from cllm4rec.errors import ArtifactError, ConfigError
-from cllm4rec.model import attention
-from cllm4rec.model.frozen import FrozenGPT2Layer, FrozenLinear
-from cllm4rec.model.grids import TensorGrid
+from cllm4rec.model.batch import TensorGrid
+from cllm4rec.model.cpu import attention
+from cllm4rec.model.cpu.fused import FrozenGPT2Layer, FrozenLinear
+from cllm4rec.storage import files
 
 _REFERENCE = "reference.json"
 
@@ -329,19 +329,19 @@ def save_backbone(backbone: Backbone, directory: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         backbone.model.save_pretrained(folder)
         for file in sorted(Path(folder).iterdir()):
-            artifacts.write_bytes(artifacts.join(directory, file.name), file.read_bytes())
+            files.write_bytes(files.join(directory, file.name), file.read_bytes())
 
 
 def save_reference(backbone: Backbone, config: ModelConfig, directory: str) -> None:
     """Write name, revision and digest of a stock backbone instead of its weights."""
     reference = {"name": config.backbone, "revision": config.revision, "digest": backbone.digest()}
-    artifacts.write_json(artifacts.join(directory, _REFERENCE), reference)
+    files.write_json(files.join(directory, _REFERENCE), reference)
 
 
 def load_backbone(directory: str, max_tokens: int) -> Backbone:
     """The backbone that `save_backbone` or `save_reference` wrote. A stock one must have the digest it had then."""
-    if _REFERENCE in artifacts.list_files(directory):
-        reference = artifacts.read_json(artifacts.join(directory, _REFERENCE))
+    if _REFERENCE in files.list_files(directory):
+        reference = files.read_json(files.join(directory, _REFERENCE))
         backbone = pretrained_backbone(reference["name"], reference["revision"], max_tokens)
         if backbone.digest() != reference["digest"]:
             raise ArtifactError(
@@ -357,7 +357,7 @@ class local_copy:  # noqa: N801 - reads as a verb in a with statement
     """A local folder with the files of a directory; the directory itself where it is local already."""
 
     def __init__(self, directory: str) -> None:
-        self._fs, self._path = artifacts.filesystem(directory)
+        self._fs, self._path = files.filesystem(directory)
         self._temporary: str | None = None
 
     def __enter__(self) -> str:

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cllm4rec.catalog import TokenSpace
+from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.config import ModelConfig
-from cllm4rec.data.packing import USER_TABLES, Table
 from cllm4rec.model.backbone import Backbone
-from cllm4rec.model.grids import TensorBatch, TensorGrid
+from cllm4rec.model.batch import TensorBatch, TensorGrid
 from cllm4rec.model.losses import squared_distance, tied_cross_entropy
+from cllm4rec.model.packing import USER_TABLES, Table
 
 TABLES: dict[Table, str] = {table: table.name.lower() for table in Table if table is not Table.WORDS}
 """Names of the four ID tables, as parameters of the model and in `tables.safetensors`."""
@@ -44,7 +44,7 @@ class CLLM4Rec(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        tokens: TokenSpace,
+        token_space: TokenSpace,
         *,
         std: float | None = None,
         seed: int = 0,
@@ -57,10 +57,10 @@ class CLLM4Rec(nn.Module):
         z^l begins equal to z^c: with lambda_l = 0 that is where the prior's mode lies before anything is read (Eq. 3).
         """
         super().__init__()
-        self.tokens, self.temperature = tokens, temperature
+        self.token_space, self.temperature = token_space, temperature
         generator = torch.Generator().manual_seed(seed)
         spread = float(backbone.word_embeddings.detach().float().std()) if std is None else std
-        for kind, num_rows in (("users", tokens.num_users), ("items", tokens.num_items)):
+        for kind, num_rows in (("users", token_space.num_users), ("items", token_space.num_items)):
             # In place: tables of many users are most of a process's memory. Zeros take none until they are written.
             collaborative, content = (torch.zeros(num_rows, backbone.width) for _ in range(2))
             if spread:
@@ -91,7 +91,7 @@ class CLLM4Rec(nn.Module):
             self.backbone.freeze(precision)
 
     def forward(self, batch: TensorBatch, lambda_c: float, user_rows: Mapping[str, Tensor] | None = None) -> Losses:
-        """user_rows: rows `batch.penalty_users` of users tables, (U, K) each; those not given are read from the tables."""
+        """user_rows: rows `batch.distinct_users` of users tables, (U, K) each; those not given are read from the tables."""
         users = {**self._user_rows(batch), **(user_rows or {})}
         hidden_SK = self._hidden(batch, users)
         queries_PK, sampled = self.queries(hidden_SK[batch.item_slots]), batch.sampled
@@ -106,17 +106,17 @@ class CLLM4Rec(nn.Module):
             )
         words = tied_cross_entropy(
             hidden_SK[batch.word_slots],
-            self.backbone.vocabulary_head[: self.tokens.num_words],
+            self.backbone.vocabulary_head[: self.token_space.num_words],
             torch.arange(len(batch.word_slots), device=batch.word_slots.device),
             batch.word_targets,
             self.precision,
         )
         penalty = squared_distance(
-            users["collaborative_users"], users["content_users"], batch.penalty_user_counts
+            users["collaborative_users"], users["content_users"], batch.distinct_user_counts
         ) + squared_distance(
-            self.collaborative_items.index_select(0, batch.penalty_items),
-            self.content_items.index_select(0, batch.penalty_items),
-            batch.penalty_item_counts,
+            self.collaborative_items.index_select(0, batch.distinct_items),
+            self.content_items.index_select(0, batch.distinct_items),
+            batch.distinct_item_counts,
         )
         return Losses(items + words + 0.5 * lambda_c * penalty, items, words, penalty)
 
@@ -139,7 +139,7 @@ class CLLM4Rec(nn.Module):
     def _user_rows(self, batch: TensorBatch) -> dict[str, Tensor]:
         """What the batch reads of the users tables, (U, K) each."""
         names = [TABLES[table] for table in USER_TABLES]
-        return {name: getattr(self, name).index_select(0, batch.penalty_users) for name in names}
+        return {name: getattr(self, name).index_select(0, batch.distinct_users) for name in names}
 
     def _embed(self, grid: TensorGrid, users: Mapping[str, Tensor]) -> Tensor:
         """Look every slot up in its table; slots of nobody and padding stay zero."""
@@ -156,6 +156,6 @@ class CLLM4Rec(nn.Module):
         return vectors_SK.view(*grid.segment_RT.shape, -1)
 
 
-def new_model(config: ModelConfig, backbone: Backbone, tokens: TokenSpace, seed: int) -> CLLM4Rec:
+def new_model(config: ModelConfig, backbone: Backbone, token_space: TokenSpace, seed: int) -> CLLM4Rec:
     """Fresh tables around a backbone, as the config describes them."""
-    return CLLM4Rec(backbone, tokens, std=config.table_std, seed=seed, temperature=config.temperature)
+    return CLLM4Rec(backbone, token_space, std=config.table_std, seed=seed, temperature=config.temperature)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the logits held at once, whatever the catalogue and the vocabulary, and as much again while softmax is made. With a quarter
+# Of the logits held at once, whatever the catalog and the vocabulary, and as much again while softmax is made. With a quarter
 # their products are too thin: a text step of GPT-2 small takes 5 % longer.
 _LOGITS_BYTES = 1 << 28
 # A probability below is taken for this one in the loss, whose gradient stays: the smallest normal number of both precisions.

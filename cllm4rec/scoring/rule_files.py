@@ -28,8 +28,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from cllm4rec import artifacts
 from cllm4rec.errors import ArtifactError, DataError
+from cllm4rec.storage import files
 
 FILES = {
     "deny": ("item_id",),
@@ -95,7 +95,7 @@ class RuleFile:
 def read_content(setting: str, uri: str) -> bytes:
     """The bytes of a rule's file. Raises DataError where there is none or it cannot be read."""
     try:
-        return artifacts.read_bytes(uri)
+        return files.read_bytes(uri)
     except ArtifactError:
         problem = "which does not exist; correct the path or set it to null"
     except (OSError, ValueError, ImportError) as error:

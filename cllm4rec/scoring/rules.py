@@ -22,12 +22,12 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from cllm4rec import artifacts
-from cllm4rec.catalog import Catalog
+from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ragged import Ragged, no_values
 from cllm4rec.config import RulesConfig
-from cllm4rec.data.ragged import Ragged, no_values
 from cllm4rec.errors import DataError
 from cllm4rec.scoring.rule_files import FILES, RuleFile, read_content, read_rule_file
+from cllm4rec.storage import files
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
@@ -37,7 +37,7 @@ _ROOM_CELLS = 1 << 24
 _UNKNOWN = {
     "deny": "denied",
     "allow": "allowed",
-    "categories": "categorised",
+    "categories": "categorized",
     "availability": "dated",
     "boost": "boosted",
 }
@@ -46,12 +46,12 @@ _UNKNOWN = {
 # Without a comparison by value two Rules are told apart by identity, which is what a Scorer caches by.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rules:
-    """The rules of one day in terms of one catalogue. Arrays only: made to be pickled and sent to actors.
+    """The rules of one day in terms of one catalog. Arrays only: made to be pickled and sent to actors.
 
     blocked: item indices that nobody is recommended, ascending and without repeats. boost_J: added to every user's
     scores, None for nothing. categories: a row of category codes for each of the J items, None where nothing is capped;
     of one category at most `max_per_category` items stand in a list. counts: for a report, how many items each rule
-    removed or touches, and how many ids of its file the catalogue does not know.
+    removed or touches, and how many ids of its file the catalog does not know.
     """
 
     blocked: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
@@ -153,7 +153,7 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RuleBook:
-    """The rules of all days: what the files say in terms of one catalogue. `on` gives those of a day.
+    """The rules of all days: what the files say in terms of one catalog. `on` gives those of a day.
 
     `always` are the rules without availability; `first_day` and `last_day` (date ordinals) bound each of `dated` items.
     """
@@ -167,7 +167,7 @@ class RuleBook:
     @classmethod
     def read(cls, config: RulesConfig, catalog: Catalog) -> RuleBook:
         """Read and check every file. Raises DataError, naming setting, file and line; and where none of an allow list's
-        items is in the catalogue.
+        items is in the catalog.
         """
         files = {
             setting: _ItemFile.of(read_rule_file(setting, uri), catalog)
@@ -185,7 +185,7 @@ class RuleBook:
             counts={
                 **{f"{rule}_items": len(items) for rule, items in removed.items()},
                 "boosted_items": 0 if boost_J is None else int(np.count_nonzero(boost_J)),
-                "categorised_items": int((categories.lengths > 0).sum()),
+                "categorized_items": int((categories.lengths > 0).sum()),
                 **{f"unknown_{_UNKNOWN[setting]}_items": files[setting].num_unknown for setting in files},
             },
         )
@@ -220,12 +220,12 @@ def rules_digest(config: RulesConfig) -> str:
         for setting in FILES
         if (uri := getattr(config, setting)) is not None
     }
-    return artifacts.digest_of({**config.model_dump(), **contents})
+    return files.digest_of({**config.model_dump(), **contents})
 
 
 @dataclasses.dataclass(frozen=True)
 class _ItemFile:
-    """A rule file and where its rows' items are in the catalogue."""
+    """A rule file and where its rows' items are in the catalog."""
 
     file: RuleFile
     items: IntArray
@@ -256,7 +256,7 @@ def _removed(config: RulesConfig, files: dict[str, _ItemFile], catalog: Catalog)
     deny, allow = files.get("deny"), files.get("allow")
     if allow is not None and not allow.is_known.any():
         raise DataError(
-            f"score.rules.allow names {config.allow}, which has no item of the catalogue, so that nothing could be "
+            f"score.rules.allow names {config.allow}, which has no item of the catalog, so that nothing could be "
             "recommended; correct its item ids or set it to null"
         )
     return {

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cllm4rec.catalog import Catalog
-from cllm4rec.data.ragged import Ragged
-from cllm4rec.model.ranking import FloatArray, IntArray, Ranker, merged
-from cllm4rec.model.store import load_model
+from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.model.ranker import FloatArray, IntArray, Ranker, merged
+from cllm4rec.model.saved_model import load_model
 from cllm4rec.scoring.rules import Rules
 
 _CANDIDATES = 4

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from cllm4rec.artifacts import digest_of_file
 from cllm4rec.errors import ArtifactError
-from cllm4rec.model.tensors import map_tensors, save_tensors
+from cllm4rec.storage.files import digest_of_file
+from cllm4rec.storage.tensors import map_tensors, save_tensors
 
 _FILES = ("state.safetensors", "best.safetensors", "progress.json")
 _SEAL = "checkpoint.json"
@@ -27,7 +27,7 @@ _SEAL = "checkpoint.json"
 class Progress:
     """Where a run stands: `epoch` epochs of stage number `stage` are done."""
 
-    stage: int = 0
+    phase: int = 0
     epoch: int = 0
     best_metric: float | None = None
     best_epoch: int = 0

@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cllm4rec.data.packing import USER_TABLES
+from cllm4rec.model.batch import TensorBatch
 from cllm4rec.model.cllm4rec import TABLES
-from cllm4rec.model.grids import TensorBatch
+from cllm4rec.model.packing import USER_TABLES
 from cllm4rec.training.row_adam import BETAS, EPS, MOMENTS, RowAdam
 
 Moments = dict[str, Tensor]
@@ -138,7 +138,7 @@ class DeepSpeedEngine(Engine):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._shapes = {name: weight.shape for name, weight in self.trained.items()}
         self.engine, _, _, _ = deepspeed.initialize(
-            model=_GradientsTogether(module) if settings.zero_stage == 2 else module,
+            model=SingleBackwardNode(module) if settings.zero_stage == 2 else module,
             optimizer=_adam(self.trained.values(), settings.learning_rate),
             config=self._config(),
             dist_init_required=False,
@@ -248,7 +248,7 @@ class RowWiseEngine(Engine):
 
     def forward(self, *inputs: Any) -> Any:
         batch: TensorBatch = inputs[0]
-        return self.rest.forward(*inputs, self.rows.read(batch.penalty_users))
+        return self.rest.forward(*inputs, self.rows.read(batch.distinct_users))
 
     def backward(self, loss: Tensor) -> None:
         self.rest.backward(loss)
@@ -303,7 +303,7 @@ class RowWiseEngine(Engine):
         return rows_IK
 
 
-class _GradientsTogether(nn.Module):
+class SingleBackwardNode(nn.Module):
     """A module whose parameters all get their gradients in one step at the end of backward, in one order.
 
     ZeRO-2 reduces gradients in the order in which backward makes them, and takes it to be the same on all workers. Here

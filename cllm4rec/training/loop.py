@@ -1,329 +1,343 @@
-"""The training loop on a cluster: Ray Data hands each Ray Train worker the documents of its own users.
+"""The one training loop: stages are data, the engine is a protocol, Ray is nowhere.
 
-    weights = fit(job, cluster, run_dir=..., name=...)
-
-Everything a worker does with its documents is `cllm4rec.training.run`; this file fetches, reports and resumes.
+It needs a model, a worker's documents and somewhere to keep checkpoints; `cllm4rec.training.ray_trainer` hands it Ray's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import os
-import tempfile
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
 
-import pyarrow as pa
-import ray
-import ray.data
-import ray.train
+import numpy as np
+import numpy.typing as npt
 import torch
-from ray.data.expressions import col
-from ray.train.torch import TorchTrainer
 from torch import Tensor
 
-from cllm4rec import artifacts
-from cllm4rec.config import ClusterConfig, ModelConfig
-from cllm4rec.data.documents import Documents, Kind
-from cllm4rec.data.on_disk import on_disk
-from cllm4rec.data.packing import nothing
-from cllm4rec.data.prepared import Histories, bucket_paths, load_space
-from cllm4rec.errors import ResourceError, TrainingError
-from cllm4rec.model.backbone import load_backbone, new_backbone
-from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
-from cllm4rec.model.store import load_tables
-from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpoint, write_checkpoint
-from cllm4rec.training.run import RunSettings, Shard, Validation, put_weights, run
-from cllm4rec.training.stages import Stage
+from cllm4rec.arrays.ids import TokenSpace
+from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.config import Config
+from cllm4rec.data.documents import Documents, Kind, Prompts
+from cllm4rec.errors import TrainingError
+from cllm4rec.model.backbone import Backbone
+from cllm4rec.model.batch import TensorBatch
+from cllm4rec.model.cllm4rec import CLLM4Rec, Losses
+from cllm4rec.model.packing import Batch, Packer, PairPacker
+from cllm4rec.model.precision import precision_on
+from cllm4rec.model.ranker import Ranker, merged
+from cllm4rec.model.sampling import ItemSampler
+from cllm4rec.training.checkpoints import Checkpoint, Progress
+from cllm4rec.training.engine import Engine, EngineSettings, make_engine
+from cllm4rec.training.epochs import EpochBuilder
+from cllm4rec.training.phases import Phase
 
-METRICS = "metrics.jsonl"
-_ERROR = "error.txt"
-# What a barrier may take: the slowest worker's validation and checkpoint, with much to spare.
-_COLLECTIVE_TIMEOUT_S = 1800
-# A report waits until Ray's controller has taken the one before: at Ray's 2 s no epoch could be shorter than that.
-_POLL_INTERVAL_S = 0.25
+Log = Callable[[dict[str, Any]], None]
+
+
+class Validation(Protocol):
+    """What ranks are compared with after an epoch; `cllm4rec.metrics.protocol.Validation` is the real one."""
+
+    @property
+    def users(self) -> npt.NDArray[np.int64]:
+        """User indices."""
+
+    @property
+    def read(self) -> Ragged:
+        """What a list is made from, and may not hold."""
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Validation:
+        """Some of the users."""
+
+    def metrics(self, ranked_BK: npt.NDArray[np.int64]) -> dict[str, float]:
+        """Sums over users, and their `count`, so that workers can be added up."""
+
+
+# Of the paper's three the least noisy on a few hundred users, and the one that says something in a small catalog.
+VALIDATION_METRIC = "ndcg@100"
+VALIDATION_DEPTH = 100
+# Lists of a million users at that depth are 1.2 GB.
+_VALIDATED_AT_ONCE = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """Tables to begin from, in a finished directory of a kind."""
+class RunSettings:
+    """What the loop needs to know besides the stages."""
 
-    directory: str
-    kind: str
-
-    def tables(self) -> dict[str, Tensor]:
-        return load_tables(self.directory, self.kind)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """All a worker needs to know; paths are absolute.
-
-    `backbone_dir` None means the backbone is the one the config describes, before any training.
-    """
-
-    prepared_dir: str
-    backbone_dir: str | None
-    start: Start | None
-    model: ModelConfig
-    stages: list[Stage]
-    settings: RunSettings
-    make_validation: Callable[[Histories], Validation]
-    fingerprint: str
-    tensorboard: bool = False
+    engine: Literal["deepspeed", "torch"]
+    accumulation: int
+    gradient_clipping: float | None
+    zero_stage: int
+    bf16: bool
+    micro_batch_tokens: int
+    max_tokens: int
+    checkpoint_every_epochs: int
+    seed: int
+    sampled_items: int | None = None
 
 
-def fit(job: Job, cluster: ClusterConfig, run_dir: str) -> dict[str, Tensor]:
-    """Train on the connected cluster and return the weights of the best epochs.
-
-    An interrupted run with the same fingerprint and `run_dir` goes on where it stopped. Raises ResourceError where the
-    cluster is too small, TrainingError where the run cannot go on.
-    """
-    wait_for_resources(cluster)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
-    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(_COLLECTIVE_TIMEOUT_S)
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(_POLL_INTERVAL_S)
-    directory = artifacts.absolute(run_dir)
-    artifacts.remove_file(artifacts.join(directory, _ERROR))
-    files = {table: bucket_paths(job.prepared_dir, table) for table in ("documents", "histories")}
-    buckets = WholeBuckets(files, set().union(*(stage.kinds for stage in job.stages)))
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"job": job, "run_dir": directory, "threads": _threads(cluster), "cluster": cluster},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=cluster.num_workers,
-            use_gpu=cluster.use_gpu,
-            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if cluster.use_gpu else {})},
-        ),
-        run_config=ray.train.RunConfig(
-            # A name used again silently inherits the old run's checkpoint: the fingerprint keeps runs apart.
-            name=f"run-{job.fingerprint[:16]}",
-            storage_path=directory,
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=1),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-        ),
-        datasets={table: _read(paths) for table, paths in files.items()},
-        dataset_config=buckets,
+def run_settings(config: Config) -> RunSettings:
+    """What a config says of them."""
+    training = config.training
+    return RunSettings(
+        engine=training.engine,
+        accumulation=config.accumulation,
+        gradient_clipping=training.gradient_clipping,
+        zero_stage=training.zero_stage,
+        bf16=training.bf16,
+        micro_batch_tokens=training.micro_batch_tokens,
+        max_tokens=config.model.max_tokens,
+        checkpoint_every_epochs=training.checkpoint_every_epochs,
+        seed=config.seed,
+        sampled_items=training.sampled_items,
     )
-    error_file = artifacts.join(directory, _ERROR)
-    try:
-        result = trainer.fit()
-    except Exception as error:
-        if artifacts.exists(error_file):
-            raise ResourceError(artifacts.read_bytes(error_file).decode()) from None
-        raise TrainingError(
-            f"training stopped: {_cause(error)}; run the same command again to go on from the last checkpoint"
-        ) from error
-    if artifacts.exists(error_file):
-        raise TrainingError(artifacts.read_bytes(error_file).decode())
-    with result.checkpoint.as_directory() as folder:
-        return read_checkpoint(folder, job.fingerprint).best
 
 
-class WholeBuckets(ray.train.DataConfig):  # type: ignore[misc]
-    """Worker r of W reads every W-th bucket file, whole and in order.
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One worker's part of the data. Workers may have different numbers of documents."""
 
-    Ray's own split hands blocks to whoever asks first and drops rows to make shards equal; this one is a function of
-    (rank, world size), so a resumed run sees the same documents, and all documents of a user stay on one worker.
+    documents: Documents
+    validation: Validation | None
 
-    kinds: of the documents that are read at all: texts are most of them, and finetuning needs none.
+
+def run(
+    make_model: Callable[[], CLLM4Rec],
+    prompts: Prompts,
+    phases: list[Phase],
+    shard: Shard,
+    settings: RunSettings,
+    *,
+    log: Log,
+    save: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    resumed: Checkpoint | None = None,
+) -> dict[str, Tensor]:
+    """Train through all stages and return the weights of each stage's best epoch, by parameter name.
+
+    make_model: the model as it is before the first stage, on the worker's device; called once a stage.
+    save: called by every worker after `checkpoint_every_epochs` epochs and at each stage's end.
+    resumed: go on after it; the result equals an uninterrupted run's bit for bit on the same machine.
+    Raises TrainingError at the first loss that is not finite.
     """
-
-    def __init__(self, files: dict[str, list[str]], kinds: set[Kind]) -> None:
-        super().__init__(datasets_to_split=[])
-        self._files, self._kinds = files, sorted(int(kind) for kind in kinds)
-
-    def configure(
-        self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
-    ) -> list[dict[str, Any]]:
-        return [
-            {name: self._part(name, rank, world_size).iterator() for name in datasets} for rank in range(world_size)
-        ]
-
-    def _part(self, name: str, rank: int, world_size: int) -> Any:
-        rows = _read(self._files[name][rank::world_size])
-        return rows.filter(expr=col("kind").is_in(self._kinds)) if name == "documents" else rows
+    loop = _Loop(make_model, prompts, shard, settings, log, save)
+    checkpoint = resumed or Checkpoint(Progress(), {}, {})
+    for number in range(checkpoint.progress.phase, len(phases)):
+        if phases[number].epochs:
+            checkpoint = loop.run_phase(number, phases[number], checkpoint)
+    return checkpoint.best
 
 
-def wait_for_resources(cluster: ClusterConfig) -> None:
-    """Return when the cluster has what the config asks for. Raises ResourceError after `start_timeout_s` without it."""
-    # One CPU more than the workers hold, or Ray Data could not read for them.
-    needed = {"CPU": float(cluster.num_workers * cluster.cpus_per_worker + 1)}
-    if cluster.use_gpu:
-        needed["GPU"] = float(cluster.num_workers)
-    deadline = time.monotonic() + cluster.start_timeout_s
-    while True:
-        existing = ray.cluster_resources()
-        short = {name: amount for name, amount in needed.items() if existing.get(name, 0.0) < amount}
-        if not short:
-            return
-        if time.monotonic() > deadline:
-            asked = " and ".join(f"{amount:g} {name}s" for name, amount in needed.items())
-            exists = " and ".join(f"{existing.get(name, 0.0):g}" for name in needed)
-            raise ResourceError(
-                f"training asks for {asked} ({cluster.num_workers} workers × {cluster.cpus_per_worker} CPUs and 1 to read "
-                f"with) and the cluster has {exists}; lower cluster.num_workers or cluster.cpus_per_worker, or add nodes"
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What is the same for all stages of a run."""
+
+    make_model: Callable[[], CLLM4Rec]
+    prompts: Prompts
+    shard: Shard
+    settings: RunSettings
+    log: Log
+    save: Callable[[Checkpoint], None]
+
+    def run_phase(self, number: int, phase: Phase, checkpoint: Checkpoint) -> Checkpoint:
+        """Go on with a stage after `checkpoint`, which may be of its own or of the stage before. Returns it done."""
+        settings, before, progress = self.settings, checkpoint.best, checkpoint.progress
+        model = self.make_model()
+        load_parameters(model, before)
+        if checkpoint.state:
+            load_parameters(model, checkpoint.state)
+        else:
+            progress = Progress(phase=number, num_log_lines=progress.num_log_lines)
+            if phase.collaborative_from_content:
+                init_collaborative_from_content(model)
+        model.train_only(phase.trained)
+        model.compute_in(precision_on(model.collaborative_items.device, settings.bf16))
+        owned = _users_by_row(settings, phase, self.shard.documents)
+        engine = make_engine(model, _engine_settings(settings, phase), owned)
+        steps = _Steps(phase, model, engine, self)
+        if checkpoint.state:
+            engine.load_moments(checkpoint.state, (steps.blank, 0.0))
+        # ZeRO-3 leaves no worker a whole model to rank with, so it ranks with a copy; serving needs one device to hold it anyway.
+        is_parted = settings.zero_stage == 3 and settings.engine == "deepspeed"
+        ranked = self.make_model() if is_parted else model
+        best = dict(before)
+
+        for epoch in range(progress.epoch, phase.epochs):
+            started = time.monotonic()
+            totals = steps.epoch(epoch)
+            engine.flush()
+            if ranked is not model:
+                load_parameters(ranked, engine.weights())
+            ranker = Ranker(ranked, self.prompts, settings.max_tokens, phase.validate)
+            metrics = _validate(ranker, self.shard, engine)
+            metric = metrics.get(VALIDATION_METRIC)
+            progress.epoch = epoch + 1
+            if metric is None or progress.best_metric is None or metric > progress.best_metric:
+                progress.best_metric, progress.best_epoch = metric, epoch + 1
+                best = {**before, **engine.weights()}
+            stops = metric is not None and epoch + 1 - progress.best_epoch >= phase.patience
+            elapsed_s = time.monotonic() - started
+            self.log(
+                {
+                    "event": "epoch",
+                    "phase": phase.name,
+                    "epoch": epoch + 1,
+                    "epochs": phase.epochs,
+                    "seconds": elapsed_s,
+                    "precision": str(model.precision).removeprefix("torch."),
+                    "loss": totals.loss / max(1.0, totals.documents),
+                    "users_per_s": totals.users / elapsed_s,
+                    "tokens_per_s": totals.tokens / elapsed_s,
+                    "best_epoch": progress.best_epoch,
+                    "stopped": stops,
+                }
+                | {f"validation_{name}": value for name, value in metrics.items()}
             )
-        time.sleep(1.0)
+            if stops:
+                break
+            if (epoch + 1) % settings.checkpoint_every_epochs == 0 and epoch + 1 < phase.epochs:
+                self.save(Checkpoint(progress, engine.state(), best))
+        done = Checkpoint(Progress(phase=number + 1, num_log_lines=progress.num_log_lines), {}, best)
+        self.save(done)
+        return done
 
 
-def _read(paths: list[str]) -> Any:
-    fs, _ = artifacts.filesystem(paths[0])
-    return ray.data.read_parquet([artifacts.filesystem(path)[1] for path in paths], filesystem=fs)
+@dataclasses.dataclass
+class _Totals:
+    """Of an epoch, over all workers."""
+
+    documents: float = 0.0
+    users: float = 0.0
+    tokens: float = 0.0
+    loss: float = 0.0
 
 
-def _work(config: dict[str, Any]) -> None:
-    """One worker, from its shard to its last report."""
-    job: Job = config["job"]
-    error_file = artifacts.join(config["run_dir"], _ERROR)
-    if artifacts.exists(error_file):
-        return  # Ray tries once more what cannot succeed
-    torch.set_num_threads(config["threads"])
-    # Bit-for-bit resumption; a GPU kernel without a deterministic form warns and runs.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Deterministic torch fills every new tensor, so that reading one before it is written shows.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    context = ray.train.get_context()
-    is_first = context.get_world_rank() == 0
-    log = _LogFile(artifacts.join(config["run_dir"], METRICS), is_first, job.tensorboard)
-    resumed, warnings = _resume(job)
-    log.keep(resumed.progress.num_log_lines if resumed else 0)
-    for sentence in warnings:
-        log({"event": "warning", "message": sentence})
+class _Steps:
+    """The optimizer steps of a stage's epochs."""
 
-    def save(checkpoint: Checkpoint) -> None:
-        checkpoint.progress.num_log_lines = log.flush()
-        # Every rank reports (it is a barrier) and one of them brings the files; the directory outlives the call.
-        with tempfile.TemporaryDirectory() as folder:
-            if is_first:
-                write_checkpoint(folder, checkpoint, job.fingerprint)
-            metrics = {"stage": checkpoint.progress.stage, "epoch": checkpoint.progress.epoch}
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    def __init__(self, phase: Phase, model: CLLM4Rec, engine: Engine, loop: _Loop) -> None:
+        settings = loop.settings
+        self.phase, self.model, self.engine, self.log = phase, model, engine, loop.log
+        self.documents, self.accumulation = loop.shard.documents, settings.accumulation
+        self.device = model.collaborative_items.device
+        self.builder = EpochBuilder(loop.prompts, model.token_space, settings.max_tokens, settings.seed)
+        self.packer = packer_for(model.backbone, model.token_space, settings.micro_batch_tokens, settings.max_tokens)
+        self.blank = TensorBatch.of(self.packer.empty(), self.device)
+        size = settings.sampled_items if Kind.INTERACTIONS in phase.kinds else None
+        self.sampler = ItemSampler.of(self.documents, model.token_space, size, settings.seed)
 
-    try:
-        shard = _shard(job, config["cluster"])
-        language, _ = load_space(job.prepared_dir)
-        make_model = functools.partial(_model, job)
-        run(make_model, language.prompts, job.stages, shard, job.settings, log=log, save=save, resumed=resumed)
-    except TrainingError as error:
-        # All workers see the same sum and stop together; the same data and settings would fail again, so Ray is not told.
-        if is_first:
-            artifacts.write_bytes(error_file, str(error).encode())
-    except ResourceError as error:
-        # One worker's affair: the others are waiting for it, so the group has to be brought down.
-        artifacts.write_bytes(error_file, str(error).encode())
-        raise
-    finally:
-        log.flush()
+    def epoch(self, epoch: int) -> _Totals:
+        """All documents of all workers once. Raises TrainingError at the first loss that is not finite."""
+        totals, step = _Totals(), 0
+        made = self.phase.streams(self.builder, self.documents, epoch)
+        streams = [(self.packer.batches(parts), trained) for parts, trained in made]
+        while streams:
+            for stream in list(streams):
+                batches, trained = stream
+                micro_batches = list(itertools.islice(batches, self.accumulation))
+                # Workers step together until all are out of documents; who has none left runs blank batches.
+                num_documents, num_users, num_tokens = self.engine.sum(*_sizes(micro_batches))
+                if num_documents == 0:
+                    streams.remove(stream)
+                    continue
+                if self.phase.alternate:
+                    self.model.train_only(trained)
+                step += 1
+                totals.loss += self._step(micro_batches, num_documents, epoch, step)
+                totals.documents += num_documents
+                totals.users += num_users
+                totals.tokens += num_tokens
+        return totals
 
-
-def _model(job: Job) -> CLLM4Rec:
-    language, tokens = load_space(job.prepared_dir)
-    if job.backbone_dir is None:
-        backbone = new_backbone(job.model, language.num_words, job.settings.seed)
-    else:
-        backbone = load_backbone(job.backbone_dir, job.settings.max_tokens)
-    model = new_model(job.model, backbone, tokens, job.settings.seed)
-    if job.start is not None:
-        put_weights(model, job.start.tables())
-    return model.to(ray.train.torch.get_device())
-
-
-def _shard(job: Job, cluster: ClusterConfig) -> Shard:
-    """This worker's documents, fetched once through Ray Data and kept on its disk: an epoch then costs no fetching."""
-    documents = on_disk(_documents(cluster.shard_disk_gb))
-    histories = on_disk(map(Histories.from_arrow, _blocks("histories")))
-    return Shard(documents, job.make_validation(histories))
-
-
-def _documents(most_gb: float) -> Iterator[Documents]:
-    yield nothing()  # a worker whose users have no document of the stage's kinds gets no block
-    num_bytes = 0
-    for documents in map(Documents.from_arrow, _blocks("documents")):
-        num_bytes += documents.num_bytes
-        if num_bytes > most_gb * 1e9:
-            raise ResourceError(
-                f"a worker's documents take more than cluster.shard_disk_gb {most_gb}; add workers, raise it, or lower "
-                "data.max_text_tokens"
+    def _step(self, micro_batches: list[Batch], num_documents: float, epoch: int, step: int) -> float:
+        """One optimizer step; returns the summed loss of all workers."""
+        parts = np.zeros(4)
+        sample = self.sampler.draw(epoch, step) if self.sampler else None
+        for place in range(self.accumulation):
+            inputs = self.blank
+            if place < len(micro_batches):
+                inputs = TensorBatch.of(micro_batches[place], self.device, sample=sample)
+            losses: Losses = self.engine.forward(inputs, self.phase.lambda_c)
+            self.engine.backward(losses.total / num_documents)
+            parts += [float(part.detach()) for part in losses]
+        total, items, words, penalty = self.engine.sum(*parts.tolist())
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"the loss of stage {self.phase.name}, epoch {epoch + 1}, step {step} is {total}; the last checkpoint "
+                "is kept: lower the learning rate or set training.bf16=false, then run again"
             )
-        yield documents
+        self.engine.step()
+        means = {"loss": total, "items": items, "words": words, "penalty": penalty}
+        self.log(
+            {"event": "step", "phase": self.phase.name, "epoch": epoch + 1, "step": step, "documents": num_documents}
+            | {name: value / num_documents for name, value in means.items()}
+        )
+        return total
 
 
-def _blocks(table: str) -> Iterator[pa.Table]:
-    yield from ray.train.get_dataset_shard(table).iter_batches(batch_size=None, batch_format="pyarrow")
+def packer_for(
+    backbone: Backbone, token_space: TokenSpace, micro_batch_tokens: int, max_tokens: int
+) -> Packer | PairPacker:
+    """Lays documents out as the backbone reads them."""
+    if backbone.pairs:
+        return PairPacker(token_space, micro_batch_tokens, backbone.start_token)
+    return Packer(token_space, micro_batch_tokens, max_tokens)
 
 
-def _resume(job: Job) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that can be trusted, the one before it where that is damaged, and what was passed over."""
-    latest = ray.train.get_checkpoint()
-    if latest is None:
-        return None, []
-    if not Path(latest.path).is_dir():
-        with latest.as_directory() as folder:
-            return read_checkpoint(folder, job.fingerprint), []
-    return newest_valid(sorted(Path(latest.path).parent.glob("checkpoint_*")), job.fingerprint)
+def load_parameters(model: CLLM4Rec, weights: Mapping[str, Tensor]) -> None:
+    """Copy the parameters that `weights` names into the model; other entries (Adam's moments) are passed over."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in weights:
+                weight.copy_(weights[name])
 
 
-class _LogFile:
-    """`metrics.jsonl`: a line for every step and epoch, written by the first worker at the end of each epoch."""
-
-    def __init__(self, uri: str, is_first: bool, tensorboard: bool) -> None:
-        self._uri, self._is_first = uri, is_first
-        self._unwritten: list[str] = []
-        self._num_written = self._step = 0
-        self._writer: Any = None
-        if is_first and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Beside the run directories, which go when their stages are done.
-            runs, stage, _ = artifacts.absolute(uri).rsplit("/", 2)
-            self._writer = SummaryWriter(artifacts.join(runs, "tensorboard", stage))
-
-    def keep(self, num_lines: int) -> None:
-        """Start with the first lines of what an interrupted run left; what came after its checkpoint is run again."""
-        if not self._is_first:
-            return
-        old = artifacts.read_bytes(self._uri).splitlines() if num_lines and artifacts.exists(self._uri) else []
-        kept = old[:num_lines]
-        artifacts.write_bytes(self._uri, b"".join(line + b"\n" for line in kept))
-        self._num_written = len(kept)
-        if kept:
-            self({"event": "resumed"})
-
-    def __call__(self, entry: dict[str, Any]) -> None:
-        if not self._is_first:
-            return
-        self._unwritten.append(json.dumps(entry) + "\n")
-        if self._writer is not None and entry["event"] == "step":
-            self._step += 1
-            for name in ("loss", "items", "words", "penalty"):
-                self._writer.add_scalar(f"{entry['stage']}/{name}", entry[name], self._step)
-        if entry["event"] != "step":
-            self.flush()
-
-    def flush(self) -> int:
-        """Write what is new and return the number of lines so far."""
-        if self._unwritten:
-            artifacts.append_bytes(self._uri, "".join(self._unwritten).encode())
-            self._num_written += len(self._unwritten)
-            self._unwritten = []
-        return self._num_written
+def init_collaborative_from_content(model: CLLM4Rec) -> None:
+    """z^l := z^c after the warm-up: the most probable z^l given z^c before an interaction is read (Eq. 3, lambda_l = 0)."""
+    with torch.no_grad():
+        model.collaborative_users.copy_(model.content_users)
+        model.collaborative_items.copy_(model.content_items)
 
 
-def _threads(cluster: ClusterConfig) -> int:
-    if cluster.threads_per_worker is not None:
-        return cluster.threads_per_worker
-    alone = len(ray.nodes()) == 1 and not cluster.use_gpu
-    return max(1, (os.cpu_count() or 1) // cluster.num_workers) if alone else cluster.cpus_per_worker
+def _engine_settings(settings: RunSettings, phase: Phase) -> EngineSettings:
+    return EngineSettings(
+        settings.engine, phase.learning_rate, settings.accumulation, settings.gradient_clipping, settings.zero_stage
+    )
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost message, on one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:500]
+def _users_by_row(settings: RunSettings, phase: Phase, documents: Documents) -> npt.NDArray[np.int64] | None:
+    """The users whose rows this worker steps one by one, or None where users tables have to be stepped whole.
+
+    ZeRO-3 parts every table over the workers by itself, alternating steps hold tables of the one optimizer, and clipping
+    needs the norm of all gradients, which no worker has.
+    """
+    parted = settings.engine == "deepspeed" and settings.zero_stage == 3
+    if parted or phase.alternate or settings.gradient_clipping is not None:
+        return None
+    return np.unique(documents.user[documents.user >= 0])
+
+
+def _sizes(batches: list[Batch]) -> tuple[float, float, float]:
+    return (
+        float(sum(batch.num_documents for batch in batches)),
+        float(sum(batch.num_users for batch in batches)),
+        float(sum(batch.num_tokens for batch in batches)),
+    )
+
+
+def _validate(ranker: Ranker, shard: Shard, engine: Engine) -> dict[str, float]:
+    """Means over all workers' validation users; empty where the stage has no prompt to rank by or nobody to rank for."""
+    validation = shard.validation
+    if ranker.prompt is None or validation is None:
+        return {}
+    sums: Counter[str] = Counter()
+    for begin in range(0, max(1, len(validation.users)), _VALIDATED_AT_ONCE):
+        some = validation.take(np.arange(begin, min(begin + _VALIDATED_AT_ONCE, len(validation.users))))
+        ranked_BK, _ = ranker.top_k(some.users, some.read, merged(some.read), VALIDATION_DEPTH)
+        sums.update(some.metrics(ranked_BK))
+    names = sorted(sums)
+    totals = dict(zip(names, engine.sum(*(sums[name] for name in names)), strict=True))
+    count = totals.pop("count")
+    return {name: total / count for name, total in totals.items()} if count else {}

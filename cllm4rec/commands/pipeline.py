@@ -1,0 +1,61 @@
+"""The whole chain from one config: prepare → backbone → pretrain → finetune → evaluate → score → serve.
+
+    cllm4rec pipeline --config demo
+    ray job submit --working-dir . -- cllm4rec pipeline --config my.yaml pretrain.epochs=20
+
+Stages whose inputs and settings did not change are skipped. It ends with the table of results, a list of the nightly
+table and the endpoint's answer to one real request; --serve keeps the endpoint up after that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from cllm4rec.commands import serve
+from cllm4rec.commands.cli import Command
+from cllm4rec.commands.console import say
+from cllm4rec.config import Config
+from cllm4rec.evaluation.report import table
+from cllm4rec.pipeline import PIPELINE, run_stage
+from cllm4rec.storage.files import read_json
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--serve", action="store_true", help="keep the endpoint up at the end, until interrupted")
+
+
+def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
+    started = time.monotonic()
+    told = {stage.name: run_stage(stage, config, args.force) for stage in PIPELINE}
+    say("serve: starting the endpoint")
+    told["serve"] = serve.check(config)
+    _show(config, told["serve"])
+    say(f"pipeline: done in {time.monotonic() - started:.0f} s")
+    if args.serve:
+        args.check = False
+        told |= serve.run(config, args)
+    return told
+
+
+def _show(config: Config, served: dict[str, Any]) -> None:
+    say("")
+    say(table(read_json(f"{config.run.evaluation}/metrics.json")))
+    say("")
+    for name, what in (
+        ("model", "the trained model"),
+        ("evaluation", "report.md, plots, per-user values"),
+        ("dump", "the Delta table with a list for every user"),
+    ):
+        say(f"{config.run.directory(name):<32} {what}")
+    say("")
+    say(f"POST {served['url']} {served['question']}")
+    answer = served["answer"]
+    say(f"model {answer['model_version']}, cold_start {answer['cold_start']}")
+    for item in answer["items"]:
+        say(f"  {item['score']:8.3f}  {item['item_id']:<12} {item['text'][:90]}")
+    say("")
+
+
+COMMAND = Command(run, __doc__ or "", add_flags=add_flags)

@@ -1,0 +1,1 @@
+"""Configs of whole runs: `--config` takes their names."""

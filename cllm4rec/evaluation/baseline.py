@@ -1,0 +1,111 @@
+"""What every baseline is given and what it has to answer.
+
+Shapes: I users, J items, B users asked about, K size of a text's or a user's vector.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from scipy import sparse
+
+from cllm4rec.arrays.histories import Histories
+from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.data.documents import Kind
+from cllm4rec.data.prepared import load_documents
+from cllm4rec.errors import DataError
+from cllm4rec.metrics.protocol import Recommender, Validation, interaction_matrix
+from cllm4rec.storage.files import join, read_bytes
+
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a neural baseline may spend. Only where the seconds run out first does the result depend on the machine."""
+
+    max_epochs: int = 200
+    max_seconds: float = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """All a baseline may learn from. Row i of `histories` and of everything about users is user i.
+
+    histories: training items, oldest first.
+    validation: what choices are made by (the epoch, settings); never fitted on.
+    item_texts, user_texts: one each, empty where there is none.
+    item_text_vectors (J×K), user_text_vectors (I×K): a language model's embeddings of them, for m6_retrieval.
+    item_table (J×K), user_table (I×K): CLLM4Rec's z^{l,v} and z^{l,u}, for cllm4rec_emb.
+    """
+
+    num_items: int
+    histories: Ragged
+    validation: Validation
+    item_texts: Sequence[str]
+    user_texts: Sequence[str]
+    seed: int = 0
+    budget: Budget = Budget()
+    item_text_vectors: Vectors | None = None
+    user_text_vectors: Vectors | None = None
+    item_table: Vectors | None = None
+    user_table: Vectors | None = None
+
+    @classmethod
+    def of(
+        cls,
+        histories: Histories,
+        catalog: Catalog,
+        *,
+        item_texts: Sequence[str] | None = None,
+        seed: int = 0,
+        budget: Budget = Budget(),
+    ) -> Self:
+        """From a prepared data set; `item_texts` in place of the catalog's (see `item_texts_with_reviews`).
+
+        Raises DataError where `histories` leave out a user.
+        """
+        if not np.array_equal(histories.user, np.arange(catalog.num_users)):
+            raise DataError(
+                f"there are histories of {len(histories.user)} of {catalog.num_users} users; baselines are fitted on "
+                "all of them, so load the whole of prepared/histories"
+            )
+        texts = catalog.item_texts if item_texts is None else item_texts
+        return cls(catalog.num_items, histories.train, Validation(histories), texts, catalog.user_texts, seed, budget)
+
+    @functools.cached_property
+    def matrix(self) -> sparse.csr_array:
+        """I × J: 1 where a user has an item."""
+        return interaction_matrix(self.histories, self.num_items)
+
+    @functools.cached_property
+    def is_taken(self) -> npt.NDArray[np.bool_]:
+        """J: False for cold items, those without a training interaction."""
+        return np.bincount(self.histories.values, minlength=self.num_items) > 0
+
+
+class Baseline(Recommender, Protocol):
+    """A method that learns from `Training` alone. The same training gives the same scores."""
+
+    def fit(self, training: Training) -> Self: ...
+
+
+def item_texts_with_reviews(prepared_dir: str, catalog: Catalog) -> list[str]:
+    """Each item's text followed by the training reviews of it, cut as CLLM4Rec reads them.
+
+    Where items have no text of their own, this is what the other methods read.
+    """
+    documents = load_documents(prepared_dir)
+    reviews = documents.take(np.flatnonzero(documents.kind == Kind.REVIEW))
+    tokenizer = tokenizers.Tokenizer.from_buffer(read_bytes(join(prepared_dir, "tokenizer", "tokenizer.json")))
+    parts = [[text] for text in catalog.item_texts]
+    for item, text in zip(reviews.item.tolist(), tokenizer.decode_batch(reviews.main.tolist()), strict=True):
+        parts[item].append(text)
+    return [" ".join(part) for part in parts]

@@ -1,0 +1,194 @@
+"""The gate between training and everyone: is the new model at least as good as the one that answers now?
+
+Both rank for the same held-out users by the one protocol (`cllm4rec.metrics.protocol`), and the difference is taken
+user by user, which cancels what users have in common. The candidate passes when
+
+    the 95 % interval of candidate - current does not reach below -promote.max_loss, and
+    its mean lies above that of popularity (promote.above_popularity): a floor that only a broken model misses.
+
+The first model of all has only the second to pass. The present model may have been trained on other data. It is given
+what the candidate is given, as far as it knows it: a user it has never seen is ranked for by history, and what it
+recommends that is no longer in the catalog is a miss, as it would be for the user. Where some of the held-out pairs
+may have been in its training data, the comparison favors it; that is said out loud.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from cllm4rec.arrays.ids import Catalog
+from cllm4rec.config import Config
+from cllm4rec.data.prepared import load_histories
+from cllm4rec.errors import ArtifactError, PromotionError
+from cllm4rec.evaluation.stage import MODEL, evaluate_inputs, rank_with_scorer
+from cllm4rec.metrics.protocol import HeldOut, interval
+from cllm4rec.metrics.ranking import FloatArray, compute
+from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.scoring.user_histories import index_map, remap_items
+from cllm4rec.storage import artifacts, files
+from cllm4rec.storage.artifacts import read_manifest
+from cllm4rec.storage.files import read_tables
+from cllm4rec.storage.lease import hold
+from cllm4rec.storage.registry import Pointer, current_model, promote_directory, read_pointer, rollback
+
+logger = logging.getLogger(__name__)
+
+POPULARITY = "popularity"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the gate found. Differences are {mean, low, high}; `reasons` say why it is shut, empty where it is open."""
+
+    metric: str
+    users: int
+    candidate: float
+    current: float | None
+    difference: dict[str, float] | None
+    popularity: float
+    above_popularity: dict[str, float]
+    reasons: tuple[str, ...]
+
+    @property
+    def passes(self) -> bool:
+        return not self.reasons
+
+
+def judge(candidate_B: FloatArray, current_B: FloatArray | None, popularity_B: FloatArray, config: Config) -> Verdict:
+    """Hold the candidate's values of `promote.metric`, one a user, against those of the present model and popularity.
+
+    current_B: None where nothing was promoted yet.
+    """
+    samples, seed, limits = config.evaluate.bootstrap_samples, config.seed, config.promote
+    above = interval(candidate_B - popularity_B, samples, seed)
+    difference = None if current_B is None else interval(candidate_B - current_B, samples, seed)
+    reasons = []
+    if difference is not None and difference["low"] < -limits.max_loss:
+        reasons.append(
+            f"against the current model it differs by {_told(difference)} and may not reach below {-limits.max_loss:g} "
+            "(promote.max_loss)"
+        )
+    if limits.above_popularity and above["mean"] <= 0:
+        reasons.append(f"against popularity it differs by {_told(above)} and must be better (promote.above_popularity)")
+    return Verdict(
+        metric=limits.metric,
+        users=len(candidate_B),
+        candidate=float(candidate_B.mean()),
+        current=None if current_B is None else float(current_B.mean()),
+        difference=difference,
+        popularity=float(popularity_B.mean()),
+        above_popularity=above,
+        reasons=tuple(reasons),
+    )
+
+
+def promote(config: Config) -> dict[str, Any]:
+    """Take `model/` through the gate and make it current; returns what to tell, and writes it to `models/report-*.json`.
+
+    Does nothing where this very model is current already. Raises PromotionError where the gate stays shut (nothing
+    changes), ArtifactError where `evaluation/` is not of this model and data, ResourceError where another process
+    promotes.
+    """
+    with hold(config.run.models, "a promotion"):
+        digest = read_manifest(config.run.model, "model").digest
+        before = read_pointer(config.output_dir)
+        if before is not None and read_manifest(current_model(config.output_dir), "model").digest == digest:
+            return {"promoted": False, "already_current": True, "from": before.current, "to": before.current}
+        verdict, warnings = measure(config, before)
+        for warning in warnings:
+            logger.warning("Note that %s", warning)
+        told = {"promoted": verdict.passes, "from": before and before.current, "to": None, "warnings": warnings}
+        told |= dataclasses.asdict(verdict)
+        if not verdict.passes:
+            told["report"] = _report(config, told)
+            sentence = f"the model is not promoted: by {verdict.metric}, {' and '.join(verdict.reasons)}"
+            raise PromotionError(f"{sentence}; see {told['report']}", told)
+        told["to"] = promote_directory(config.output_dir, digest, _why(verdict), keep=config.promote.keep).current
+        told["report"] = _report(config, told)
+        return told
+
+
+def roll_back(config: Config) -> dict[str, Any]:
+    """Make the model before the present one current again, without a gate. Raises as `registry.rollback` and `promote`."""
+    with hold(config.run.models, "a rollback"):
+        before, now = rollback(config.output_dir)
+    return {"rolled_back": True, "from": before.current, "to": now.current, "from_promoted_at": before.promoted_at}
+
+
+def measure(config: Config, before: Pointer | None) -> tuple[Verdict, list[str]]:
+    """The verdict on `model/`, and what to keep in mind when reading it."""
+    if not artifacts.is_current(config.run.evaluation, "evaluation", evaluate_inputs(config)):
+        raise ArtifactError(
+            f"{config.run.evaluation} is not of this model, data and settings; run cllm4rec evaluate first"
+        )
+    prepared_dir = config.run.prepared
+    catalog, held_out = (
+        Catalog.load(prepared_dir),
+        HeldOut.test(load_histories(prepared_dir), config.evaluate.read, config.evaluate.mask),
+    )
+    candidate_B, popularity_B = (_measured(config, catalog, held_out, method) for method in (MODEL, POPULARITY))
+    if before is None:
+        return judge(candidate_B, None, popularity_B, config), []
+    current_dir = current_model(config.output_dir)
+    current_B = measure_with(Scorer.load(current_dir), catalog, held_out, config)
+    return judge(candidate_B, current_B, popularity_B, config), _warnings(prepared_dir, current_dir)
+
+
+def measure_with(scorer: Scorer, catalog: Catalog, held_out: HeldOut, config: Config) -> FloatArray:
+    """`promote.metric` of any model for the users of `held_out`, whose indices are those of `catalog`."""
+    theirs, metric = scorer.catalog, config.promote.metric
+    item_of = index_map(catalog.item_ids, theirs.item_ids)
+    asked = dataclasses.replace(
+        held_out,
+        users=index_map(catalog.user_ids, theirs.user_ids)[held_out.users],
+        read=remap_items(held_out.read, item_of),
+        masked=remap_items(held_out.masked, item_of),
+    )
+    item_BK = rank_with_scorer(scorer, asked, config.score.batch_users)
+    # -1, an empty place, reads the last entry; a place is then empty in our terms as well.
+    ours = np.append(index_map(theirs.item_ids, catalog.item_ids), -1)
+    return compute(ours[item_BK], held_out.relevant, [metric])[metric]
+
+
+def _measured(config: Config, catalog: Catalog, held_out: HeldOut, method: str) -> FloatArray:
+    """The values a user that `evaluation/` holds of a method, in the order of `held_out`."""
+    uri, metric = config.run.evaluation, config.promote.metric
+    artifacts.verify_files(uri, read_manifest(uri, "evaluation"))
+    rows = read_tables([files.join(uri, "per_user.parquet")], ["user_id", "method", metric])
+    rows = rows.filter(pc.field("method") == method)
+    if rows["user_id"].to_pylist() != catalog.user_ids[held_out.users].tolist():
+        raise ArtifactError(f"{uri} holds other users than the data; run cllm4rec evaluate --force")
+    return np.asarray(rows[metric].to_numpy(), np.float64)
+
+
+def _warnings(prepared_dir: str, current_dir: str) -> list[str]:
+    trained_on = read_manifest(current_dir, "model").inputs.get("prepared")
+    if trained_on == read_manifest(prepared_dir, "prepared").digest:
+        return []
+    return [
+        "the current model was trained on other prepared data; some of the held-out interactions may have been among "
+        "them, which favors it"
+    ]
+
+
+def _why(verdict: Verdict) -> str:
+    if verdict.difference is None:
+        return f"the first: {verdict.metric} {verdict.candidate:.4f}, popularity {verdict.popularity:.4f}"
+    return f"{verdict.metric} {verdict.candidate:.4f}, {_told(verdict.difference)} against the one before"
+
+
+def _told(difference: dict[str, float]) -> str:
+    return f"{difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
+
+
+def _report(config: Config, told: dict[str, Any]) -> str:
+    now = datetime.now(UTC)
+    uri = files.join(config.run.models, f"report-{now:%Y%m%dT%H%M%S%fZ}.json")
+    files.write_json(uri, {**told, "at": now.isoformat(timespec="seconds")})
+    return uri

@@ -1,0 +1,66 @@
+"""BERT4Rec (Sun et al., CIKM 2019) with the recommendation-oriented finetuning that the paper gave it (method.md).
+
+Shapes: B users, J items, T places, H width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.evaluation.baseline import Training
+from cllm4rec.experiments.baselines.neural import hold_out, multinomial_nll, padded
+from cllm4rec.experiments.baselines.sequence import SequenceNetwork
+from cllm4rec.metrics.ranking import IntArray
+
+
+class BERT4Rec(SequenceNetwork):
+    """Pretraining: items hidden behind a mask are predicted from both sides (the Cloze task). Finetuning: `held_out` of a
+    history is taken out, and what stands at a mask put first gives the multinomial likelihood of it."""
+
+    is_causal = False
+    num_masks = 1
+
+    def __init__(
+        self,
+        training: Training,
+        pretrain_epochs: int = 20,
+        masked: float = 0.2,
+        held_out: float = 0.2,
+        **params: Any,
+    ) -> None:
+        super().__init__(training, **params)
+        self.pretrain_epochs, self.masked, self.held_out = pretrain_epochs, masked, held_out
+
+    def pretrain_loss(self, users: IntArray, histories: Ragged, random: np.random.Generator) -> Tensor:
+        hidden_NH, item_N = self.hide(histories, random)
+        return functional.cross_entropy(self.encoder.item_logits(hidden_NH), item_N)
+
+    def hide(self, histories: Ragged, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """(hidden states (N×H) at places put behind the mask, the items that stood there)."""
+        item_BT = padded(histories, self.max_length, self.encoder.no_item)
+        chance_BT = torch.from_numpy(random.random(item_BT.shape, np.float32))
+        chance_BT[item_BT == self.encoder.no_item] = 2.0
+        # The lowest of a row is always hidden, so that a short history has a part in every step.
+        hidden_BT = (chance_BT < self.masked) | (chance_BT == chance_BT.min(dim=1, keepdim=True).values)
+        read_BT = item_BT.masked_fill(hidden_BT, self.encoder.mask)
+        return self._read(read_BT)[:, 1:][hidden_BT], item_BT[hidden_BT]
+
+    def loss(self, users: IntArray, histories: Ragged, random: np.random.Generator) -> Tensor:
+        kept, held = hold_out(histories, self.held_out, random)
+        return multinomial_nll(self.logits(users, kept), held)
+
+    def logits(self, users: IntArray, histories: Ragged) -> Tensor:
+        hidden_BTH = self._read(padded(histories, self.max_length, self.encoder.no_item))
+        return self.encoder.item_logits(hidden_BTH[:, 0])
+
+    def _read(self, item_BT: Tensor) -> Tensor:
+        """Hidden states of a mask followed by the items."""
+        mask_B1 = torch.full((len(item_BT), 1), self.encoder.mask)
+        hidden: Tensor = self.encoder(torch.cat([mask_B1, item_BT], dim=1))
+        return hidden

@@ -1,0 +1,85 @@
+"""Directories as the stages leave them, written at once for a world of any size: what the rim and start-up are measured on."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pyarrow as pa
+
+from cllm4rec.arrays.histories import Histories
+from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.config import ModelConfig
+from cllm4rec.data.documents import Prompts
+from cllm4rec.data.prepared import PromptTokens, bucket_name, bucket_of, num_buckets
+from cllm4rec.model.backbone import new_backbone, save_backbone
+from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.model.saved_model import ModelMetadata, save_pretrained
+from cllm4rec.storage import files
+from cllm4rec.storage.artifacts import read_manifest, write_directory
+from cllm4rec.storage.files import write_table
+
+_HISTORY = (5, 12)
+"""Least and most items of a user, as in the sample world after the threshold."""
+
+
+def random_histories(num_users: int, num_items: int, seed: int) -> Histories:
+    """Users with items at random: nothing to learn, the same work."""
+    rng = np.random.default_rng(seed)
+    low, high = _HISTORY
+    lengths = rng.integers(low, high + 1, num_users)
+    user_E = np.repeat(np.arange(num_users), lengths)
+    pairs = np.unique(user_E * num_items + rng.integers(num_items, size=len(user_E)))
+    train = Ragged.from_rows(pairs % num_items, pairs // num_items, num_users)
+    held_out = [Ragged.from_rows(rng.integers(num_items, size=num_users), np.arange(num_users), num_users)] * 2
+    return Histories(np.arange(num_users), train, *held_out)
+
+
+def write_prepared(directory: str, histories: Histories, num_items: int, num_words: int) -> None:
+    """A `prepared/` directory of these histories, with interaction documents and ids instead of texts."""
+    num_users = len(histories.user)
+    catalog = Catalog(
+        [f"u{user:09d}" for user in range(num_users)],
+        [f"i{item:09d}" for item in range(num_items)],
+        item_counts=np.bincount(histories.train.values, minlength=num_items).tolist(),
+    )
+    prompts = Prompts.tokenize(lambda text: [len(text) % num_words, (len(text) + 1) % num_words])
+    documents = prompts.interactions(catalog.token_space(num_words), histories.user, histories.train).to_arrow()
+    splits = {name: getattr(histories, name).to_arrow() for name in ("train", "validation", "test")}
+    rows = pa.table({"user": histories.user, "user_id": list(catalog.user_ids), **splits})
+    bucket_B = bucket_of(histories.user, num_users, num_buckets(num_users))
+    with write_directory(directory, kind="prepared", inputs={}, config={}) as draft:
+        catalog.save(draft.uri)
+        PromptTokens(prompts, num_words).save(draft.uri)
+        for bucket in range(num_buckets(num_users)):
+            chosen = pa.array(bucket_B == bucket)
+            write_table(documents.filter(chosen), draft.path("documents", bucket_name(bucket)))
+            write_table(rows.filter(chosen), draft.path("histories", bucket_name(bucket)))
+        draft.counts |= {"users": num_users, "items": num_items}
+
+
+def write_random_model(output_dir: str, model: ModelConfig, bf16: bool, seed: int) -> None:
+    """`backbone/` and `model/` that nobody trained, for the `prepared/` in the same folder."""
+    prepared_dir, backbone_dir, model_dir = (files.join(output_dir, name) for name in ("prepared", "backbone", "model"))
+    catalog, prompt_tokens = Catalog.load(prepared_dir), PromptTokens.load(prepared_dir)
+    backbone = new_backbone(model, prompt_tokens.num_words, seed)
+    with write_directory(backbone_dir, kind="backbone", inputs={}, config={}) as draft:
+        save_backbone(backbone, draft.uri)
+    tables = {
+        name: table.data
+        for name, table in CLLM4Rec(backbone, catalog.token_space(prompt_tokens.num_words)).tables().items()
+    }
+    facts = ModelMetadata(
+        prompt_tokens.num_words, catalog.num_users, catalog.num_items, backbone.width, model.max_tokens, "recommendation", bf16
+    )  # fmt: skip
+    inputs = {"prepared": read_manifest(prepared_dir, "prepared").digest}
+    with write_directory(model_dir, kind="model", inputs=inputs, config={}) as draft:
+        save_pretrained(draft, tables, facts, prepared_dir=prepared_dir, backbone_dir=backbone_dir)
+
+
+def fresh(directory: str) -> str:
+    """An empty folder in place of what stood there."""
+    files.remove_directory(directory)
+    os.makedirs(directory)
+    return directory

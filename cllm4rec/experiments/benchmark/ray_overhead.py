@@ -1,0 +1,145 @@
+"""What Ray and DeepSpeed cost: the same epoch and the same lists with them and without, in one run.
+
+The model is small, so an epoch takes about a minute with a hundred thousand users; the report names the seconds. Without Ray is
+measured before it starts and after it has gone, because a machine that others share is not as fast at the end of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from cllm4rec.arrays.histories import Histories
+from cllm4rec.config import BackboneSize, Config
+from cllm4rec.data.documents import Documents
+from cllm4rec.data.prepared import load_documents, load_token_space
+from cllm4rec.experiments.benchmark.directories import fresh, random_histories, write_prepared, write_random_model
+from cllm4rec.experiments.benchmark.figures import Row, row
+from cllm4rec.model.backbone import load_backbone
+from cllm4rec.model.cllm4rec import new_model
+from cllm4rec.nightly.plan import plan_score
+from cllm4rec.nightly.ray_job import score
+from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.storage import files
+from cllm4rec.training.loop import RunSettings, Shard, run, run_settings
+from cllm4rec.training.phases import COLLABORATIVE, Phase
+from cllm4rec.training.ray_trainer import METRICS, Job, fit
+
+_BACKBONE = BackboneSize(layers=4, width=256, heads=4, vocab_size=2048)
+_NUM_ITEMS = 5_000
+_BARE_EPOCHS, _RAY_EPOCHS = 3, 5
+"""Of each go the first is not counted: it warms caches up."""
+
+
+def ray_overhead(
+    config: Config,
+    threads: int,
+    num_users: int,
+    connect: Callable[[Config], None],
+    disconnect: Callable[[], None],
+) -> Row:
+    """`training_lost` and `scoring_lost`: 1 - bare seconds / seconds through Ray, which is started here and stopped again."""
+    config = _small(config, threads)
+    folder = fresh(files.join(config.output_dir, "ray_overhead"))
+    config = config.model_copy(update={"output_dir": folder})
+    histories = random_histories(num_users, _NUM_ITEMS, config.seed)
+    write_prepared(config.run.prepared, histories, _NUM_ITEMS, _BACKBONE.vocab_size)
+    write_random_model(folder, config.model, config.training.bf16, config.seed)
+    torch.set_num_threads(threads)
+    bare_epochs, bare_scores = _bare_epochs(config), [_bare_scoring(config, histories)]
+    connect(config)
+    ray_epochs, ray_scores = _ray_epochs(config), [score(plan_score(config))["seconds"]["score"]]
+    disconnect()  # an idle Ray is not quite idle
+    bare_epochs += _bare_epochs(config)
+    bare_scores += [_bare_scoring(config, histories)]
+    files.remove_directory(folder)
+    told = row(
+        {
+            "training_bare_s": bare_epochs,
+            "training_ray_s": ray_epochs,
+            "scoring_bare_s": bare_scores,
+            "scoring_ray_s": ray_scores,
+        }
+    )
+    lost = {f"{part}_lost": 1 - told[f"{part}_bare_s"] / told[f"{part}_ray_s"] for part in ("training", "scoring")}
+    return told | lost | {"users": num_users}
+
+
+def _small(config: Config, threads: int) -> Config:
+    cluster = config.cluster.model_copy(
+        update={"num_workers": 1, "cpus_per_worker": threads, "threads_per_worker": threads}
+    )
+    model = config.model.model_copy(update={"backbone": _BACKBONE, "max_tokens": 128})
+    return config.model_copy(update={"cluster": cluster, "model": model})
+
+
+def _phase(epochs: int) -> Phase:
+    return Phase("finetune", COLLABORATIVE, ("recommendations",), epochs, 1e-3, lambda_c=1.0, patience=epochs)
+
+
+def _settings(config: Config, engine: Any) -> RunSettings:
+    return dataclasses.replace(
+        run_settings(config),
+        engine=engine,
+        accumulation=1,
+        gradient_clipping=None,
+        zero_stage=0,
+        checkpoint_every_epochs=_RAY_EPOCHS,
+    )
+
+
+def _no_validation(_: Histories) -> Any:
+    return None
+
+
+def _bare_epochs(config: Config) -> list[float]:
+    prepared_dir = config.run.prepared
+    prompt_tokens, token_space = load_token_space(prepared_dir)
+    documents: Documents = load_documents(prepared_dir)
+    entries: list[dict[str, Any]] = []
+
+    def make_model() -> Any:
+        backbone = load_backbone(config.run.backbone, config.model.max_tokens)
+        return new_model(config.model, backbone, token_space, config.seed)
+
+    phases, settings = [_phase(_BARE_EPOCHS)], _settings(config, "torch")
+    run(make_model, prompt_tokens.prompts, phases, Shard(documents, None), settings, log=entries.append)
+    return _epoch_seconds(entries)
+
+
+def _ray_epochs(config: Config) -> list[float]:
+    job = Job(
+        prepared_dir=files.absolute(config.run.prepared),
+        backbone_dir=files.absolute(config.run.backbone),
+        start=None,
+        model=config.model,
+        phases=[_phase(_RAY_EPOCHS)],
+        settings=_settings(config, "deepspeed"),
+        make_validation=_no_validation,
+        fingerprint="ray_overhead",
+    )
+    run_dir = files.join(config.output_dir, "runs", "ray_overhead")
+    fit(job, config.cluster, run_dir)
+    lines = files.read_bytes(files.join(run_dir, METRICS)).splitlines()
+    return _epoch_seconds([json.loads(line) for line in lines])
+
+
+def _epoch_seconds(entries: list[dict[str, Any]]) -> list[float]:
+    return [entry["seconds"] for entry in entries if entry["event"] == "epoch"][1:]
+
+
+def _bare_scoring(config: Config, histories: Histories) -> float:
+    """From loading the model to the last list, in blocks as large as the batch job's; lists are kept nowhere."""
+    began = time.monotonic()
+    scorer, size = Scorer.load(config.run.model), config.score.batch_users
+    read = histories.together("train", "validation", "test")
+    for begin in range(0, len(histories.user), size):
+        rows = np.arange(begin, min(begin + size, len(histories.user)))
+        scorer.top_k(histories.user[rows], read.take(rows), config.score.k)
+    return time.monotonic() - began

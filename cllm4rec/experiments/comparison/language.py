@@ -1,0 +1,118 @@
+"""The language models of a comparison: which one a row begins from, and those that are trained on a split's texts once
+for all rows that begin from the same.
+
+Lengths: K hidden size, T tokens of a text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+import torch
+
+from cllm4rec.arrays.ids import TokenSpace
+from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.config import BackboneSize, Config
+from cllm4rec.data.documents import Documents, Kind
+from cllm4rec.data.prepared import load_documents, load_token_space
+from cllm4rec.model.backbone import Backbone, load_backbone, new_backbone, save_backbone, save_reference
+from cllm4rec.model.batch import TensorBatch
+from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.model.packing import Packer
+from cllm4rec.storage.artifacts import read_manifest, write_directory
+from cllm4rec.storage.files import digest_of, join, read_bytes
+from cllm4rec.training.loop import RunSettings, Shard, load_parameters, run, run_settings
+from cllm4rec.training.phases import backbone_phases
+
+_TEXTS_AT_ONCE = 32
+
+
+def backbone_directory(config: Config) -> str:
+    """Named after all that makes it another language model, so that rows which begin from the same one share it."""
+    size = config.model.backbone
+    what = f"{size.architecture}_{size.layers}x{size.width}" if isinstance(size, BackboneSize) else "stock"
+    return config.run.directory(f"backbone_{what}_{digest_of(_backbone_settings(config))[:8]}")
+
+
+def _backbone_settings(config: Config) -> dict[str, Any]:
+    return {
+        "model": config.model.model_dump(exclude={"table_std", "table_init", "temperature"}),
+        "stage": config.backbone.model_dump(),
+        "run": dataclasses.asdict(bare_settings(config)),
+    }
+
+
+def bare_settings(config: Config) -> RunSettings:
+    """A row is trained by one process on plain torch, whatever the config says of workers."""
+    return dataclasses.replace(run_settings(config), engine="torch", zero_stage=0)
+
+
+def starting_backbone(config: Config, num_words: int) -> Backbone:
+    """The language model before the tables are trained: with no epochs of its own, as `model.backbone` describes it."""
+    if not config.backbone.epochs:
+        return new_backbone(config.model, num_words, config.seed)
+    return load_backbone(backbone_directory(config), config.model.max_tokens)
+
+
+def backbone_inputs(config: Config) -> dict[str, str]:
+    prepared = read_manifest(config.run.prepared, "prepared").digest
+    return {"prepared": prepared, "settings": digest_of(_backbone_settings(config))}
+
+
+def run_backbone(config: Config) -> str:
+    """Train the language model of one split on its training texts and write it; returns its directory."""
+    torch.set_num_threads(1)
+    inputs, prepared_dir, started = backbone_inputs(config), config.run.prepared, time.monotonic()
+    prompt_tokens, token_space = load_token_space(prepared_dir)
+    backbone = new_backbone(config.model, prompt_tokens.num_words, config.seed)
+    model = CLLM4Rec(backbone, token_space, std=0.0)
+    shard = Shard(load_documents(prepared_dir), None)
+    weights = run(
+        lambda: model,
+        prompt_tokens.prompts,
+        backbone_phases(config),
+        shard,
+        bare_settings(config),
+        log=lambda entry: None,
+    )
+    load_parameters(model, weights)
+    directory = backbone_directory(config)
+    with write_directory(directory, kind="backbone", inputs=inputs, config=config.model_dump(mode="json")) as draft:
+        if isinstance(config.model.backbone, str) and not weights:
+            save_reference(backbone, config.model, draft.uri)
+        else:
+            save_backbone(backbone, draft.uri)
+        draft.counts["seconds"] = time.monotonic() - started
+    return directory
+
+
+def text_vectors(
+    texts: list[str], backbone: Backbone, token_space: TokenSpace, config: Config
+) -> npt.NDArray[np.float32]:
+    """Mean hidden state of each text's first tokens (text × K); zeros where there is no text."""
+    tokenizer = tokenizers.Tokenizer.from_buffer(read_bytes(join(config.run.prepared, "tokenizer", "tokenizer.json")))
+    model = CLLM4Rec(backbone, token_space, std=0.0).eval()
+    most = config.data.max_text_tokens
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    words = Ragged.from_lists([one.ids[:most] for one in encoded], np.int32)
+    vectors_DK = np.zeros((len(texts), backbone.width), np.float32)
+    packer = Packer(token_space, _TEXTS_AT_ONCE * most, most)
+    for begin in range(0, len(texts), _TEXTS_AT_ONCE):
+        rows = np.arange(begin, min(begin + _TEXTS_AT_ONCE, len(texts)))
+        rows = rows[words.lengths[rows] > 0]
+        part = words.take(rows)
+        none = np.full(len(rows), -1, np.int64)
+        kinds = np.full(len(rows), int(Kind.ITEM_TEXT), np.int8)
+        # As a prompt: words of a main text would be predicted, too, for nothing.
+        documents = Documents(kinds, none, none, part, no_values(len(rows)), no_values(len(rows)))
+        batch = packer.layout(documents)
+        with torch.inference_mode():
+            hidden_SK = model.hidden(TensorBatch.of(batch, torch.device("cpu")))
+        for row, first, end in zip(rows.tolist(), part.offsets[:-1], part.offsets[1:], strict=True):
+            vectors_DK[row] = hidden_SK[first:end].float().mean(dim=0).numpy()
+    return vectors_DK

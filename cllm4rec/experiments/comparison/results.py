@@ -1,0 +1,271 @@
+"""Finished rows of all splits → the content of `evaluation/metrics.json`.
+
+Shapes: B (user, split) pairs with something to find, the splits one after another; I users, S splits, K places.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.config import Config, Sweep
+from cllm4rec.data.prepared import load_histories
+from cllm4rec.errors import DataError
+from cllm4rec.evaluation.stage import DEFINITIONS, HEADLINE, describe, published_figures
+from cllm4rec.experiments.comparison.methods import MODEL, VARIANTS
+from cllm4rec.experiments.comparison.sweeps import describe_sweeps, rows_of_value
+from cllm4rec.experiments.comparison.trial import Result, Row, of_split, read_row
+from cllm4rec.metrics.intervals import (
+    DRAWS,
+    against_best_other,
+    compared_with,
+    coverage,
+    interval,
+    mean_over_splits,
+    popularity_lift,
+)
+from cllm4rec.metrics.protocol import HeldOut, Stratum, history_strata, popularity_strata
+from cllm4rec.metrics.ranking import FloatArray, IntArray, compute, parse_metric
+from cllm4rec.storage.artifacts import read_manifest
+from cllm4rec.training.loop import VALIDATION_METRIC
+
+METRICS = ("recall@10", "recall@20", "recall@40", "ndcg@10", "ndcg@100")
+TESTED = (HEADLINE, "ndcg@100")
+"""What methods are tested by."""
+LIST = parse_metric(HEADLINE)[1]
+"""How much of a list coverage and popularity lift look at."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """The test splits of all seeds in one: `held_out` has a row for each user of each split."""
+
+    seeds: list[int]
+    catalogs: list[Catalog]
+    held_out: HeldOut
+    split_B: IntArray
+
+    @classmethod
+    def load(cls, config: Config, seeds: list[int]) -> Splits:
+        """Raises DataError where no user of a split has a test item."""
+        prepared = [of_split(config, seed).run.prepared for seed in seeds]
+        parts = [
+            HeldOut.test(load_histories(directory), config.evaluate.read, config.evaluate.mask)
+            for directory in prepared
+        ]
+        if not all(len(part.users) for part in parts):
+            raise DataError("no user of a split has a test item to compare on; raise data.split.test")
+        split_B = np.repeat(np.arange(len(parts)), [len(part.users) for part in parts])
+        return cls(seeds, [Catalog.load(directory) for directory in prepared], _joined(parts), split_B)
+
+    def spread(self, value_R: FloatArray, rows: IntArray) -> FloatArray:
+        """Values of some rows as value_IS; NaN elsewhere. Splits in which none of the rows lies are left out."""
+        value_IS = np.full((self.catalogs[0].num_users, len(self.seeds)), np.nan)
+        value_IS[self.held_out.users[rows], self.split_B[rows]] = value_R
+        spread: FloatArray = value_IS[:, ~np.isnan(value_IS).all(axis=0)]
+        return spread
+
+    def strata(self) -> dict[str, list[Stratum]]:
+        """Users by the length of their history, and test items by their popularity, cold ones last."""
+        return {"history length": history_strata(self.held_out), "item popularity": self._by_popularity()}
+
+    def _by_popularity(self) -> list[Stratum]:
+        relevant = self.held_out.relevant
+        named: dict[str, npt.NDArray[np.bool_]] = {}
+        for split, catalog in enumerate(self.catalogs):
+            rows = np.flatnonzero(self.split_B == split)
+            part = dataclasses.replace(self.held_out, relevant=relevant.take(rows))
+            for stratum in popularity_strata(part, catalog.item_counts):
+                keys = named.setdefault(stratum.label.partition(" (")[0], np.zeros(len(relevant.values), np.bool_))
+                keys |= _are_in(relevant, rows[stratum.rows], stratum.relevant)
+            is_cold = (catalog.item_counts == 0)[relevant.values] & (self.split_B == split)[relevant.rows]
+            named["cold"] = named.get("cold", np.zeros(len(relevant.values), np.bool_)) | is_cold
+        labels = [label for label in ("head", "middle", "tail", "cold") if label in named]
+        strata = [Stratum.of(label, relevant.where(named[label])) for label in labels]
+        return [stratum for stratum in strata if len(stratum.rows)]
+
+
+def _are_in(relevant: Ragged, rows: IntArray, part: Ragged) -> npt.NDArray[np.bool_]:
+    """Which values of `relevant` stand in `part`, whose rows are these of it."""
+    span = int(relevant.values.max()) + 1
+    return np.isin(relevant.rows * span + relevant.values, rows[part.rows] * span + part.values)
+
+
+def _joined(parts: Sequence[HeldOut]) -> HeldOut:
+    return HeldOut(
+        users=np.concatenate([part.users for part in parts]),
+        num_train=np.concatenate([part.num_train for part in parts]),
+        read=Ragged.concat([part.read for part in parts]),
+        masked=Ragged.concat([part.masked for part in parts]),
+        relevant=Ragged.concat([part.relevant for part in parts]),
+        num_dropped=sum(part.num_dropped for part in parts),
+    )
+
+
+def collect(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """`metrics.json` of the finished rows. Raises ArtifactError where a row is not finished."""
+    splits = Splits.load(config, config.compare.seeds)
+    rows = {name: [read_row(Row(of_split(config, seed), name)) for seed in splits.seeds] for name in names}
+    reasons = {name: [result.facts["skipped"] for result in found] for name, found in rows.items()}
+    skipped = {name: max(reason) for name, reason in reasons.items() if any(reason)}
+    rows = {name: found for name, found in rows.items() if name not in skipped}
+    ranked = {name: np.concatenate([result.ranked for result in found]) for name, found in rows.items()}
+    values = _values(splits, ranked)
+    samples, seed = config.evaluate.bootstrap_samples, config.seed
+    results = {name: _intervals(by_metric, samples, seed) for name, by_metric in values.items()}
+    return {
+        "protocol": _protocol(config, splits, skipped),
+        "results": results,
+        "significance": {
+            metric: _tests({name: by_metric[metric] for name, by_metric in values.items()}, samples, seed)
+            for metric in TESTED
+        },
+        "beside accuracy": {name: _beside(splits, item_BK) for name, item_BK in ranked.items()},
+        "strata": {kind: _strata(splits, strata, ranked, samples, seed) for kind, strata in splits.strata().items()},
+        "budget": {
+            "trials": config.compare.trials,
+            "minutes": config.compare.minutes,
+            "used": {name: _used(found) for name, found in rows.items()},
+        },
+        "cost": {name: _cost(found) for name, found in rows.items()} | _backbone_cost(config, list(rows)),
+        "chosen": {name: _chosen(splits.seeds, found) for name, found in rows.items()},
+        "curves": {name: found[0].facts["curve"] for name, found in rows.items()},
+        "sensitivity": _sensitivity(config),
+        **published_figures(config),
+    }
+
+
+def _sensitivity(config: Config) -> dict[str, list[dict[str, Any]]]:
+    """Of each sweep its values with every metric, or with the reason why one could not be trained."""
+    if not config.compare.sweeps:
+        return {}
+    splits = Splits.load(config, config.compare.seeds_of_sweeps)
+    return {
+        sweep.name: [{"value": value, **_of_value(config, splits, sweep, value)} for value in sweep.values]
+        for sweep in config.compare.sweeps
+    }
+
+
+def _of_value(config: Config, splits: Splits, sweep: Sweep, value: Any) -> dict[str, Any]:
+    found = [read_row(row) for row in rows_of_value(config, sweep, value)]
+    reason = max(result.facts["skipped"] for result in found)
+    if reason:
+        return {"failed": reason}
+    (by_metric,) = _values(splits, {MODEL: np.concatenate([result.ranked for result in found])}).values()
+    return _intervals(by_metric, config.evaluate.bootstrap_samples, config.seed)
+
+
+def _intervals(values: Mapping[str, FloatArray], samples: int, seed: int) -> dict[str, Any]:
+    return {metric: interval(value_IS, samples, seed) for metric, value_IS in values.items()}
+
+
+def _values(splits: Splits, ranked: Mapping[str, IntArray]) -> dict[str, dict[str, FloatArray]]:
+    everyone = np.arange(len(splits.held_out.users))
+    return {
+        name: {
+            metric: splits.spread(value_B, everyone)
+            for metric, value_B in compute(item_BK, splits.held_out.relevant, METRICS).items()
+        }
+        for name, item_BK in ranked.items()
+    }
+
+
+def _tests(values: Mapping[str, FloatArray], samples: int, seed: int) -> dict[str, Any]:
+    against_model = compared_with(MODEL, values, samples, seed) if MODEL in values else {}
+    return {
+        "best": max(values, key=lambda name: mean_over_splits(values[name])),
+        "against best other": against_best_other(values, samples, seed),
+        "against cllm4rec": against_model,
+    }
+
+
+def _beside(splits: Splits, item_BK: IntArray) -> dict[str, float]:
+    """Means over the splits of what lists are like beside their accuracy."""
+    parts = [(item_BK[splits.split_B == split], catalog) for split, catalog in enumerate(splits.catalogs)]
+    return {
+        f"coverage@{LIST}": float(np.mean([coverage(part, catalog.num_items, LIST) for part, catalog in parts])),
+        f"popularity lift@{LIST}": float(
+            np.mean([popularity_lift(part, catalog.item_counts, LIST) for part, catalog in parts])
+        ),
+    }
+
+
+def _strata(
+    splits: Splits, strata: Sequence[Stratum], ranked: Mapping[str, IntArray], samples: int, seed: int
+) -> list[dict[str, Any]]:
+    """HEADLINE of every method in every stratum."""
+    summaries = []
+    for stratum in strata:
+        values = {
+            name: compute(item_BK[stratum.rows], stratum.relevant, [HEADLINE])[HEADLINE]
+            for name, item_BK in ranked.items()
+        }
+        summaries.append(
+            {
+                "label": stratum.label,
+                "users": len(np.unique(splits.held_out.users[stratum.rows])),
+                "test_items": len(stratum.relevant.values),
+                "metric": HEADLINE,
+                "results": {
+                    name: interval(splits.spread(value_R, stratum.rows), samples, seed)
+                    for name, value_R in values.items()
+                },
+            }
+        )
+    return summaries
+
+
+def _protocol(config: Config, splits: Splits, skipped: Mapping[str, str]) -> dict[str, Any]:
+    described = describe(config, splits.held_out, splits.catalogs[0].num_items)
+    cold = [int((catalog.item_counts == 0).sum()) for catalog in splits.catalogs]
+    return described | {
+        "metrics": {name: DEFINITIONS[parse_metric(name)[0]] for name in METRICS},
+        "split": {**described["split"], "seed": splits.seeds},
+        "users": splits.catalogs[0].num_users,
+        "users_evaluated": len(np.unique(splits.held_out.users)),
+        "users_dropped": splits.held_out.num_dropped,
+        "cold_items": cold,
+        "chosen_by": f"{VALIDATION_METRIC} of the validation split, on each split by itself",
+        "test": {"kind": "paired randomization over users, two-sided", "draws": DRAWS, "correction": "Holm"},
+        "interval": {**described["interval"], "unit": "a user with all splits"},
+        "skipped": dict(skipped),
+        "sweeps": describe_sweeps(config),
+    }
+
+
+def _used(found: Sequence[Result]) -> dict[str, list[float]]:
+    """Of each split."""
+    return {
+        "trials": [len(result.facts["tried"]) for result in found],
+        "failed": [sum("failed" in trial for trial in result.facts["tried"]) for result in found],
+        "minutes": [round(result.facts["seconds"] / 60, 2) for result in found],
+    }
+
+
+def _cost(found: Sequence[Result]) -> dict[str, float]:
+    """Of training and validating one setting, on one thread, and the most memory a process took."""
+    seconds = [trial["seconds"] for result in found for trial in result.facts["tried"] if "seconds" in trial]
+    memory = max(result.facts["peak_memory_mb"] for result in found)
+    return {"minutes_per_setting": float(np.mean(seconds)) / 60, "peak_memory_mb": memory}
+
+
+def _backbone_cost(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """What the language models took, which rows share."""
+    split = of_split(config, config.compare.seeds[0])
+    directories = {Row(split, name).backbone for name in names if name in VARIANTS} - {None}
+    return {
+        str(directory).rpartition("/")[2]: {
+            "minutes_per_setting": read_manifest(str(directory), "backbone").counts["seconds"] / 60
+        }
+        for directory in sorted(map(str, directories))
+    }
+
+
+def _chosen(seeds: Sequence[int], found: Sequence[Result]) -> dict[str, Any]:
+    return {str(seed): result.facts["chosen"] for seed, result in zip(seeds, found, strict=True)}

@@ -1,0 +1,135 @@
+"""A trained model as a directory: safetensors and JSON, every file under a sha256, nothing that could run.
+
+pretrained/ and model/
+  tables.safetensors             the four ID tables, float32
+  model.json                     sizes, longest prompt, the prompt it is asked by, precision
+  users.parquet, items.parquet   the Catalog
+  tokenizer/, prompts.json       as prepared
+  backbone/                      reference.json (name, revision, digest), or its own safetensors
+  metrics.jsonl                  every step and epoch of its training
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cllm4rec.arrays.ids import Catalog
+from cllm4rec.data.prepared import PromptTokens
+from cllm4rec.errors import ArtifactError
+from cllm4rec.model.backbone import load_backbone
+from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
+from cllm4rec.model.precision import precision_on
+from cllm4rec.model.ranker import Ranker
+from cllm4rec.storage import artifacts, files
+from cllm4rec.storage.artifacts import Draft, Manifest
+from cllm4rec.storage.tensors import map_tensors, save_tensors
+
+Prompt = Literal["interactions", "recommendation"]
+
+_BACKBONE_FILES = (".safetensors", ".json")
+"""What `backbone/` may hold: `from_pretrained` would also take a pickle."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelMetadata:
+    """`model.json`."""
+
+    num_words: int
+    num_users: int
+    num_items: int
+    width: int
+    max_tokens: int
+    prompt: Prompt
+    bf16: bool
+    temperature: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """A loaded directory: a ranker ready to use, whom it knows, and what it says of itself."""
+
+    ranker: Ranker
+    catalog: Catalog
+    prompt_tokens: PromptTokens
+    manifest: Manifest
+
+
+def save_pretrained(
+    draft: Draft, tables: dict[str, Tensor], facts: ModelMetadata, *, prepared_dir: str, backbone_dir: str
+) -> None:
+    """Fill a draft with everything but `metrics.jsonl`."""
+    save_tensors({name: tables[name] for name in TABLES.values()}, draft.path("tables.safetensors"))
+    files.write_json(draft.path("model.json"), dataclasses.asdict(facts))
+    shared = [name for name in files.list_files(prepared_dir) if name.startswith("tokenizer/")]
+    for name in ["users.parquet", "items.parquet", "prompts.json", *shared]:
+        files.copy_file(files.join(prepared_dir, name), draft.path(name))
+    for name in files.list_files(backbone_dir):
+        if name not in (artifacts.MANIFEST, "metrics.jsonl"):
+            files.copy_file(files.join(backbone_dir, name), draft.path("backbone", name))
+    draft.counts |= {"users": facts.num_users, "items": facts.num_items, "width": facts.width}
+
+
+def load_tables(directory: str, kind: str) -> dict[str, Tensor]:
+    """The four tables of a finished directory, after its digests are checked, as `map_tensors` reads them."""
+    artifacts.verify_files(directory, artifacts.read_manifest(directory, kind))
+    return map_tensors(files.join(directory, "tables.safetensors"))
+
+
+def load_model(directory: str, kind: str = "model", device: str | None = None) -> SavedModel:
+    """Check every digest, then load. Raises ArtifactError for a damaged or foreign directory.
+
+    device: by default the GPU where there is one.
+    """
+    manifest = artifacts.read_manifest(directory, kind)
+    artifacts.verify_files(directory, manifest)
+    facts = _read_facts(directory)
+    catalog, prompt_tokens = Catalog.load_without_user_texts(directory), PromptTokens.load(directory)
+    _check_sizes(directory, facts, catalog, prompt_tokens)
+    _refuse_pickles(directory)
+    backbone = load_backbone(files.join(directory, "backbone"), facts.max_tokens)
+    model = CLLM4Rec(backbone, catalog.token_space(facts.num_words), std=0.0, temperature=facts.temperature)
+    tables = map_tensors(files.join(directory, "tables.safetensors"))
+    for name, table in model.tables().items():
+        if name not in tables or tables[name].shape != table.shape:
+            raise ArtifactError(
+                f"{directory}/tables.safetensors has no {name} of shape {tuple(table.shape)}; train again"
+            )
+        table.data.copy_(tables[name])
+    model.train_only(())
+    model.eval()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model.compute_in(precision_on(device, facts.bf16))
+    model.to(device)
+    return SavedModel(
+        Ranker(model, prompt_tokens.prompts, facts.max_tokens, facts.prompt), catalog, prompt_tokens, manifest
+    )
+
+
+def _read_facts(directory: str) -> ModelMetadata:
+    try:
+        return ModelMetadata(**files.read_json(files.join(directory, "model.json")))
+    except TypeError:
+        raise ArtifactError(f"{directory}/model.json is not what this code writes; train again") from None
+
+
+def _refuse_pickles(directory: str) -> None:
+    for name in files.list_files(files.join(directory, "backbone")):
+        if not name.endswith(_BACKBONE_FILES):
+            raise ArtifactError(
+                f"{directory}/backbone/{name} is neither safetensors nor JSON and could run code when loaded; remove "
+                "it or copy the directory again"
+            )
+
+
+def _check_sizes(directory: str, facts: ModelMetadata, catalog: Catalog, prompt_tokens: PromptTokens) -> None:
+    found = (prompt_tokens.num_words, catalog.num_users, catalog.num_items)
+    expected = (facts.num_words, facts.num_users, facts.num_items)
+    if found != expected:
+        raise ArtifactError(
+            f"{directory} was trained for (words, users, items) = {expected} and its catalog has {found}; "
+            "copy the whole directory again or train again"
+        )

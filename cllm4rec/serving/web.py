@@ -1,0 +1,150 @@
+"""The HTTP face: routes, refusals and keys. Plain FastAPI around two callables, so that it is tested without Ray.
+
+GET  /, /docs           a page to try the endpoint with, which needs nothing from the internet
+POST /v1/recommend      RecommendRequest → RecommendResponse
+GET  /healthz           the process answers
+GET  /readyz            a model is loaded, and which
+GET  /openapi.json      the contract
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import cllm4rec
+from cllm4rec.errors import ConfigError
+from cllm4rec.serving.schemas import (
+    MAX_BODY_BYTES,
+    Alive,
+    FieldProblems,
+    Problem,
+    Ready,
+    RecommendRequest,
+    RecommendResponse,
+)
+
+API_KEYS_VARIABLE = "CLLM4REC_API_KEYS"
+OPEN_PATHS = ("/healthz", "/readyz")
+
+Recommend = Callable[[RecommendRequest], Awaitable[RecommendResponse]]
+
+# The page fetches nothing from elsewhere and may not be made to.
+_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+
+def create_app(recommend: Recommend, ready: Callable[[], Ready | None], api_keys: Sequence[str] = ()) -> FastAPI:
+    """The application. `ready` returns None until a model is loaded. Without `api_keys` everybody may ask."""
+    # The stock /docs loads its scripts from a CDN; ours is a page of this repository.
+    app = FastAPI(
+        title="CLLM4Rec",
+        version=cllm4rec.__version__,
+        docs_url=None,
+        redoc_url=None,
+        max_body_size=MAX_BODY_BYTES,
+        exception_handlers={RequestValidationError: _refuse},
+    )
+    if api_keys:
+        app.add_middleware(RequireApiKey, keys=api_keys)
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+
+    @app.post("/v1/recommend", responses=_refusals(400, 401, 413, 422, 429, 503))
+    async def recommend_items(request: RecommendRequest) -> RecommendResponse:
+        """The best items for a user, a history or both. Popular items where nothing is known."""
+        return await recommend(request)
+
+    @app.get("/healthz")
+    async def healthz() -> Alive:
+        return Alive()
+
+    @app.get("/readyz", responses=_refusals(503))
+    async def readyz() -> Ready:
+        state = ready()
+        if state is None:
+            raise HTTPException(503, "no model is loaded yet")
+        return state
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_POLICY})
+
+    return app
+
+
+def api_keys_of(environment: Mapping[str, str], required: bool = False) -> list[str]:
+    """The comma-separated keys of CLLM4REC_API_KEYS; none where it is not set, which means an open endpoint.
+
+    Raises ConfigError where the variable is set without a key in it, or is not set and `required`: an operator who
+    meant to close the endpoint must not get an open one.
+    """
+    keys = [key.strip() for key in environment.get(API_KEYS_VARIABLE, "").split(",") if key.strip()]
+    if not keys and (required or API_KEYS_VARIABLE in environment):
+        raise ConfigError(
+            f"{API_KEYS_VARIABLE} holds no key where the endpoint is to ask for one; "
+            "set it in the environment of every node to keys separated by commas"
+        )
+    return keys
+
+
+class RequireApiKey:
+    """ASGI middleware: 401 without `Authorization: Bearer KEY` or `X-API-Key: KEY`, but for the health routes.
+
+    Keys are compared as digests, each in constant time and all of them, so that an answer's time tells nothing.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self.app = app
+        self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._is_allowed(Request(scope)):
+            refusal = JSONResponse(
+                {"detail": "give a key as Authorization: Bearer KEY or X-API-Key: KEY"},
+                status_code=401,
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            return await refusal(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def _is_allowed(self, request: Request) -> bool:
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        offered = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        digest = hashlib.sha256(offered.encode()).digest()
+        return sum(hmac.compare_digest(digest, known) for known in self.digests) > 0
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    """422 with the fields' names. The offending values are left out: they are the caller's own data, and one such as
+    NaN or half a surrogate pair cannot be written as JSON, which would turn the refusal into a 500."""
+    assert isinstance(error, RequestValidationError)
+    problems = [{"loc": list(p["loc"]), "msg": p["msg"], "type": p["type"]} for p in error.errors()]
+    return Response(json.dumps({"detail": problems}), status_code=422, media_type="application/json")
+
+
+# 413 and 429 may come from below this application (the body limit, Serve's proxy), as plain text.
+_REFUSALS: dict[int, tuple[type | None, str]] = {
+    400: (Problem, "the body is not UTF-8 JSON"),
+    401: (Problem, "keys are asked for and none or a wrong one was given"),
+    413: (None, f"the body is larger than {MAX_BODY_BYTES} bytes"),
+    422: (FieldProblems, "a field is missing, unknown or out of its bounds"),
+    429: (None, "more requests wait than are let in; try again after Retry-After seconds"),
+    503: (Problem, "no model is loaded"),
+}
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    chosen = {status: _REFUSALS[status] for status in statuses}
+    return {
+        status: {"description": reason} | ({"model": model} if model else {})
+        for status, (model, reason) in chosen.items()
+    }

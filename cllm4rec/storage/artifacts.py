@@ -1,0 +1,227 @@
+"""Directories that stages hand to each other: whole or not there, and able to say what they are.
+
+    with write_directory(uri, kind="model", inputs={"prepared": digest}, config=config) as draft:
+        ...                                # write files below draft.path, fill draft.counts
+    manifest = read_manifest(uri, kind="model")
+
+Files are written beside the final name, in `<uri>.partial`. `manifest.json` (sha256 of every file, digest of the
+inputs, resolved config) is written last, then the directory is moved to its name; what stood there waits as `<uri>.old`
+until that is done. A directory without a manifest does not exist. Paths are local or any fsspec URI.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+from cllm4rec.errors import ArtifactError, Cllm4RecError, ResourceError, is_full_disk
+from cllm4rec.storage.files import (
+    digest_of,
+    digest_of_file,
+    exists,
+    filesystem,
+    join,
+    list_files,
+    read_json,
+    remove_directory,
+    remove_file,
+    write_json,
+)
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a finished directory says of itself."""
+
+    kind: str
+    schema_version: int
+    counts: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    inputs: dict[str, str]
+    config: dict[str, Any]
+    digest: str
+    created: str
+
+
+@dataclasses.dataclass
+class Draft:
+    """A directory being written: put files below `path`, numbers worth knowing into `counts`."""
+
+    uri: str
+    counts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def path(self, *parts: str) -> str:
+        return join(self.uri, *parts)
+
+
+@contextlib.contextmanager
+def write_directory(uri: str, *, kind: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[Draft]:
+    """Write a directory under a temporary name; on success add the manifest and move it to `uri` in place of what stood
+    there.
+
+    On any error the draft is removed and what stood at `uri` stays. A full disk becomes a ResourceError. Raises
+    ArtifactError where something stands at `uri` that is no directory of this kind: it would be deleted.
+    """
+    draft = Draft(f"{uri.rstrip('/')}.partial")
+    _bring_back(uri)
+    _refuse_foreign(uri, kind)
+    remove_directory(draft.uri)
+    fs, path = filesystem(draft.uri)
+    try:
+        fs.makedirs(path, exist_ok=True)
+        yield draft
+        write_json(draft.path(MANIFEST), _manifest(draft, kind, inputs, config))
+        _move_into_place(draft.uri, uri)
+    except Exception as error:
+        if is_full_disk(error) and not isinstance(error, Cllm4RecError):
+            raise ResourceError(
+                f"the disk is full while writing {uri}; free some space and run the same command again"
+            ) from error
+        raise
+    finally:
+        remove_directory(draft.uri)
+
+
+def read_manifest(uri: str, kind: str) -> Manifest:
+    """The manifest of a finished directory. Raises ArtifactError where it is missing, damaged or of another kind."""
+    if not exists(join(uri, MANIFEST)):
+        raise ArtifactError(f"{uri} is not a finished {kind} directory (no {MANIFEST}); run the stage that writes it")
+    raw = read_json(join(uri, MANIFEST))
+    # Before anything else of it is read: another version may have other fields.
+    if isinstance(raw, dict) and raw.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{uri} was written with schema version {raw['schema_version']} and this code reads {SCHEMA_VERSION}; "
+            "run the stage that writes it again"
+        )
+    try:
+        manifest = Manifest(**raw)
+    except TypeError:
+        raise ArtifactError(f"{uri}/{MANIFEST} is damaged; run the stage that writes it with --force") from None
+    if manifest.kind != kind:
+        raise ArtifactError(f"{uri} is a {manifest.kind} directory where a {kind} directory is needed; check the path")
+    return manifest
+
+
+def verify_files(uri: str, manifest: Manifest) -> None:
+    """Compare every file with its sha256 in the manifest. Raises ArtifactError naming the first that differs."""
+    fs, root = filesystem(uri)
+    for name, expected in manifest.files.items():
+        if not fs.exists(f"{root}/{name}"):
+            raise ArtifactError(f"{uri}/{name} is missing; copy the directory again or run its stage with --force")
+        if digest_of_file(join(uri, name)) != expected["sha256"]:
+            raise ArtifactError(
+                f"{uri}/{name} is damaged (sha256 differs); copy it again or run its stage with --force"
+            )
+
+
+def is_current(uri: str, kind: str, inputs: Mapping[str, str]) -> bool:
+    """Whether a finished directory was made from exactly these inputs, so that its stage can be skipped.
+
+    One that cannot be read is not current: its stage would write it anew. Asked by the stage that writes it.
+    """
+    _bring_back(uri)
+    try:
+        return read_manifest(uri, kind).inputs == dict(inputs)
+    except ArtifactError:
+        return False
+
+
+def settle(uri: str) -> None:
+    """Clean up after interrupted writers: what was set aside gets its name again if that is free, drafts go.
+
+    Only where no writer is at work.
+    """
+    _bring_back(uri)
+    for leftover in (_old(uri), f"{uri.rstrip('/')}.partial"):
+        remove_directory(leftover)
+
+
+def _manifest(draft: Draft, kind: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Any]:
+    fs, root = filesystem(draft.uri)
+    files = {
+        name: {"sha256": digest_of_file(draft.path(name)), "bytes": fs.size(f"{root}/{name}")}
+        for name in list_files(draft.uri)
+    }
+    manifest = Manifest(
+        kind=kind,
+        schema_version=SCHEMA_VERSION,
+        counts=draft.counts,
+        files=files,
+        inputs=dict(inputs),
+        config=dict(config),
+        digest=digest_of(
+            {"kind": kind, "files": {name: entry["sha256"] for name, entry in files.items() if _is_content(name)}}
+        ),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    return dataclasses.asdict(manifest)
+
+
+def _is_content(name: str) -> bool:
+    """False for logs (`metrics.jsonl`): they tell times, and equal results should have equal digests and versions."""
+    return not name.endswith(".jsonl")
+
+
+def _move_into_place(draft_uri: str, uri: str) -> None:
+    old_uri = _old(uri)
+    remove_directory(old_uri)
+    if exists(uri):
+        _move(uri, old_uri)
+    _move(draft_uri, uri)
+    remove_directory(old_uri)
+
+
+def _bring_back(uri: str) -> None:
+    """Undo a move that a crash interrupted: what it had set aside gets its name again."""
+    if exists(join(_old(uri), MANIFEST)) and not exists(join(uri, MANIFEST)):
+        remove_directory(uri)
+        _move(_old(uri), uri)
+
+
+def _old(uri: str) -> str:
+    return f"{uri.rstrip('/')}.old"
+
+
+def _move(source_uri: str, target_uri: str) -> None:
+    """Give a finished directory another name: at once where it is local, elsewhere with the manifest last."""
+    (fs, source), (_, target) = filesystem(source_uri), filesystem(target_uri)
+    if isinstance(fs, LocalFileSystem):
+        os.rename(source, target)
+        return
+    for name in sorted(list_files(source_uri), key=lambda name: name == MANIFEST):
+        fs.makedirs(fs._parent(f"{target}/{name}"), exist_ok=True)
+        fs.copy(f"{source}/{name}", f"{target}/{name}")
+    remove_file(join(source_uri, MANIFEST))  # and first, so that what is left of the source is no directory of ours
+    remove_directory(source_uri)
+
+
+def _refuse_foreign(uri: str, kind: str) -> None:
+    fs, _ = filesystem(uri)
+    if exists(join(uri, MANIFEST)):
+        is_foreign = _kind_of(uri) not in (kind, None)
+    else:
+        # Elsewhere a directory appears file by file, and one without a manifest may be our own, interrupted.
+        is_foreign = isinstance(fs, LocalFileSystem) and bool(list_files(uri))
+    if is_foreign:
+        raise ArtifactError(
+            f"{uri} holds files that no {kind} stage wrote and would be replaced; move them away or set another "
+            "output_dir"
+        )
+
+
+def _kind_of(uri: str) -> str | None:
+    """What a manifest says it is of; None where it is damaged."""
+    try:
+        raw = read_json(join(uri, MANIFEST))
+    except ArtifactError:
+        return None
+    return raw.get("kind") if isinstance(raw, dict) else None

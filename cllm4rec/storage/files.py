@@ -1,0 +1,159 @@
+"""Files by path or URI: local, or anywhere fsspec reaches.
+
+Paths given to these functions are local or any fsspec URI (s3://, gs://, ...).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from cllm4rec.errors import ArtifactError
+
+
+def filesystem(uri: str) -> tuple[Any, str]:
+    """The fsspec file system of a URI and the path on it; local paths become absolute."""
+    fs, path = fsspec.core.url_to_fs(uri)
+    return fs, path
+
+
+def absolute(uri: str) -> str:
+    """The URI as another process with another working directory can use it."""
+    fs, path = filesystem(uri)
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a JSON-like value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def digest_of_file(uri: str) -> str:
+    """sha256 of a file's bytes, read in pieces."""
+    fs, path = filesystem(uri)
+    sha = hashlib.sha256()
+    with fs.open(path, "rb") as stream:
+        while piece := stream.read(1 << 20):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
+def write_bytes(uri: str, content: bytes) -> None:
+    fs, path = filesystem(uri)
+    fs.makedirs(fs._parent(path), exist_ok=True)
+    with fs.open(path, "wb") as stream:
+        stream.write(content)
+
+
+def append_bytes(uri: str, content: bytes) -> None:
+    """Add to a file, which need not exist. Object stores that cannot append rewrite it."""
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        fs.makedirs(fs._parent(path), exist_ok=True)
+        with fs.open(path, "ab") as stream:
+            stream.write(content)
+    else:
+        write_bytes(uri, (read_bytes(uri) if exists(uri) else b"") + content)
+
+
+def read_bytes(uri: str) -> bytes:
+    fs, path = filesystem(uri)
+    try:
+        content: bytes = fs.cat_file(path)
+    except FileNotFoundError:
+        raise ArtifactError(f"{uri} is missing; run the stage that writes it") from None
+    return content
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy between any two file systems, in pieces."""
+    (source_fs, source_path), (target_fs, target_path) = filesystem(source), filesystem(target)
+    target_fs.makedirs(target_fs._parent(target_path), exist_ok=True)
+    with source_fs.open(source_path, "rb") as reader, target_fs.open(target_path, "wb") as writer:
+        shutil.copyfileobj(reader, writer, 1 << 20)
+
+
+def write_json(uri: str, value: Any) -> None:
+    write_bytes(uri, (json.dumps(value, indent=2, sort_keys=True, default=str) + "\n").encode())
+
+
+def replace_json(uri: str, value: Any) -> None:
+    """Put a small file in place of another at once: a reader finds the old one or the new one whole, a crash too."""
+    content = (json.dumps(value, indent=2, sort_keys=True, default=str) + "\n").encode()
+    fs, path = filesystem(uri)
+    fs.makedirs(fs._parent(path), exist_ok=True)
+    if not isinstance(fs, LocalFileSystem):
+        fs.pipe_file(path, content)  # an object appears whole
+        return
+    draft = f"{path}.partial"
+    with open(draft, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(draft, path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, survives a loss of power
+    finally:
+        os.close(folder)
+
+
+def read_json(uri: str) -> Any:
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError:
+        raise ArtifactError(f"{uri} is damaged: it is not JSON; run the stage that writes it with --force") from None
+
+
+def list_files(uri: str) -> list[str]:
+    """Paths of all files below a directory, relative to it, sorted."""
+    fs, root = filesystem(uri)
+    return sorted(str(path)[len(root.rstrip("/")) + 1 :] for path in fs.find(root))
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return bool(fs.exists(path))
+
+
+def remove_file(uri: str) -> None:
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm_file(path)
+
+
+def remove_directory(uri: str) -> None:
+    fs, path = filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
+def read_tables(paths: Sequence[str], columns: list[str] | None = None) -> pa.Table:
+    """Parquet files as one table, in this order."""
+    tables = []
+    for uri in paths:
+        fs, path = filesystem(uri)
+        with fs.open(path, "rb") as stream:
+            tables.append(pq.read_table(stream, columns=columns))
+    return pa.concat_tables(tables)
+
+
+def write_table(table: pa.Table, uri: str, row_group_size: int | None = None) -> None:
+    """One Parquet file; its folder is made."""
+    fs, path = filesystem(uri)
+    fs.makedirs(fs._parent(path), exist_ok=True)
+    with fs.open(path, "wb") as stream:
+        pq.write_table(table, stream, row_group_size=row_group_size)

@@ -1,0 +1,181 @@
+"""The command line all commands share: exit status, one sentence, the short last line and run.json."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.exceptions import RayTaskError
+
+from cllm4rec.commands import cli
+from cllm4rec.errors import ArtifactError, AuditError, ConfigError, DataError, ResourceError, TrainingError
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = {"data": {"interactions": {"path": "reviews.json"}}}
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run a job as a command, without Ray; returns exit status, lines of stdout and stderr."""
+    monkeypatch.setattr(cli, "connect", lambda config: None)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), **MINIMAL}))
+
+    def run(job, *arguments, config=True):
+        given = ["--config", str(tmp_path / "run.yaml")] if config else []
+        status = cli.execute(cli.Command(job, "A test."), "test", "cllm4rec test", [*given, *arguments])
+        shown = capsys.readouterr()
+        return status, shown.out.splitlines(), shown.err
+
+    return run
+
+
+def without_seconds(line):
+    last = json.loads(line)
+    return {name: value for name, value in last.items() if name != "seconds"}
+
+
+def fails(error):
+    def job(config, args):
+        raise error
+
+    return job
+
+
+def test_a_command_ends_with_a_short_line_and_the_whole_in_run_json(call, tmp_path):
+    result = {"prepare": {"directory": "prepared", "counts": {"users": 40}}, "report": "out/report.md"}
+
+    def job(config, args):
+        print("something on the way")
+        (tmp_path / "out").mkdir()
+        return result
+
+    status, lines, errors = call(job)
+    assert (status, errors) == (0, "")
+    last = json.loads(lines[-1])
+    assert last.pop("seconds") >= 0
+    assert last == {"ok": True, "output_dir": str(tmp_path / "out"), "report": "out/report.md"}
+    written = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (written["command"], written["ok"], written["result"]) == ("test", True, result)
+
+
+def test_a_failed_command_leaves_its_error_in_run_json_and_makes_no_folder(call, tmp_path):
+    call(fails(DataError("no rows are left")))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    call(fails(DataError("no rows are left")))
+    written = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (written["ok"], written["error"]) == (False, "no rows are left")
+
+
+def test_overrides_and_flags_may_stand_anywhere(call):
+    seen = []
+
+    def job(config, args):
+        seen.append((config.seed, config.pretrain.epochs, args.force))
+        return {}
+
+    call(job, "seed=3", "--force", "pretrain.epochs=2")
+    call(job, "--force", "seed=3", "pretrain.epochs=2")
+    assert seen == [(3, 2, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ConfigError("a is no setting"), 2),
+        (DataError("no rows are left"), 1),
+        (ArtifactError("model is damaged"), 1),
+        (ResourceError("too few CPUs"), 1),
+        (TrainingError("the loss is nan"), 1),
+        (AuditError("1 users have no list"), 3),
+    ],
+)
+def test_our_errors_are_one_sentence_and_a_status(call, error, status):
+    found, lines, errors = call(fails(error))
+    assert (found, errors) == (status, f"error: {error}\n")
+    assert without_seconds(lines[-1]) == {"ok": False, "error": str(error)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["pretrain.epoch=3"], "pretrain.epoch is no setting"),
+        (["pretrain.epochs"], "is not of the form section.key=value"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag; cllm4rec test --help"),
+    ],
+)
+def test_a_wrong_command_line_is_told_like_any_other_error(call, arguments, sentence):
+    status, lines, errors = call(fails(AssertionError("not reached")), *arguments)
+    assert status == 2
+    assert errors.count("\n") == 1
+    assert sentence in errors
+    assert sentence in json.loads(lines[-1])["error"]
+
+
+def test_a_missing_config_is_told_like_any_other_error(call):
+    status, lines, errors = call(fails(AssertionError("not reached")), config=False)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "--config" in json.loads(lines[-1])["error"]
+    status, lines, errors = call(fails(AssertionError("not reached")), "--config", "no/such/file.yaml", config=False)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "cannot read the config no/such/file.yaml" in errors
+
+
+def test_an_unforeseen_error_shows_its_traceback_and_still_ends_in_json(call):
+    status, lines, errors = call(fails(KeyError("a bug")))
+    assert status == 1
+    assert "Traceback (most recent call last)" in errors
+    assert "in job" in errors
+    assert without_seconds(lines[-1]) == {"ok": False, "error": "KeyError: 'a bug'"}
+
+
+def test_an_interrupt_is_no_traceback(call):
+    status, lines, errors = call(fails(KeyboardInterrupt()))
+    assert (status, errors.count("\n")) == (130, 1)
+    assert json.loads(lines[-1])["ok"] is False
+
+
+def in_a_task(cause):
+    """What Ray raises in the driver for what a task raised on some node."""
+    traceback = f"ray::task()\n  File x\n{type(cause).__name__}: {cause}"
+    return RayTaskError("task", traceback, cause, proctitle="ray::task", pid=1, ip="127.0.0.1").as_instanceof_cause()
+
+
+def test_our_error_from_a_task_is_its_sentence_only(call):
+    status, lines, errors = call(fails(in_a_task(ArtifactError("model/tables.safetensors is damaged"))))
+    assert (status, errors) == (1, "error: model/tables.safetensors is damaged\n")
+    assert json.loads(lines[-1])["error"] == "model/tables.safetensors is damaged"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_in_a_task_is_told_as_one(call, wrapped):
+    def job(config, args):
+        full = in_a_task(OSError(errno.ENOSPC, "No space left on device"))
+        if not wrapped:
+            raise full
+        raise TrainingError(f"training stopped: {full}") from full
+
+    status, _, errors = call(job)
+    assert (status, errors) == (1, "error: a disk is full; free some space and run the same command again\n")
+
+
+def test_a_more_precise_sentence_about_a_full_disk_is_kept(call):
+    def job(config, args):
+        raise ResourceError("the disk is full while writing x; free some space") from OSError(errno.ENOSPC, "full")
+
+    assert call(job)[2] == "error: the disk is full while writing x; free some space\n"
+
+
+def test_a_program_that_cannot_read_its_config_starts_nothing(tmp_path):
+    command = [sys.executable, "-m", "jobs.prepare", "--config", str(tmp_path / "missing.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: cannot read the config {tmp_path}/missing.yaml: No such file or directory; "
+        "give a YAML file to --config\n"
+    )
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["ok"] is False

@@ -1,0 +1,92 @@
+"""`cllm4rec serve`: what is refused before anything starts, and why a replica did not start."""
+
+import socket
+from types import SimpleNamespace
+
+import pytest
+from support.directories import write_prepared, write_random_model
+
+from cllm4rec.commands import serve
+from cllm4rec.config import parse_config
+from cllm4rec.errors import ArtifactError, ResourceError
+from cllm4rec.storage import files
+
+MINIMAL = {"output_dir": "runs/x", "data": {"interactions": {"path": "reviews.json"}}}
+
+
+def fails(error):
+    def job(*_, **__):
+        raise error
+
+    return job
+
+
+def cluster_of(monkeypatch, **existing):
+    monkeypatch.setattr("ray.cluster_resources", lambda: existing)
+    monkeypatch.setattr("ray.nodes", lambda: [{}])
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A config whose model and prepared data are there, on a free port; Serve itself is never started."""
+    prepared_dir = write_prepared(tmp_path / "prepared")
+    write_random_model(tmp_path, prepared_dir, seed=0)
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={}))
+    monkeypatch.setattr("ray.serve.start", fails(AssertionError("started")))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {**MINIMAL, "output_dir": str(tmp_path), "serve": {"port": port}, "cluster": {"start_timeout_s": 0.01}}
+
+
+def refused_endpoint(settings):
+    with pytest.raises((ArtifactError, ResourceError)) as caught, serve.serving(parse_config(settings)):
+        pass
+    return str(caught.value)
+
+
+def test_a_damaged_model_is_refused_before_anything_starts(served, tmp_path):
+    content = bytearray((tmp_path / "model" / "tables.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "model" / "tables.safetensors").write_bytes(bytes(content))
+    assert "model/tables.safetensors is damaged (sha256 differs)" in refused_endpoint(served)
+
+
+def test_a_missing_model_is_refused_before_anything_starts(served, tmp_path):
+    files.remove_directory(str(tmp_path / "model"))
+    assert "model is not a finished model directory" in refused_endpoint(served)
+
+
+def test_a_taken_port_is_named(served):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", served["serve"]["port"]))
+        taken.listen()
+        assert refused_endpoint(served) == (
+            f"port {served['serve']['port']} of 127.0.0.1 cannot be used (Address already in use); "
+            "set serve.port to a free one"
+        )
+
+
+def test_an_endpoint_that_runs_on_the_cluster_is_left_alone(served, monkeypatch):
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={"shop": "RUNNING"}))
+    assert "Ray Serve already runs shop on this cluster" in refused_endpoint(served)
+
+
+def test_more_replicas_than_the_cluster_holds_are_refused(served, monkeypatch):
+    cluster_of(monkeypatch, CPU=2.0)
+    served["serve"] |= {"min_replicas": 3, "max_replicas": 3}
+    assert refused_endpoint(served) == (
+        "serve asks for 3 CPUs and the cluster has 2 CPUs; lower serve.min_replicas or "
+        "cluster.cpus_per_worker, or add nodes"
+    )
+
+
+def test_why_a_replica_did_not_start_is_its_own_sentence():
+    told = (
+        "Deploying application cllm4rec failed: The deployment failed to start 3 times in a row. Error:\n"
+        "ray::ServeReplica:cllm4rec:Recommend.initialize_and_get_metadata()\n  File x, line 3\n"
+        "cllm4rec.errors.ArtifactError: model was not trained on prepared; serve a model with its directory\n"
+        "The above exception was the direct cause of the following exception:\nRuntimeError: Traceback\n"
+    )
+    assert serve._why(told) == "model was not trained on prepared; serve a model with its directory"
+    assert serve._why("first line\nlast line\n") == "last line"

@@ -1,0 +1,83 @@
+"""Attention in blocks equals attention under a mask over whole rows, with its gradients."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cllm4rec.model.cpu.attention import attend, build_blocks
+
+CPU = torch.device("cpu")
+
+
+def grid_of(lengths: list[int], num_rows: int, num_columns: int) -> np.ndarray:
+    """Documents of these lengths one after another in each row, turned by a place from row to row."""
+    segment_RT = np.zeros((num_rows, num_columns), np.int32)
+    for row in range(num_rows):
+        begin = 0
+        for number, length in enumerate(np.roll(lengths, row), 1):
+            if begin + length <= num_columns:
+                segment_RT[row, begin : begin + length] = number
+                begin += length
+    return segment_RT
+
+
+def states(segment_RT: np.ndarray, heads: int, key_heads: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(len(segment_RT), count, segment_RT.shape[1], 4) for count in (heads, key_heads, key_heads)]
+    return [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+
+
+def masked(query, key, value, segment_RT):
+    segment = torch.from_numpy(segment_RT)
+    mask = (segment[:, None, :, None] == segment[:, None, None, :]).tril()
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True).transpose(1, 2)
+
+
+@given(st.lists(st.integers(1, 90), min_size=2, max_size=40), st.integers(1, 3), st.booleans())
+def test_every_slot_stands_in_one_block_with_its_whole_document(lengths, num_rows, alone):
+    segment_RT = grid_of(lengths, num_rows, 160)
+    segment_S = segment_RT.ravel()
+    blocks = build_blocks(segment_RT, CPU, alone)
+    slots = torch.arange(segment_S.size)
+    cut = torch.cat([blocks.cut(slots.view(-1, 1, 1), number, 1).flatten() for number in range(len(blocks.groups))])
+    has_place = segment_S > 0 if alone else np.ones(segment_S.size, bool)
+    assert (blocks.paste(cut[:, None], 1, 1).flatten() == slots)[has_place].all()
+    sees = torch.cat([(group.bias_BLL == 0).sum(dim=2).flatten() for group in blocks.groups])
+    found = blocks.paste(sees[:, None], 1, 1).flatten().numpy()
+    row, column = slots.numpy() // 160, slots.numpy() % 160
+    before = [(segment_RT[r, : c + 1] == segment_RT[r, c]).sum() for r, c in zip(row, column, strict=True)]
+    assert (found == before)[segment_S > 0].all()
+
+
+def test_padding_costs_short_blocks_however_much_there_is():
+    for segment_RT in (np.zeros((1, 4096), np.int32), grid_of([90, 30], 1, 4096)):
+        blocks = build_blocks(segment_RT, CPU)
+        assert max(group.bias_BLL.shape[1] for group in blocks.groups) <= 96 + 32
+
+
+def test_alone_the_shapes_of_a_group_follow_from_its_documents_length():
+    shapes = {
+        group.bias_BLL.shape
+        for lengths in ([3] * 50, [20, 30, 3], [17], [24] * 6, [21, 3] * 4)
+        for group in build_blocks(grid_of(lengths, 1, 160), CPU, alone=True).groups
+    }
+    assert len({shape[1] for shape in shapes}) == len(shapes)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("lengths", [[3, 5, 1, 7] * 8, [100, 20, 64, 65], [150, 1]])
+def test_blocks_give_what_a_mask_gives(lengths, key_heads, alone):
+    segment_RT = grid_of(lengths, 3, 160)
+    inputs = states(segment_RT, 4, key_heads)
+    weight = torch.randn(3, 160, 4, 4, generator=torch.Generator().manual_seed(1))
+    weight *= torch.from_numpy(segment_RT > 0)[:, :, None, None]  # nothing is promised of padding
+    expected = masked(*inputs, segment_RT)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
+    found, _ = attend(None, *inputs, None, blocks=build_blocks(segment_RT, CPU, alone))
+    found_grads = torch.autograd.grad((found * weight).sum(), inputs)
+    assert torch.allclose(found * weight, expected * weight, atol=1e-5)
+    for one, other in zip(found_grads, expected_grads, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)

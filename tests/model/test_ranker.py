@@ -1,0 +1,59 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from cllm4rec.arrays.ids import TokenSpace
+from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.config import BackboneSize
+from cllm4rec.data.documents import Prompts
+from cllm4rec.model.backbone import build_backbone
+from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.model.ranker import Ranker, _threads, merged
+
+
+def test_merged_lists_are_ascending_and_distinct():
+    one, other = Ragged.from_lists([[5, 1, 5], [], [2]]), Ragged.from_lists([[1, 0], [], [3]])
+    assert merged(one, other).tolist() == [[0, 1, 5], [], [2, 3]]
+
+
+def hidden_with(num_threads, precision, width):
+    """Widths and lengths at which a product that is parted over threads does change its bits."""
+    torch.manual_seed(0)
+    num_users, num_items, num_words = 60, 400, 300
+    size = BackboneSize(layers=1, width=width, heads=4, vocab_size=num_words)
+    model = CLLM4Rec(build_backbone(size, num_words, 512, 0), TokenSpace(num_words, num_users, num_items))
+    model.train_only(())
+    model.compute_in(precision)
+    lengths = np.random.default_rng(0).integers(1, 300, num_users)
+    histories = Ragged.from_lists([np.arange(length) for length in lengths])
+    ranker = Ranker(model, Prompts.tokenize(lambda text: [len(text)] * 3), 512)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        return ranker.hidden(np.arange(num_users), histories)
+    finally:
+        torch.set_num_threads(before)
+
+
+# With width 512 a fused MLP is cut into two parts.
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [384, 512])
+def test_hidden_states_have_the_same_bits_with_any_number_of_threads(precision, width):
+    alone = hidden_with(1, precision, width)
+    assert float(alone.std()) > 0
+    for num_threads in (2, 3):
+        assert torch.equal(hidden_with(num_threads, precision, width), alone)
+
+
+def test_threads_that_rank_leave_the_others_their_number():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        inside = set(_threads(3).map(lambda _: torch.get_num_threads(), range(9)))
+        with ThreadPoolExecutor(1) as other:
+            outside = other.submit(torch.get_num_threads).result()
+        assert (inside, outside, torch.get_num_threads()) == ({1}, 3, 3)
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,186 @@
+"""A stored model: it comes back as it was, and nothing damaged, foreign or able to run is loaded."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.directories import write_prepared, write_random_model
+
+from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.data.prepared import load_histories
+from cllm4rec.errors import ArtifactError
+from cllm4rec.model.saved_model import load_model, load_tables
+from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.storage import files
+from cllm4rec.storage.artifacts import MANIFEST, read_manifest
+from cllm4rec.storage.files import digest_of_file
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    return Path(write_random_model(folder, write_prepared(folder / "prepared"), seed=0))
+
+
+@pytest.fixture
+def model(written, tmp_path):
+    """A copy to damage."""
+    return Path(shutil.copytree(written, tmp_path / "model"))
+
+
+def seal(model: Path) -> None:
+    """Make the manifest agree with what lies there: what someone would do who means harm."""
+    raw = json.loads((model / MANIFEST).read_text())
+    names = [name for name in files.list_files(str(model)) if name != MANIFEST]
+    raw["files"] = {name: {"sha256": digest_of_file(str(model / name)), "bytes": 0} for name in names}
+    (model / MANIFEST).write_text(json.dumps(raw))
+
+
+class Payload:
+    """Leaves a file behind where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (self.trace,))
+
+
+def test_a_model_comes_back_with_its_tables_and_catalog(written):
+    stored = load_model(str(written))
+    tables = load_file(written / "tables.safetensors")
+    assert all(torch.equal(table.data, tables[name]) for name, table in stored.ranker.model.tables().items())
+    assert not any(weight.requires_grad for weight in stored.ranker.model.parameters())
+    assert (stored.catalog.num_users, stored.catalog.num_items) == (40, 20)
+    assert (stored.ranker.prompt, stored.ranker.max_tokens, stored.prompt_tokens.num_words) == (
+        "recommendation",
+        64,
+        300,
+    )
+    assert Scorer.load(str(written)).model_version == read_manifest(str(written), "model").digest[:12]
+    assert set(load_tables(str(written), "model")) == set(tables)
+
+
+def test_the_temperature_of_training_divides_the_scores(written, model):
+    facts = json.loads((model / "model.json").read_text())
+    assert facts["temperature"] == 1.0
+    (model / "model.json").write_text(json.dumps(facts | {"temperature": 4.0}))
+    seal(model)
+    asked = (np.arange(5), Ragged.from_lists([[0], [1], [2, 3], [], [4]]), 3)
+    (items, scores), (same_items, warm_scores) = (
+        Scorer.load(str(directory)).top_k(*asked) for directory in (written, model)
+    )
+    assert np.array_equal(items, same_items)
+    assert np.allclose(warm_scores, scores / 4.0)
+
+
+def test_a_model_is_loaded_from_any_file_system(written):
+    uri = "memory://store/model"
+    for name in files.list_files(str(written)):
+        files.copy_file(str(written / name), files.join(uri, name))
+    users, histories = np.arange(3), training_items(written).take(np.arange(3))
+    for here, there in zip(
+        Scorer.load(str(written)).top_k(users, histories, 5), Scorer.load(uri).top_k(users, histories, 5), strict=True
+    ):
+        assert np.array_equal(here, there)
+
+
+def test_a_loaded_model_keeps_what_was_checked(model):
+    """Even where somebody copies over its files in place: tables are read through a map of the file."""
+    scorer = Scorer.load(str(model))
+    asked = (np.arange(5), Ragged.from_lists([[0], [1], [2, 3], [], [4]]), 3)
+    before = scorer.top_k(*asked)
+    with (model / "tables.safetensors").open("r+b") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(size // 2)
+        stream.write(bytes(size - size // 2))
+        stream.seek(2048)
+        stream.write(bytes(size // 2 - 2048))
+    assert all(np.array_equal(one, other) for one, other in zip(before, scorer.top_k(*asked), strict=True))
+
+
+def training_items(written):
+    return load_histories(str(written.parent / "prepared")).train
+
+
+@pytest.mark.parametrize(
+    "name", ["tables.safetensors", "model.json", "items.parquet", "prompts.json", "backbone/model.safetensors"]
+)
+def test_a_flipped_bit_anywhere_is_refused(model, name):
+    content = bytearray((model / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (model / name).write_bytes(bytes(content))
+    with pytest.raises(ArtifactError, match=rf"{name} is damaged \(sha256 differs\)"):
+        load_model(str(model))
+
+
+def test_a_flipped_bit_in_the_tables_does_not_reach_the_next_stage(model):
+    content = bytearray((model / "tables.safetensors").read_bytes())
+    content[-1] ^= 1
+    (model / "tables.safetensors").write_bytes(bytes(content))
+    with pytest.raises(ArtifactError, match="is damaged"):
+        load_tables(str(model), "model")
+
+
+def test_a_missing_file_is_refused(model):
+    (model / "users.parquet").unlink()
+    with pytest.raises(ArtifactError, match=r"users\.parquet is missing"):
+        load_model(str(model))
+
+
+def test_a_foreign_catalog_is_refused(model):
+    """With a manifest that agrees: users and items that the tables have no rows for."""
+    Catalog([f"u{user}" for user in range(41)], [f"i{item}" for item in range(20)]).save(str(model))
+    with pytest.raises(ArtifactError, match=r"is damaged"):
+        load_model(str(model))
+    seal(model)
+    with pytest.raises(ArtifactError, match=r"was trained for .* \(300, 40, 20\) and its catalog has \(300, 41, 20\)"):
+        load_model(str(model))
+
+
+def test_tables_of_another_shape_are_refused(model):
+    tables = load_file(model / "tables.safetensors")
+    save_file({name: table[:, :16].contiguous() for name, table in tables.items()}, model / "tables.safetensors")
+    seal(model)
+    with pytest.raises(ArtifactError, match=r"no collaborative_users of shape \(40, 32\)"):
+        load_model(str(model))
+
+
+def test_facts_of_another_code_are_refused(model):
+    (model / "model.json").write_text("{}")
+    seal(model)
+    with pytest.raises(ArtifactError, match=r"model\.json is not what this code writes"):
+        load_model(str(model))
+
+
+@pytest.mark.parametrize("load", [load_model, lambda directory: load_tables(directory, "model")])
+def test_a_pickle_in_place_of_the_tables_is_never_loaded(model, tmp_path, load):
+    (model / "tables.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "trace")))
+    seal(model)
+    with pytest.raises(ArtifactError, match="is no safetensors file"):
+        load(str(model))
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("instead", [True, False])
+def test_a_pickle_in_the_backbone_is_never_loaded(model, tmp_path, instead):
+    torch.save(Payload(tmp_path / "trace"), model / "backbone" / "pytorch_model.bin")
+    if instead:
+        (model / "backbone" / "model.safetensors").unlink()
+    seal(model)
+    with pytest.raises(ArtifactError, match=r"pytorch_model\.bin is neither safetensors nor JSON"):
+        load_model(str(model))
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_pretrained_directory_is_no_model(model):
+    raw = json.loads((model / MANIFEST).read_text()) | {"kind": "pretrained"}
+    (model / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(ArtifactError, match="is a pretrained directory where a model directory is needed"):
+        load_model(str(model))

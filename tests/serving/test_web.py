@@ -1,0 +1,164 @@
+"""The HTTP face: routes, refusals and keys (cllm4rec.serving.web, cllm4rec.serving.schemas)."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from support.serving import ask, client, post
+
+from cllm4rec.errors import ConfigError
+from cllm4rec.serving.schemas import MAX_BODY_BYTES
+from cllm4rec.serving.web import api_keys_of
+
+
+def test_answer_over_http_is_the_recommenders_answer():
+    response = client().post(
+        "/v1/recommend", json={"user_id": "user4", "history": ["item20"], "exclude": ["item00"], "k": 4}
+    )
+    assert response.status_code == 200
+    assert response.json() == ask(user_id="user4", history=["item20"], exclude=["item00"], k=4).model_dump()
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (b"{}", "history"),
+        (b'{"user_id": null}', "history"),
+        (b'{"user_id": 12}', "user_id"),
+        (b'{"user_id": ""}', "user_id"),
+        (b'{"user_id": "%s"}' % (b"u" * 257), "user_id"),
+        (b'{"user_id": "\\ud800"}', "user_id"),
+        (b'{"user_id": "u", "k": 0}', "k"),
+        (b'{"user_id": "u", "k": 1000000000}', "k"),
+        (b'{"user_id": "u", "k": "10"}', "k"),
+        (b'{"user_id": "u", "k": true}', "k"),
+        (b'{"user_id": "u", "k": 2.5}', "k"),
+        (b'{"user_id": "u", "k": NaN}', "k"),
+        (b'{"user_id": "u", "k": 1e999}', "k"),
+        (b'{"user_id": "u", "K": 3}', "K"),
+        (b'{"history": "item01"}', "history"),
+        (b'{"history": ["item01", 2]}', "history"),
+        (b'{"history": [%s]}' % b",".join([b'"i"'] * 10_001), "history"),
+        (b'{"user_id": "u", "exclude": [%s]}' % b",".join([b'"i"'] * 10_001), "exclude"),
+    ],
+)
+def test_bad_request_is_refused_with_the_field_named(body, field):
+    response = post(body)
+    assert response.status_code == 422
+    problems = response.json()["detail"]
+    assert [problem["loc"][:2] for problem in problems] == [["body", field]]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 422),
+        (b"", 422),
+        (b"[]", 422),
+        (b'{"user_id": "\xff"}', 400),
+        (b'{"user_id": "u", "\\ud800": 1}', 422),
+        (b"[" * 100_000, 400),
+    ],
+)
+def test_body_that_is_no_json_object_is_refused_and_never_breaks_the_server(body, status):
+    assert post(body).status_code == status
+
+
+def test_refusal_does_not_repeat_what_was_sent():
+    response = post(b'{"user_id": ["canary-user"], "k": "canary-k"}')
+    assert response.status_code == 422
+    assert "canary" not in response.text
+
+
+def test_body_over_the_limit_is_refused_with_or_without_a_declared_length():
+    too_long = b'{"user_id": "u"%s}' % (b" " * MAX_BODY_BYTES)
+    assert post(too_long).status_code == 413
+    pieces = (too_long[start : start + 10_000] for start in range(0, len(too_long), 10_000))
+    assert post(pieces).status_code == 413  # chunked: no Content-Length to believe
+    assert post(b'{"user_id": "u"%s}' % (b" " * (MAX_BODY_BYTES // 2))).status_code == 200
+
+
+def test_health_tells_alive_from_ready():
+    waiting, serving = client(loaded=False), client()
+    assert (waiting.get("/healthz").status_code, waiting.get("/readyz").status_code) == (200, 503)
+    assert serving.get("/readyz").json() == {"status": "ready", "model_version": "fake-1"}
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_page_needs_nothing_from_the_internet(path):
+    page = client().get(path)
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+
+
+CLOSED = ["/", "/docs", "/openapi.json", "/v1/recommend", "/no-such-route", "/healthz/../docs", "/v1/readyz"]
+
+
+@pytest.mark.parametrize("path", CLOSED)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"x-api-key": "wrong"},
+        {"x-api-key": ""},
+        {"authorization": "Bearer"},
+        {"authorization": "Basic key-one"},
+        {"authorization": "key-one"},
+    ],
+)
+def test_every_route_but_health_asks_for_a_key(path, headers):
+    response = client(("key-one", "key-two")).get(path, headers=headers)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "headers", [{"x-api-key": "key-one"}, {"authorization": "Bearer key-two"}, {"authorization": "bearer  key-one"}]
+)
+def test_each_key_opens_in_either_header(headers):
+    closed = client(("key-one", "key-two"))
+    assert post(b'{"user_id": "user1"}', closed, **headers).status_code == 200
+    assert closed.get("/openapi.json", headers=headers).status_code == 200
+
+
+def test_health_is_open_where_keys_are_asked_for():
+    assert [client(("key",)).get(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
+
+
+def test_keys_are_read_from_the_environment_and_a_closed_endpoint_never_opens_by_mistake():
+    assert api_keys_of({}) == []
+    assert api_keys_of({"CLLM4REC_API_KEYS": " one, two,"}) == ["one", "two"]
+    for environment, required in [
+        ({}, True),
+        ({"CLLM4REC_API_KEYS": ""}, False),
+        ({"CLLM4REC_API_KEYS": " , "}, False),
+    ]:
+        with pytest.raises(ConfigError, match="CLLM4REC_API_KEYS holds no key"):
+            api_keys_of(environment, required=required)
+
+
+def test_neither_keys_nor_users_nor_items_reach_the_logs(caplog):
+    caplog.set_level(logging.DEBUG)
+
+    def fails(requests):
+        raise RuntimeError("the scorer broke")
+
+    body = b'{"user_id": "canary-user", "history": ["canary-item"], "k": %d}'
+    for k, answer in [(10, None), (10**9, None), (10, fails)]:
+        post(body % k, client(("canary-key",), answer=answer), **{"x-api-key": "canary-key"})
+        post(body % k, client(("canary-key",)), **{"x-api-key": "canary-wrong"})
+    assert "canary" not in caplog.text
+
+
+schema = schemathesis.openapi.from_asgi("/openapi.json", client().app)
+
+
+@schema.parametrize()
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_any_request_gets_an_answer_the_contract_describes(case):
+    case.call_and_validate()

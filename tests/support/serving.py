@@ -1,0 +1,79 @@
+"""What the endpoint's tests share: a scorer whose answers are known, and the ways to ask it."""
+
+from __future__ import annotations
+
+import numpy as np
+from fastapi.testclient import TestClient
+
+from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.scoring.recommender import Recommender
+from cllm4rec.scoring.user_histories import Known
+from cllm4rec.serving.schemas import Ready, RecommendRequest, RecommendResponse
+from cllm4rec.serving.web import create_app
+
+NUM_USERS, NUM_ITEMS = 5, 30
+
+
+class FakeScorer:
+    """The Scorer's interface, a slow row at a time; scores differ with the user and with the history's order."""
+
+    def __init__(self, model_version: str = "fake-1") -> None:
+        users, items = [f"user{i}" for i in range(NUM_USERS)], [f"item{j:02d}" for j in range(NUM_ITEMS)]
+        texts = [f"The text of item {j}. " * 100 for j in range(NUM_ITEMS)]
+        self.catalog = Catalog(
+            users, items, item_texts=texts, item_counts=[(j * 7) % NUM_ITEMS for j in range(NUM_ITEMS)]
+        )
+        self.model_version = model_version
+        self.num_calls = 0
+
+    def top_k(self, users, histories, k, rules=None, exclude=None):
+        self.num_calls += 1
+        item_BK, score_BK = np.full((len(users), k), -1, np.int64), np.full((len(users), k), -np.inf, np.float32)
+        for row, user in enumerate(users):
+            history = histories[row].tolist()
+            seen = set(history) | set(exclude[row].tolist())
+            scores = self.scores(int(user), history)
+            best = sorted((j for j in range(NUM_ITEMS) if j not in seen), key=lambda j: (-scores[j], j))[:k]
+            item_BK[row, : len(best)], score_BK[row, : len(best)] = best, scores[best]
+        return item_BK, score_BK
+
+    def scores(self, user: int, history: list[int]) -> np.ndarray:
+        if user < 0 and not history:
+            return self.catalog.item_counts / self.catalog.item_counts.sum()
+        place = sum(3 ** (position % 5) * (item + 1) for position, item in enumerate(history))
+        return np.array([((user + 2) * 101 + place * 17 + j * j * 29) % 97 for j in range(NUM_ITEMS)], np.float64)
+
+
+KNOWN = [[0, 1, 2], [3, 4], [5, 6, 7, 8], [9], [10, 11]]
+
+
+def recommender(scorer: FakeScorer | None = None) -> Recommender:
+    return Recommender(scorer or FakeScorer(), Known(Ragged.from_lists(KNOWN)))
+
+
+def ask(asked: Recommender | None = None, **request) -> RecommendResponse:
+    return (asked or recommender()).answer([RecommendRequest(**request)])[0]
+
+
+def item_ids(answer: RecommendResponse) -> list[str]:
+    return [item.item_id for item in answer.items]
+
+
+def expected(user: int, history: list[int], k: int, exclude: tuple[int, ...] = ()) -> list[str]:
+    items, _ = FakeScorer().top_k(
+        np.array([user]), Ragged.from_lists([history]), k, exclude=Ragged.from_lists([exclude])
+    )
+    return [f"item{j:02d}" for j in items[0] if j >= 0]
+
+
+def client(api_keys: tuple[str, ...] = (), *, loaded: bool = True, answer=None) -> TestClient:
+    async def recommend(request: RecommendRequest) -> RecommendResponse:
+        return (answer or recommender().answer)([request])[0]
+
+    app = create_app(recommend, lambda: Ready(model_version="fake-1") if loaded else None, api_keys)
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def post(body: bytes, to: TestClient | None = None, **headers: str):
+    return (to or client()).post("/v1/recommend", content=body, headers={"content-type": "application/json", **headers})

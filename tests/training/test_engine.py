@@ -1,0 +1,213 @@
+"""DeepSpeed at every ZeRO stage on two workers against one process of plain torch with the same documents."""
+
+import dataclasses
+import datetime
+import os
+import socket
+
+import numpy as np
+import pytest
+import torch
+from support.parity import MAX_TOKENS, parity, phases, settings
+
+from cllm4rec.data.documents import Documents, Kind
+from cllm4rec.metrics.protocol import Validation
+from cllm4rec.training.checkpoints import Checkpoint
+from cllm4rec.training.engine import EngineSettings, make_engine
+from cllm4rec.training.loop import Shard, run
+from cllm4rec.training.phases import Phase
+
+pytestmark = pytest.mark.ray
+ZERO_STAGES = (0, 1, 2, 3)
+EPOCHS = 3
+NUM_WORKERS = 2
+# Every epoch is one step of all documents, so that how they are divided cannot matter.
+STAGE = dataclasses.replace(phases()[1], epochs=EPOCHS, collaborative_from_content=False)
+BACKBONE_STAGE = Phase("backbone", ("backbone",), ("plain_texts",), 1, 1e-3)
+CLIPPED = {"accumulation": 2, "gradient_clipping": 0.05}
+# Several steps an epoch, so that a step reads some users and not others.
+PARTS = {"micro_batch_rows": 6}
+# A norm that is never reached changes no step, and has the users tables stepped whole.
+WHOLE_TABLES = {"gradient_clipping": 1e9}
+
+
+def shard_of(rank: int, num_workers: int) -> Shard:
+    """Three users in four belong to worker 0, so that worker 1 runs out of documents first. User 7 has no documents."""
+    world = parity()
+    documents, histories = world.documents, world.world.histories
+    few = Documents.concat(
+        [documents.of_kinds([Kind.INTERACTIONS]), documents.of_kinds([Kind.REVIEW]).take(np.arange(0, 320, 4))]
+    )
+    few = few.take(np.flatnonzero(few.user != 7))
+    if num_workers == 1:
+        return Shard(few, Validation(histories))
+    mine = np.isin(np.arange(40) % 4, [0, 1, 2] if rank == 0 else [3])
+    return Shard(few.take(np.flatnonzero(mine[few.user])), Validation(histories.take(np.flatnonzero(mine))))
+
+
+def train(rank=0, num_workers=1, phase=STAGE, resumed=None, micro_batch_rows=None, **changes):
+    """Weights, checkpoints after each epoch and log of a run."""
+    saved, log = [], []
+
+    def save(checkpoint: Checkpoint) -> None:
+        saved.append(dataclasses.replace(checkpoint, progress=dataclasses.replace(checkpoint.progress)))
+
+    weights = run(
+        parity().make_model,
+        parity().prompts,
+        [phase],
+        shard_of(rank, num_workers),
+        settings(micro_batch_tokens=(micro_batch_rows or 100) * MAX_TOKENS, **changes),
+        log=log.append,
+        save=save,
+        resumed=None
+        if resumed is None
+        else dataclasses.replace(resumed, progress=dataclasses.replace(resumed.progress)),
+    )
+    return {"weights": weights, "saved": saved, "log": log}
+
+
+def join_workers(rank, num_workers, port):
+    torch.set_num_threads(1)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(num_workers)}
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=num_workers,
+        timeout=datetime.timedelta(seconds=60),
+    )
+
+
+def work(rank, port, folder):
+    """One of two workers: all stages in one process, for importing DeepSpeed takes longest."""
+    join_workers(rank, NUM_WORKERS, port)
+    start = torch.load(folder / "start.pt", weights_only=False)
+    results = {}
+    for zero_stage in ZERO_STAGES:
+        chosen = {"rank": rank, "num_workers": NUM_WORKERS, "engine": "deepspeed", "zero_stage": zero_stage}
+        results[zero_stage, "clipped"] = train(**chosen, **CLIPPED, micro_batch_rows=24)
+        results[zero_stage, "accumulated"] = train(**chosen, accumulation=2, micro_batch_rows=24)
+        whole = results[zero_stage, "whole"] = train(**chosen)
+        results[zero_stage, "whole resumed"] = train(**chosen, resumed=whole["saved"][0])
+        parts = results[zero_stage, "parts"] = train(**chosen, **PARTS)
+        results[zero_stage, "parts resumed"] = train(**chosen, **PARTS, resumed=parts["saved"][0])
+        results[zero_stage, "parts of whole tables"] = train(**chosen, **PARTS, **WHOLE_TABLES)
+        results[zero_stage, "from torch"] = train(**chosen, resumed=start)
+        results[zero_stage, "backbone"] = train(**chosen, phase=BACKBONE_STAGE)
+    try:
+        users_of_both = np.array([3])
+        model = parity().make_model()
+        model.train_only(STAGE.trained)
+        make_engine(model, EngineSettings("torch", 1e-2, 1, None, 0), users_of_both)
+    except AssertionError as error:
+        results["one user twice"] = str(error)
+    torch.save(results, folder / f"worker-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def work_alone(rank, port, folder):
+    """The only worker, where nothing was compiled before."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "compiled")
+    join_workers(rank, 1, port)
+    torch.save(train(engine="deepspeed"), folder / "alone.pt")
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    torch.set_num_threads(1)
+    whole = train()
+    return {
+        "whole": whole,
+        "accumulated": whole,
+        "clipped": train(**CLIPPED | {"accumulation": 1}),
+        "backbone": train(phase=BACKBONE_STAGE),
+    }
+
+
+@pytest.fixture(scope="module")
+def workers(plain, tmp_path_factory):
+    """What each of two workers came to, by ZeRO stage and variant."""
+    folder = tmp_path_factory.mktemp("workers")
+    torch.save(plain["whole"]["saved"][0], folder / "start.pt")
+    torch.multiprocessing.spawn(work, (free_port(), folder), nprocs=NUM_WORKERS)
+    return [torch.load(folder / f"worker-{rank}.pt", weights_only=False) for rank in range(NUM_WORKERS)]
+
+
+def distance(left, right) -> float:
+    assert set(left) == set(right)
+    return max((left[name] - right[name]).abs().max().item() for name in left)
+
+
+def steps(result) -> list[dict]:
+    return [entry for entry in result["log"] if entry["event"] == "step"]
+
+
+def epochs(result) -> list[dict]:
+    return [entry for entry in result["log"] if entry["event"] == "epoch"]
+
+
+@pytest.mark.parametrize("variant", ["whole", "accumulated", "clipped", "backbone"])
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES)
+def test_two_workers_take_the_steps_of_one(plain, workers, zero_stage, variant):
+    result = workers[0][zero_stage, variant]
+    assert distance(result["weights"], plain[variant]["weights"]) < 1e-5
+    assert distance(result["weights"], workers[1][zero_stage, variant]["weights"]) == 0
+    assert [entry["documents"] for entry in steps(result)] == [entry["documents"] for entry in steps(plain[variant])]
+    losses = [entry["loss"] for entry in steps(result)]
+    assert losses == pytest.approx([entry["loss"] for entry in steps(plain[variant])], rel=1e-5)
+
+
+def test_clipping_changes_the_steps(plain):
+    assert distance(plain["clipped"]["weights"], plain["whole"]["weights"]) > 1e-3
+
+
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES)
+def test_validation_users_of_all_workers_count(plain, workers, zero_stage):
+    metrics = [entry["validation_ndcg@100"] for entry in epochs(workers[0][zero_stage, "whole"])]
+    assert metrics == pytest.approx([entry["validation_ndcg@100"] for entry in epochs(plain["whole"])], abs=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["whole", "parts"])
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES)
+def test_a_resumed_worker_matches_an_uninterrupted_one(workers, zero_stage, variant):
+    for worker in workers:
+        resumed, uninterrupted = worker[zero_stage, f"{variant} resumed"], worker[zero_stage, variant]
+        assert len(epochs(resumed)) == EPOCHS - 1
+        assert distance(resumed["weights"], uninterrupted["weights"]) == 0
+
+
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES)
+def test_two_workers_step_their_own_users_as_they_would_whole_tables(workers, zero_stage):
+    by_row, whole = workers[0][zero_stage, "parts"], workers[0][zero_stage, "parts of whole tables"]
+    assert len(steps(by_row)) > 3 * EPOCHS
+    assert distance(by_row["weights"], whole["weights"]) < 1e-5
+    assert distance(by_row["weights"], workers[1][zero_stage, "parts"]["weights"]) == 0
+    for left, right in zip(by_row["saved"][:-1], whole["saved"][:-1], strict=True):
+        assert distance(left.state, right.state) < 1e-5
+
+
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES)
+def test_a_checkpoint_goes_on_with_another_engine_and_number_of_workers(plain, workers, zero_stage):
+    from_torch = workers[0][zero_stage, "from torch"]
+    assert distance(from_torch["weights"], plain["whole"]["weights"]) < 1e-5
+    to_torch = train(resumed=workers[0][zero_stage, "whole"]["saved"][0])
+    assert distance(to_torch["weights"], plain["whole"]["weights"]) < 1e-5
+
+
+def test_a_user_whose_documents_two_workers_have_is_noticed(workers):
+    assert [worker["one user twice"] for worker in workers] == ["two workers have documents of one user"] * NUM_WORKERS
+
+
+def test_a_lone_worker_takes_the_same_steps_and_compiles_nothing(plain, tmp_path):
+    torch.multiprocessing.spawn(work_alone, (free_port(), tmp_path), nprocs=1)
+    alone = torch.load(tmp_path / "alone.pt", weights_only=False)
+    assert distance(alone["weights"], plain["whole"]["weights"]) < 1e-5
+    assert not list(tmp_path.glob("compiled/**/*.so"))

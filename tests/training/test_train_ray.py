@@ -1,0 +1,134 @@
+"""Training on a real Ray: a worker killed in mid-run changes nothing, and a cluster that is too small is named."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+import torch
+from support.directories import NUM_WORDS, write_prepared
+from support.parity import MAX_TOKENS, parity, settings
+
+from cllm4rec.config import BackboneSize, ClusterConfig, ModelConfig
+from cllm4rec.data.documents import Documents, Kind
+from cllm4rec.data.prepared import bucket_name, bucket_of, bucket_paths, load_histories, load_token_space
+from cllm4rec.data.world import parity_world
+from cllm4rec.errors import ResourceError
+from cllm4rec.metrics.protocol import Validation
+from cllm4rec.storage.files import write_table
+from cllm4rec.training.phases import COLLABORATIVE, Phase
+from cllm4rec.training.ray_trainer import METRICS, Job, WholeBuckets, fit
+
+pytestmark = pytest.mark.ray
+EPOCHS, KILL_AFTER = 12, 2
+
+
+def job(prepared_dir: str, name: str) -> Job:
+    phase = Phase(
+        "finetune", COLLABORATIVE, ("recommendations",), EPOCHS, 1e-2, validate="recommendation", patience=EPOCHS
+    )
+    size = BackboneSize(layers=1, width=32, heads=2, vocab_size=NUM_WORDS)
+    return Job(
+        prepared_dir=prepared_dir,
+        backbone_dir=None,
+        start=None,
+        model=ModelConfig(backbone=size, max_tokens=MAX_TOKENS),
+        phases=[phase],
+        settings=settings(engine="deepspeed", zero_stage=1),
+        make_validation=Validation,
+        fingerprint=name * 16,
+    )
+
+
+def write_documents(prepared_dir: str) -> None:
+    """Interaction documents in two buckets, one for each worker."""
+    world = parity_world()
+    prompt_tokens, token_space = load_token_space(prepared_dir)
+    documents: Documents = prompt_tokens.prompts.interactions(token_space, world.histories.user, world.histories.train)
+    rows, bucket_D = documents.to_arrow(), bucket_of(documents.user, world.num_users, 2)
+    for bucket in range(2):
+        write_table(
+            rows.filter(pa.array(np.equal(bucket_D, bucket))), f"{prepared_dir}/documents/{bucket_name(bucket)}"
+        )
+
+
+def num_epochs(metrics: Path) -> int:
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    return sum(json.loads(line)["event"] == "epoch" for line in lines)
+
+
+def has_registered_checkpoint(run_dir: Path) -> bool:
+    """True once Ray would resume from a checkpoint: a directory alone is not known to it yet."""
+    return any('"checkpoint_' in path.read_text() for path in run_dir.glob("run-*/checkpoint_manager_snapshot.json"))
+
+
+def kill_a_worker(run_dir: Path, killed: dict[str, int]) -> None:
+    """SIGKILL one training worker of this process's own Ray once some epochs are done and a checkpoint stands."""
+    while num_epochs(run_dir / METRICS) < KILL_AFTER or not has_registered_checkpoint(run_dir):
+        time.sleep(0.02)
+    workers = [
+        process for process in psutil.Process().children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]  # fmt: skip
+    os.kill(workers[-1].pid, signal.SIGKILL)
+    killed |= {"workers": len(workers), "epochs": num_epochs(run_dir / METRICS)}
+
+
+@pytest.fixture(scope="module")
+def prepared_dir(tmp_path_factory) -> str:
+    directory = write_prepared(tmp_path_factory.mktemp("world") / "prepared", num_buckets=2)
+    write_documents(directory)
+    assert len(load_histories(directory).user) == 40
+    return directory
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_run_whose_worker_was_killed_ends_with_the_same_bits(prepared_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    cluster = ClusterConfig(num_workers=2, threads_per_worker=1, max_failures=2)
+    whole = fit(job(prepared_dir, "a"), cluster, str(tmp_path / "whole"))
+    killed: dict[str, int] = {}
+    killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "hurt", killed), daemon=True)
+    killer.start()
+    hurt = fit(job(prepared_dir, "b"), cluster, str(tmp_path / "hurt"))
+    killer.join(timeout=1)
+    assert killed["workers"] == 2
+    assert KILL_AFTER <= killed["epochs"] < EPOCHS
+    assert '"resumed"' in (tmp_path / "hurt" / METRICS).read_text()
+    assert num_epochs(tmp_path / "hurt" / METRICS) == EPOCHS
+    assert set(whole) == set(hurt) == set(COLLABORATIVE)
+    assert all(torch.equal(whole[name], hurt[name]) for name in whole)
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("kinds", [{Kind.INTERACTIONS}, {Kind.REVIEW, Kind.USER_TEXT}])
+def test_workers_read_their_buckets_whole_and_only_the_kinds_they_need(tmp_path, kinds):
+    documents = parity().documents
+    bucket_D = np.arange(len(documents)) % 3
+    for bucket in range(3):
+        table = documents.take(np.flatnonzero(bucket_D == bucket)).to_arrow()
+        write_table(table, str(tmp_path / "documents" / bucket_name(bucket)))
+    buckets = WholeBuckets({"documents": bucket_paths(str(tmp_path), "documents")}, kinds)
+    shards = [
+        pa.concat_tables(parts["documents"].iter_batches(batch_size=None, batch_format="pyarrow"))
+        for parts in buckets.configure({"documents": None}, 2, None, None)
+    ]
+    wanted_D = np.isin(documents.kind, list(kinds))
+    for table, mine_D in zip(shards, (bucket_D != 1, bucket_D == 1), strict=True):
+        expected = documents.take(np.flatnonzero(mine_D & wanted_D))
+        assert 0 < len(expected) < mine_D.sum()
+        assert Documents.from_arrow(table).in_order().to_arrow().equals(expected.in_order().to_arrow())
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_cluster_that_is_too_small_is_refused_with_what_was_asked_and_what_exists(prepared_dir, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(ResourceError, match=r"training asks for 65 CPUs and the cluster has 4 CPUs;"):
+        fit(job(prepared_dir, "c"), ClusterConfig(num_workers=64, start_timeout_s=1), str(tmp_path))
+    assert time.monotonic() - began < 5
