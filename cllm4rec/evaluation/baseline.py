@@ -36,7 +36,7 @@ class Budget:
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
+class TrainingData:
     """All a baseline may learn from. Row i of `histories` and of everything about users is user i.
 
     histories: training items, oldest first.
@@ -92,9 +92,9 @@ class Training:
 
 
 class Baseline(Recommender, Protocol):
-    """A method that learns from `Training` alone. The same training gives the same scores."""
+    """A method that learns from `TrainingData` alone. The same training gives the same scores."""
 
-    def fit(self, training: Training) -> Self: ...
+    def fit(self, training: TrainingData) -> Self: ...
 
 
 def item_texts_with_reviews(prepared_dir: str, catalog: Catalog) -> list[str]:

@@ -14,7 +14,7 @@ from scipy import linalg, sparse
 from tqdm import tqdm
 
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.metrics.protocol import interaction_matrix, means, rank_with
 from cllm4rec.metrics.ranking import IntArray, depth
 
@@ -33,7 +33,7 @@ class EASE:
     def __init__(self, regularization: float = 100.0) -> None:
         self.regularization = regularization
 
-    def fit(self, training: Training) -> Self:
+    def fit(self, training: TrainingData) -> Self:
         return self.fit_gram(gram(training.matrix))
 
     def fit_gram(self, gram_JJ: npt.NDArray[np.float64]) -> Self:
@@ -56,7 +56,7 @@ def gram(train_IJ: sparse.csr_array) -> npt.NDArray[np.float64]:
     return np.asarray((train_IJ.T @ train_IJ).toarray(), np.float64)
 
 
-def tune_ease(training: Training, grid: tuple[float, ...] = GRID) -> tuple[EASE, dict[float, float]]:
+def tune_ease(training: TrainingData, grid: tuple[float, ...] = GRID) -> tuple[EASE, dict[float, float]]:
     """The best EASE of a grid by TUNED_ON of the validation split, and what every regularization reached.
 
     Fitted on the training split and left so: CLLM4Rec's tables see no validation item either. Equal values take the

@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.metrics.ranking import IntArray
 
 
 class Popularity:
     """An item's score is its number of training interactions, the same for every user."""
 
-    def fit(self, training: Training) -> Self:
+    def fit(self, training: TrainingData) -> Self:
         self.count_J = np.asarray(training.matrix.sum(axis=0), np.float32).ravel()
         return self
 

@@ -28,7 +28,7 @@ from cllm4rec.arrays.ragged import offsets_of
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import load_histories
 from cllm4rec.errors import ArtifactError, DataError
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.evaluation.ease import MAX_ITEMS, TUNED_ON, tune_ease
 from cllm4rec.evaluation.popularity import Popularity
 from cllm4rec.evaluation.report import render
@@ -107,7 +107,7 @@ def evaluate_methods(histories: Histories, catalog: Catalog, scorer: Scorer, con
         raise DataError("no user has a test item to evaluate on; raise data.split.test and prepare again")
     with _timed(MODEL, held_out):
         ranked = {MODEL: rank_with_scorer(scorer, held_out, config.score.batch_users)}
-    baselines = fit_baselines(Training.of(histories, catalog))
+    baselines = fit_baselines(TrainingData.of(histories, catalog))
     for name, baseline in baselines.fitted.items():
         with _timed(name, held_out):
             ranked[name] = rank_with(
@@ -156,7 +156,7 @@ class Baselines:
     skipped: dict[str, str]
 
 
-def fit_baselines(training: Training) -> Baselines:
+def fit_baselines(training: TrainingData) -> Baselines:
     """Fit on the training split alone, as CLLM4Rec's tables are; EASE is skipped out loud where it cannot run."""
     baselines = Baselines({"popularity": Popularity().fit(training)}, {"popularity": {"fitted_on": "train"}}, {})
     reason = _reason_against_ease(training.num_items, len(training.validation.users))

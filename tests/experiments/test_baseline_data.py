@@ -14,7 +14,7 @@ from cllm4rec.data import world as worlds
 from cllm4rec.data.documents import Documents
 from cllm4rec.data.tokenizer import Encoder, save_tokenizer, tokenize_prompts
 from cllm4rec.errors import DataError
-from cllm4rec.evaluation.baseline import Training, item_texts_with_reviews
+from cllm4rec.evaluation.baseline import TrainingData, item_texts_with_reviews
 from cllm4rec.experiments.baselines.text import tf_idf, word_counts
 from cllm4rec.storage.files import write_table
 
@@ -22,7 +22,7 @@ from cllm4rec.storage.files import write_table
 def test_baselines_are_fitted_on_all_users_or_none() -> None:
     world = worlds.parity_world()
     with pytest.raises(DataError, match="39 of 40 users"):
-        Training.of(world.histories.take(np.arange(39)), world.catalog)
+        TrainingData.of(world.histories.take(np.arange(39)), world.catalog)
 
 
 def test_an_items_reviews_are_read_after_its_own_text(tmp_path: Path) -> None:

@@ -13,21 +13,21 @@ from cllm4rec.arrays.histories import Histories
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.world import parity_world
 from cllm4rec.errors import DataError, TrainingError
-from cllm4rec.evaluation.baseline import Budget, Training
+from cllm4rec.evaluation.baseline import Budget, TrainingData
 from cllm4rec.experiments.baselines.neural import Network, Neural, bag, bag_of_items, hold_out, multinomial_nll, padded
 from cllm4rec.metrics.protocol import Validation
 
 HISTORIES = Ragged.from_lists([[5, 3, 1], [2], [], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
 
 
-def training_with(histories: Histories, budget: Budget) -> Training:
-    return Training(20, histories.train, Validation(histories), [""] * 20, [""] * len(histories.user), 0, budget)
+def training_with(histories: Histories, budget: Budget) -> TrainingData:
+    return TrainingData(20, histories.train, Validation(histories), [""] * 20, [""] * len(histories.user), 0, budget)
 
 
 class Scripted(Network):
     """Ranks each user's validation items first in the epochs named, last in all others; `steps` tells what was run."""
 
-    def __init__(self, training: Training, good: tuple[int, ...] = (), pretrain: int = 0, loss: float = 1.0) -> None:
+    def __init__(self, training: TrainingData, good: tuple[int, ...] = (), pretrain: int = 0, loss: float = 1.0) -> None:
         super().__init__()
         self.good, self.pretrain_epochs, self.value = good, pretrain, loss
         self.relevant = training.validation.relevant

@@ -13,7 +13,7 @@ from cllm4rec.arrays.histories import Histories
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.config import EvaluateConfig
 from cllm4rec.errors import ConfigError
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.evaluation.popularity import Popularity
 from cllm4rec.metrics import protocol
 from cllm4rec.metrics.protocol import (
@@ -122,7 +122,7 @@ def test_an_interval_of_nothing_is_refused() -> None:
 
 def test_baselines_are_ranked_the_same_in_chunks_and_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     histories = random_histories()
-    popularity = Popularity().fit(Training(40, histories.train, Validation(histories), [], []))
+    popularity = Popularity().fit(TrainingData(40, histories.train, Validation(histories), [], []))
     masked = histories.together("train", "validation")
     at_once = rank_with(popularity, histories.user, histories.train, masked, 40, 50)
     monkeypatch.setattr(protocol, "CHUNK_VALUES", 40 * 7)

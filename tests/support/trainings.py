@@ -13,7 +13,7 @@ from cllm4rec.arrays.histories import Histories
 from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data import world as worlds
-from cllm4rec.evaluation.baseline import Baseline, Budget, Training
+from cllm4rec.evaluation.baseline import Baseline, Budget, TrainingData
 from cllm4rec.experiments.baselines.registry import BASELINES, make
 from cllm4rec.metrics.protocol import HeldOut, Recommender, Validation, rank_with
 from cllm4rec.metrics.ranking import compute
@@ -22,8 +22,8 @@ LEARNED = [name for name in BASELINES if name != "popularity"]
 NEURAL = ["multi_vae", "md_cvae", "bert4rec", "s3rec", "sasrec", "two_tower", "m6_retrieval", "cllm4rec_emb"]
 
 
-def training_of(histories: Histories, num_items: int, **changes: object) -> Training:
-    nothing = Training(num_items, histories.train, Validation(histories), [""] * num_items, [""] * len(histories.user))
+def training_of(histories: Histories, num_items: int, **changes: object) -> TrainingData:
+    nothing = TrainingData(num_items, histories.train, Validation(histories), [""] * num_items, [""] * len(histories.user))
     return dataclasses.replace(nothing, **changes)
 
 
@@ -45,7 +45,7 @@ def vectors(num_rows: int, seed: int, parity: bool = True) -> np.ndarray:
     return np.column_stack([told, noise]).astype(np.float32)
 
 
-def with_vectors(training: Training) -> Training:
+def with_vectors(training: TrainingData) -> TrainingData:
     """A stand-in for what a language model and CLLM4Rec's tables know."""
     num_users, num_items = len(training.histories), training.num_items
     return dataclasses.replace(
@@ -56,12 +56,12 @@ def with_vectors(training: Training) -> Training:
     )
 
 
-def parity_training(seed: int = 0) -> Training:
+def parity_training(seed: int = 0) -> TrainingData:
     world = worlds.parity_world()
-    return with_vectors(Training.of(world.histories, world.catalog, seed=seed, budget=Budget(60, 60.0)))
+    return with_vectors(TrainingData.of(world.histories, world.catalog, seed=seed, budget=Budget(60, 60.0)))
 
 
-def cold_world() -> tuple[Histories, Training]:
+def cold_world() -> tuple[Histories, TrainingData]:
     """The parity world with two more items that nobody has taken in training, one of each kind by its text; every
     user's test item is the one of the user's kind."""
     world = worlds.parity_world()
@@ -69,7 +69,7 @@ def cold_world() -> tuple[Histories, Training]:
     histories = dataclasses.replace(world.histories, test=test)
     texts = [*world.catalog.item_texts, *world.catalog.item_texts[:2]]
     catalog = Catalog(world.catalog.user_ids, [f"item-{item:02d}" for item in range(22)], None, texts)
-    return histories, with_vectors(Training.of(histories, catalog, budget=Budget(60, 60.0)))
+    return histories, with_vectors(TrainingData.of(histories, catalog, budget=Budget(60, 60.0)))
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def fitted(name: str) -> Baseline:
     return make(name).fit(parity_training())
 
 
-def network_of(name: str, training: Training, **params: Any) -> Any:
+def network_of(name: str, training: TrainingData, **params: Any) -> Any:
     """A neural baseline's network, untrained."""
     return make(name, **params).fit(dataclasses.replace(training, budget=Budget(0, 60.0))).network.eval()
 

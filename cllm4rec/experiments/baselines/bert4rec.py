@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.neural import hold_out, multinomial_nll, padded
 from cllm4rec.experiments.baselines.sequence import SequenceNetwork
 from cllm4rec.metrics.ranking import IntArray
@@ -28,7 +28,7 @@ class BERT4Rec(SequenceNetwork):
 
     def __init__(
         self,
-        training: Training,
+        training: TrainingData,
         pretrain_epochs: int = 20,
         masked: float = 0.2,
         held_out: float = 0.2,

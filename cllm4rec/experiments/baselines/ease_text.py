@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.evaluation.ease import EASE, gram
 from cllm4rec.experiments.baselines.text import item_tf_idf
 
@@ -21,6 +21,6 @@ class EASEText(EASE):
         super().__init__(regularization)
         self.alpha = alpha
 
-    def fit(self, training: Training) -> Self:
+    def fit(self, training: TrainingData) -> Self:
         words_WJ = item_tf_idf(training.item_texts, "ease_text").T
         return self.fit_gram(gram(training.matrix) + self.alpha**2 * gram(words_WJ))

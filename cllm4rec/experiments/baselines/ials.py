@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy import sparse
 
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.item_knn import import_implicit
 from cllm4rec.metrics.protocol import interaction_matrix
 from cllm4rec.metrics.ranking import IntArray
@@ -28,7 +28,7 @@ class IALS:
     ) -> None:
         self.factors, self.regularization, self.alpha, self.iterations = factors, regularization, alpha, iterations
 
-    def fit(self, training: Training) -> Self:
+    def fit(self, training: TrainingData) -> Self:
         self.model = import_implicit("cpu.als").AlternatingLeastSquares(
             factors=self.factors,
             regularization=self.regularization,

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.errors import ConfigError
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.metrics.protocol import interaction_matrix
 from cllm4rec.metrics.ranking import IntArray
 
@@ -27,7 +27,7 @@ class ItemKNN:
     def __init__(self, neighbors: int = 50, weighting: Literal["cosine", "tfidf", "bm25"] = "cosine") -> None:
         self.neighbors, self.weighting = neighbors, weighting
 
-    def fit(self, training: Training) -> Self:
+    def fit(self, training: TrainingData) -> Self:
         library = import_implicit("nearest_neighbours")
         weigh = {
             "cosine": library.normalize,

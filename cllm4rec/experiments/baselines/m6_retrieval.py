@@ -2,7 +2,7 @@
 contrastive retrieval from a language model's embeddings of texts.
 
 M6 is not public. In its place stands the run's own backbone: an item's text is embedded as the mean of its hidden
-states, handed in as `Training.item_text_vectors`, and stays as it is; the projections are trained.
+states, handed in as `TrainingData.item_text_vectors`, and stays as it is; the projections are trained.
 
 Shapes: B users, J items, K size of a text's vector, D vector.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.errors import DataError
-from cllm4rec.evaluation.baseline import Training, Vectors
+from cllm4rec.evaluation.baseline import TrainingData, Vectors
 from cllm4rec.experiments.baselines.neural import bag, bag_of_items
 from cllm4rec.experiments.baselines.two_tower import Retrieval
 from cllm4rec.metrics.ranking import IntArray
@@ -32,7 +32,7 @@ class M6Retrieval(Retrieval):
 
     def __init__(
         self,
-        training: Training,
+        training: TrainingData,
         width: int = 128,
         dropout: float = 0.1,
         temperature: float = 0.1,
@@ -40,7 +40,7 @@ class M6Retrieval(Retrieval):
     ) -> None:
         super().__init__(training, temperature, held_out)
         if training.item_text_vectors is None:
-            raise DataError("m6_retrieval reads texts as vectors; give Training item_text_vectors")
+            raise DataError("m6_retrieval reads texts as vectors; give TrainingData item_text_vectors")
         users_IK = training.user_text_vectors
         if users_IK is None:
             users_IK = np.zeros((len(training.histories), 1), np.float32)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.multi_vae import MultiVAE
 from cllm4rec.experiments.baselines.neural import bag, small_normal
 from cllm4rec.experiments.baselines.text import item_tf_idf
@@ -31,7 +31,7 @@ class MDCVAE(MultiVAE):
 
     is_taken_J: Tensor
 
-    def __init__(self, training: Training, hidden: int = 200, tie: float = 1.0, **params: Any) -> None:
+    def __init__(self, training: TrainingData, hidden: int = 200, tie: float = 1.0, **params: Any) -> None:
         super().__init__(training, hidden=hidden, **params)
         self.num_users, self.tie = len(training.histories), tie
         self.words_JW = item_tf_idf(training.item_texts, "md_cvae")

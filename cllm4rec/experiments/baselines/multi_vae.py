@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.neural import Network, bag, bag_of_items, multinomial_nll
 from cllm4rec.metrics.ranking import IntArray
 
@@ -22,7 +22,7 @@ class MultiVAE(Network):
 
     def __init__(
         self,
-        training: Training,
+        training: TrainingData,
         hidden: int = 200,
         latent: int = 64,
         dropout: float = 0.5,

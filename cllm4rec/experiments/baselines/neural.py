@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.errors import DataError, TrainingError
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.metrics.protocol import means, rank_with
 from cllm4rec.metrics.ranking import IntArray, depth
 
@@ -68,7 +68,7 @@ class Neural:
         self._make, self._params, self.batch_users, self.patience = network, params, batch_users, patience
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
 
-    def fit(self, training: Training) -> Self:
+    def fit(self, training: TrainingData) -> Self:
         """Raises DataError where no user has a validation item, TrainingError at a loss that is not finite."""
         if not len(training.validation.users):
             raise DataError("no user has a validation item to choose an epoch by; raise data.split.validation")
@@ -83,7 +83,7 @@ class Neural:
         with torch.inference_mode():
             return np.asarray(self.network.logits(users, histories).float().numpy(), np.float32)
 
-    def _train(self, training: Training) -> None:
+    def _train(self, training: TrainingData) -> None:
         network, budget, started = self.network, training.budget, time.monotonic()
         optimizer = torch.optim.Adam(network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
         random = np.random.default_rng(training.seed)
@@ -102,7 +102,7 @@ class Neural:
         network.load_state_dict(best)
 
     def _epoch(
-        self, training: Training, optimizer: torch.optim.Adam, random: np.random.Generator, loss_of: Loss
+        self, training: TrainingData, optimizer: torch.optim.Adam, random: np.random.Generator, loss_of: Loss
     ) -> None:
         self.network.train()
         users = random.permutation(np.flatnonzero(training.histories.lengths))
@@ -117,7 +117,7 @@ class Neural:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
-    def _validate(self, training: Training) -> float:
+    def _validate(self, training: TrainingData) -> float:
         asked = training.validation
         ranked_BK = rank_with(self, asked.users, asked.read, asked.read, training.num_items, depth([STOPPED_BY]))
         return means(asked.metrics(ranked_BK))[STOPPED_BY]

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.errors import DataError
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.bert4rec import BERT4Rec
 from cllm4rec.experiments.baselines.neural import small_normal
 from cllm4rec.experiments.baselines.text import word_counts
@@ -30,7 +30,7 @@ class S3Rec(BERT4Rec):
     has_JA: Tensor
 
     def __init__(
-        self, training: Training, width: int = 64, attributes: int = 500, attribute_weight: float = 1.0, **params: Any
+        self, training: TrainingData, width: int = 64, attributes: int = 500, attribute_weight: float = 1.0, **params: Any
     ) -> None:
         super().__init__(training, width=width, **params)
         has_JA = word_counts(training.item_texts, attributes) > 0

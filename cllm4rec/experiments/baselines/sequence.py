@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.neural import Network, small_normal
 
 
@@ -56,7 +56,7 @@ class SequenceNetwork(Network):
 
     def __init__(
         self,
-        training: Training,
+        training: TrainingData,
         width: int = 64,
         layers: int = 2,
         heads: int = 2,

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.errors import DataError
-from cllm4rec.evaluation.baseline import Training
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.neural import Network, bag, bag_of_items, hold_out, multinomial_nll, small_normal
 from cllm4rec.experiments.baselines.text import item_tf_idf, tf_idf
 from cllm4rec.metrics.ranking import IntArray
@@ -34,7 +34,7 @@ class Retrieval(Network):
 
     is_taken_J: Tensor
 
-    def __init__(self, training: Training, temperature: float, held_out: float) -> None:
+    def __init__(self, training: TrainingData, temperature: float, held_out: float) -> None:
         super().__init__()
         self.temperature, self.held_out = temperature, held_out
         self.register_buffer("is_taken_J", torch.from_numpy(training.is_taken))
@@ -64,7 +64,7 @@ class TwoTower(Retrieval):
 
     def __init__(
         self,
-        training: Training,
+        training: TrainingData,
         hidden: int = 128,
         dropout: float = 0.3,
         temperature: float = 0.1,
@@ -108,10 +108,10 @@ class CLLM4RecEmb(TwoTower):
     user_table_IK: Tensor
     item_table_JK: Tensor
 
-    def __init__(self, training: Training, hidden: int = 128, table_dropout: float = 0.5, **params: Any) -> None:
+    def __init__(self, training: TrainingData, hidden: int = 128, table_dropout: float = 0.5, **params: Any) -> None:
         super().__init__(training, hidden=hidden, **params)
         if training.user_table is None or training.item_table is None:
-            raise DataError("cllm4rec_emb reads CLLM4Rec's tables; give Training user_table and item_table")
+            raise DataError("cllm4rec_emb reads CLLM4Rec's tables; give TrainingData user_table and item_table")
         # Row -1 is of users unknown at training.
         nobody = np.zeros((1, training.user_table.shape[1]), np.float32)
         self.register_buffer("user_table_IK", torch.from_numpy(np.concatenate([training.user_table, nobody])))

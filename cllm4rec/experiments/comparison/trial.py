@@ -34,7 +34,7 @@ from cllm4rec.config import Config
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.prepared import PromptTokens, load_documents, load_histories
 from cllm4rec.errors import DataError, TrainingError
-from cllm4rec.evaluation.baseline import Budget, Training, item_texts_with_reviews
+from cllm4rec.evaluation.baseline import Budget, TrainingData, item_texts_with_reviews
 from cllm4rec.evaluation.stage import rank_with_scorer
 from cllm4rec.experiments.baselines.registry import make
 from cllm4rec.experiments.comparison.language import backbone_directory, bare_settings, starting_backbone, text_vectors
@@ -239,10 +239,10 @@ def fit(name: str, params: dict[str, Any], data: Data, config: Config) -> Fitted
     return Fitted(rank, curve)
 
 
-def training_of(name: str, data: Data, config: Config) -> Training:
+def training_of(name: str, data: Data, config: Config) -> TrainingData:
     """What a baseline may learn from, with the vectors or tables of CLLM4Rec's parts where it reads those."""
     budget = Budget(max_seconds=60 * config.compare.minutes)
-    training = Training.of(data.histories, data.catalog, item_texts=data.item_texts, seed=config.seed, budget=budget)
+    training = TrainingData.of(data.histories, data.catalog, item_texts=data.item_texts, seed=config.seed, budget=budget)
     if name == "m6_retrieval":
         backbone = load_backbone(backbone_directory(config_of(name, config, {})), config.model.max_tokens)
         if backbone.pairs:
