@@ -1,6 +1,6 @@
-"""BERT4Rec (Sun et al., CIKM 2019) with the recommendation-oriented finetuning that the paper gave it (method.md).
+"""BERT4Rec (Sun et al., CIKM 2019) with the recommendation-oriented finetuning of the CLLM4Rec paper (docs/method.md).
 
-Shapes: B users, J items, T places, H width.
+Shapes: B users, J items, T positions, H width.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from cllm4rec.metrics.ranking import IntArray
 
 
 class BERT4Rec(SequenceNetwork):
-    """Pretraining: items hidden behind a mask are predicted from both sides (the Cloze task). Finetuning: `held_out` of a
-    history is taken out, and what stands at a mask put first gives the multinomial likelihood of it."""
+    """Pretraining predicts masked items from both sides (the Cloze task). Finetuning removes a fraction `held_out` of each
+    history; the hidden state of a mask token at the first position predicts the removed items (multinomial likelihood)."""
 
     is_causal = False
     num_masks = 1
@@ -42,11 +42,11 @@ class BERT4Rec(SequenceNetwork):
         return functional.cross_entropy(self.encoder.item_logits(hidden_NH), item_N)
 
     def hide(self, histories: Ragged, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """(hidden states (N×H) at places put behind the mask, the items that stood there)."""
+        """(hidden states (N×H) at the masked positions, the items that were masked)."""
         item_BT = padded(histories, self.max_length, self.encoder.no_item)
         chance_BT = torch.from_numpy(random.random(item_BT.shape, np.float32))
         chance_BT[item_BT == self.encoder.no_item] = 2.0
-        # The lowest of a row is always hidden, so that a short history has a part in every step.
+        # The position with the lowest number is always masked, so that short histories contribute to every step.
         hidden_BT = (chance_BT < self.masked) | (chance_BT == chance_BT.min(dim=1, keepdim=True).values)
         read_BT = item_BT.masked_fill(hidden_BT, self.encoder.mask)
         return self._read(read_BT)[:, 1:][hidden_BT], item_BT[hidden_BT]
@@ -60,7 +60,7 @@ class BERT4Rec(SequenceNetwork):
         return self.encoder.item_logits(hidden_BTH[:, 0])
 
     def _read(self, item_BT: Tensor) -> Tensor:
-        """Hidden states of a mask followed by the items."""
+        """Hidden states of a mask token followed by the items."""
         mask_B1 = torch.full((len(item_BT), 1), self.encoder.mask)
         hidden: Tensor = self.encoder(torch.cat([mask_B1, item_BT], dim=1))
         return hidden

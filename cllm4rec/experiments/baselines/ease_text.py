@@ -1,4 +1,4 @@
-"""EASE with text: the words of items are more rows of its regression (CEASE: Jeunen, Van Balen and Goethals,
+"""EASE with text: the words of the items are additional rows of the regression (CEASE: Jeunen, Van Balen and Goethals,
 "Closed-Form Models for Collaborative Filtering with Side-Information", RecSys 2020)."""
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from cllm4rec.experiments.baselines.text import item_tf_idf
 
 
 class EASEText(EASE):
-    """EASE on the interactions with `alpha` times the TF-IDF rows of the words (W × J) below them.
+    """EASE on the interaction matrix, extended below by `alpha` times the TF-IDF matrix of words and items (W × J).
 
-    Items that share words come to predict each other, so an item that nobody has taken is found by its text. alpha = 0
-    is EASE.
+    Items that share words predict each other, so a cold item can be recommended from its text. alpha = 0 is EASE.
     """
 
     def __init__(self, regularization: float = 100.0, alpha: float = 3.0) -> None:

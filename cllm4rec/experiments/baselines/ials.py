@@ -1,5 +1,5 @@
-"""iALS: matrix factorisation of implicit feedback by alternating least squares (Hu, Koren and Volinsky,
-"Collaborative Filtering for Implicit Feedback Datasets", ICDM 2008), as `implicit` has it."""
+"""iALS: matrix factorization of implicit feedback by alternating least squares (Hu, Koren and Volinsky,
+"Collaborative Filtering for Implicit Feedback Datasets", ICDM 2008), in the implementation of the library `implicit`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from cllm4rec.metrics.ranking import IntArray
 
 
 class IALS:
-    """Minimises sum_uj c_uj (p_uj - x_u·y_j)² + regularization · (|X|² + |Y|²), where p is 1 and c is alpha for an
+    """Minimizes sum_uj c_uj (p_uj - x_u·y_j)² + regularization · (|X|² + |Y|²), where p is 1 and c is alpha for an
     interaction, p is 0 and c is 1 elsewhere.
 
-    A user's factors are solved from the history given, with the items' held: nothing of a user is stored.
+    Scoring computes a user's factors from the given history with the item factors fixed. Nothing is stored per user.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class IALS:
             regularization=self.regularization,
             alpha=self.alpha,
             iterations=self.iterations,
-            use_cg=False,  # exact, and at these sizes no slower than the library's approximation
+            use_cg=False,  # exact, and at these sizes as fast as the library's approximation
             random_state=training.seed,
         )
         self.model.fit(sparse.csr_matrix(training.matrix), show_progress=False)

@@ -1,5 +1,5 @@
-"""ItemKNN: items are alike if the same people took them (Sarwar et al., "Item-Based Collaborative Filtering
-Recommendation Algorithms", WWW 2001). Neighbors are found by `implicit`."""
+"""ItemKNN: items are similar if the same users interacted with them (Sarwar et al., "Item-Based Collaborative Filtering
+Recommendation Algorithms", WWW 2001). The library `implicit` finds the neighbors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from cllm4rec.metrics.ranking import IntArray
 
 
 class ItemKNN:
-    """score = history · S, where S holds each item's `neighbors` most similar items.
+    """score = history · S, where S keeps the `neighbors` most similar items of each item.
 
-    weighting: how a user's vote counts in the similarity: `cosine`, or `tfidf` and `bm25`, where people who take many
-    items say less.
+    weighting: how users are weighted in the similarity. `cosine` weights all users equally; `tfidf` and `bm25` reduce the
+    weight of users with many items.
     """
 
     def __init__(self, neighbors: int = 50, weighting: Literal["cosine", "tfidf", "bm25"] = "cosine") -> None:
@@ -45,7 +45,7 @@ class ItemKNN:
 
 
 def import_implicit(module: str) -> Any:
-    """A module of `implicit`. Raises ConfigError where the extra is not installed."""
+    """A module of `implicit`. Raises ConfigError if the library is not installed."""
     try:
         return importlib.import_module(f"implicit.{module}")
     except ImportError:

@@ -1,10 +1,10 @@
 """M6-Retrieval (Cui et al., "M6-Rec: Generative Pretrained Language Models are Open-Ended Recommender Systems", 2022):
 contrastive retrieval from a language model's embeddings of texts.
 
-M6 is not public. In its place stands the run's own backbone: an item's text is embedded as the mean of its hidden
-states, handed in as `TrainingData.item_text_vectors`, and stays as it is; the projections are trained.
+M6 is not public, so the backbone of the run replaces it. An item's text is embedded as the mean of its hidden states
+(`TrainingData.item_text_vectors`). These vectors stay fixed; the projections are trained.
 
-Shapes: B users, J items, K size of a text's vector, D vector.
+Shapes: B users, I users in training, J items, K size of a text vector.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cllm4rec.metrics.ranking import IntArray
 
 
 class M6Retrieval(Retrieval):
-    """A user is the mean of the text vectors of the history and, where given, the vector of the user's own text.
+    """A user is represented by the mean text vector of the history and, if available, the vector of the user's own text.
 
-    There is no ID in it: two items of one text are one item, and a cold item is as good as any.
+    The model has no ID embeddings: two items with the same text are indistinguishable, and cold items need no special case.
     """
 
     item_JK: Tensor
@@ -40,14 +40,14 @@ class M6Retrieval(Retrieval):
     ) -> None:
         super().__init__(training, temperature, held_out)
         if training.item_text_vectors is None:
-            raise DataError("m6_retrieval reads texts as vectors; give TrainingData item_text_vectors")
+            raise DataError("m6_retrieval reads texts as vectors; set item_text_vectors of TrainingData")
         users_IK = training.user_text_vectors
         if users_IK is None:
             users_IK = np.zeros((len(training.histories), 1), np.float32)
-        # Row -1 is of users unknown at training.
-        nobody = np.zeros((1, users_IK.shape[1]), np.float32)
-        self.register_buffer("item_JK", torch.from_numpy(standardised(training.item_text_vectors)))
-        self.register_buffer("user_IK", torch.from_numpy(np.concatenate([standardised(users_IK), nobody])))
+        # Row -1 belongs to users that are unknown at training.
+        unknown = np.zeros((1, users_IK.shape[1]), np.float32)
+        self.register_buffer("item_JK", torch.from_numpy(standardized(training.item_text_vectors)))
+        self.register_buffer("user_IK", torch.from_numpy(np.concatenate([standardized(users_IK), unknown])))
         self.dropout = nn.Dropout(dropout)
         self.history_head, self.item_head = (nn.Linear(self.item_JK.shape[1], width) for _ in range(2))
         self.user_head = nn.Linear(self.user_IK.shape[1], width, bias=False)
@@ -63,7 +63,7 @@ class M6Retrieval(Retrieval):
         return vector
 
 
-def standardised(vectors: Vectors) -> Vectors:
-    """Mean 0 and spread 1 in every dimension: hidden states lie in a narrow cone, far from the origin."""
+def standardized(vectors: Vectors) -> Vectors:
+    """Mean 0 and standard deviation 1 in every dimension: hidden states lie in a narrow cone, far from the origin."""
     centered = vectors - vectors.mean(axis=0)
     return np.asarray(centered / np.maximum(centered.std(axis=0), 1e-6), np.float32)

@@ -1,5 +1,5 @@
 """MD-CVAE (Zhu and Chen, "Mutually-Regularized Dual Collaborative Variational Auto-encoder for Recommendation Systems",
-WWW 2022): a Multi-VAE whose item weights are tied to a feature autoencoder over the items' words.
+WWW 2022): a Multi-VAE whose item weights are tied to a feature autoencoder over the words of the items.
 
 Shapes: B users, J items, H hidden, W words.
 """
@@ -22,11 +22,11 @@ from cllm4rec.metrics.ranking import IntArray
 
 
 class MDCVAE(MultiVAE):
-    """One matrix of item weights V stands at both ends of the Multi-VAE, with the prior N(Z, 1/tie) around the feature
-    autoencoder's codes Z of the items' bags of words; all is trained together.
+    """Encoder and decoder of the Multi-VAE share one matrix of item weights V, with the prior N(Z, 1/tie). Z are the codes
+    that the feature autoencoder computes from the items' bags of words. All parts are trained jointly.
 
-    Cold items have no weights of their own: Z stands in, and they are no negatives in training. The feature autoencoder
-    is a plain denoising one; the paper's is variational.
+    Cold items use Z as their weights and are excluded from the negatives in training. The feature autoencoder is a
+    denoising autoencoder; the paper's is variational.
     """
 
     is_taken_J: Tensor
@@ -39,7 +39,7 @@ class MDCVAE(MultiVAE):
         self.words_in_WH, self.words_out_WH = small_normal(num_words, hidden), small_normal(num_words, hidden)
         self.coder = nn.Linear(hidden, hidden)
         self.register_buffer("is_taken_J", torch.from_numpy(training.is_taken))
-        del self.decoder_JH  # the encoder's is at both ends
+        del self.decoder_JH  # the encoder's weights are used at both ends
 
     def codes(self) -> Tensor:
         """Z (J×H)."""
@@ -55,7 +55,7 @@ class MDCVAE(MultiVAE):
         return weight_JH, weight_JH
 
     def loss(self, users: IntArray, histories: Ragged, random: np.random.Generator) -> Tensor:
-        """Multi-VAE's, and the items' part shared out over the users, so that an epoch counts it once."""
+        """The loss of Multi-VAE plus the loss of the items, divided by the number of users so that an epoch counts it once."""
         code_JH = self.codes()
         log_JW = functional.log_softmax(code_JH @ self.words_out_WH.T, dim=1)
         row, column = (torch.from_numpy(index.astype(np.int64)) for index in self.words_JW.nonzero())
@@ -63,8 +63,8 @@ class MDCVAE(MultiVAE):
         distance = ((self.encoder_JH - code_JH) ** 2)[self.is_taken_J].sum()
         return super().loss(users, histories, random) + (word_nll + self.tie / 2 * distance) / self.num_users
 
-    def _forward(self, histories: Ragged) -> tuple[Tensor, Tensor, Tensor]:
-        logits_BJ, mean_BD, log_variance_BD = super()._forward(histories)
+    def reconstruct(self, histories: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+        logits_BJ, mean_BD, log_variance_BD = super().reconstruct(histories)
         if self.training:
             logits_BJ = logits_BJ.masked_fill(~self.is_taken_J, -torch.inf)
         return logits_BJ, mean_BD, log_variance_BD

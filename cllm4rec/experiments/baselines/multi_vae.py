@@ -16,7 +16,7 @@ from cllm4rec.metrics.ranking import IntArray
 
 
 class MultiVAE(Network):
-    """J → H → D → H → J with a multinomial likelihood; the weight of the KL term rises to `beta` in `anneal_steps`."""
+    """J → H → D → H → J with a multinomial likelihood. The weight of the KL term rises to `beta` over `anneal_steps` steps."""
 
     step: Tensor
 
@@ -44,16 +44,17 @@ class MultiVAE(Network):
         return self.encoder_JH, self.decoder_JH
 
     def loss(self, users: IntArray, histories: Ragged, random: np.random.Generator) -> Tensor:
-        logits_BJ, mean_BD, log_variance_BD = self._forward(histories)
+        logits_BJ, mean_BD, log_variance_BD = self.reconstruct(histories)
         kl_B = 0.5 * (log_variance_BD.exp() + mean_BD**2 - 1 - log_variance_BD).sum(dim=1)
         self.step += 1
         beta = self.beta * min(1.0, float(self.step) / self.anneal_steps)
         return multinomial_nll(logits_BJ, histories) + beta * kl_B.mean()
 
     def logits(self, users: IntArray, histories: Ragged) -> Tensor:
-        return self._forward(histories)[0]
+        return self.reconstruct(histories)[0]
 
-    def _forward(self, histories: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+    def reconstruct(self, histories: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+        """(logits B×J, mean and log variance of the posterior B×D)."""
         encoder_JH, decoder_JH = self.item_weights()
         bags_BJ = bag_of_items(histories, self.num_items)
         if self.training:

@@ -1,6 +1,6 @@
-"""The one training loop of all neural baselines. A baseline adds its network and its loss (`Network`), no more.
+"""The training loop of all neural baselines. Each baseline is a `Network`: its layers and its loss.
 
-Shapes: B users, J items, T places of a history, W words.
+Shapes: B users, J items, T positions of a history, W words, H width.
 """
 
 from __future__ import annotations
@@ -24,35 +24,37 @@ from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.metrics.protocol import means, rank_with
 from cllm4rec.metrics.ranking import IntArray, depth
 
-STOPPED_BY = "ndcg@100"
-"""Of the validation split: what CLLM4Rec's epochs are chosen by as well."""
+SELECTION_METRIC = "ndcg@100"
+"""The validation metric that chooses the best epoch, as for CLLM4Rec."""
 
 
 Loss = Callable[[IntArray, Ragged, np.random.Generator], Tensor]
 
 
 class Network(nn.Module, abc.ABC):
-    """Made by `Network(training, **params)`. `users` are user indices (-1: unknown), rows of `histories` go with them."""
+    """Constructed as `Network(training, **params)`. `users` are user indices (-1: unknown); row i of `histories` belongs to
+    `users[i]`."""
 
     pretrain_epochs = 0
-    """Epochs of `pretrain_loss` before those of `loss`, without validation."""
+    """Epochs with `pretrain_loss`, without validation, before the epochs with `loss`."""
 
     @abc.abstractmethod
     def loss(self, users: IntArray, histories: Ragged, random: np.random.Generator) -> Tensor:
-        """What a step makes smaller: a mean over the users."""
+        """The loss of a step: a mean over the users."""
 
     @abc.abstractmethod
     def logits(self, users: IntArray, histories: Ragged) -> Tensor:
-        """B × J, from the whole histories."""
+        """Scores (B × J) from the complete histories."""
 
     def pretrain_loss(self, users: IntArray, histories: Ragged, random: np.random.Generator) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} has no pretraining")
 
 
 class Neural:
-    """A baseline around a Network: Adam, the best epoch by STOPPED_BY kept, an end by patience or budget.
+    """A baseline that trains a Network with Adam and keeps the best epoch by SELECTION_METRIC. Training ends when patience
+    or the budget runs out.
 
-    `curve` holds the validation value of each epoch. Epochs, order, masks and dropout follow from the training's seed.
+    `curve` holds the validation value of each epoch. Order, masks and dropout depend only on `TrainingData.seed`.
     """
 
     def __init__(
@@ -69,9 +71,9 @@ class Neural:
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
 
     def fit(self, training: TrainingData) -> Self:
-        """Raises DataError where no user has a validation item, TrainingError at a loss that is not finite."""
+        """Raises DataError if no user has a validation item, TrainingError if the loss is not finite."""
         if not len(training.validation.users):
-            raise DataError("no user has a validation item to choose an epoch by; raise data.split.validation")
+            raise DataError("no user has a validation item to choose the best epoch; raise data.split.validation")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
             self.network = self._make(training, **self._params)
@@ -118,19 +120,19 @@ class Neural:
             optimizer.step()
 
     def _validate(self, training: TrainingData) -> float:
-        asked = training.validation
-        ranked_BK = rank_with(self, asked.users, asked.read, asked.read, training.num_items, depth([STOPPED_BY]))
-        return means(asked.metrics(ranked_BK))[STOPPED_BY]
+        validation, k = training.validation, depth([SELECTION_METRIC])
+        ranked_BK = rank_with(self, validation.users, validation.read, validation.read, training.num_items, k)
+        return means(validation.metrics(ranked_BK))[SELECTION_METRIC]
 
 
 def multinomial_nll(logits_BJ: Tensor, targets: Ragged) -> Tensor:
-    """-sum over a user's targets of log softmax over the whole catalog, mean over users (method.md, Eq. 9)."""
+    """-sum over a user's targets of log softmax over the whole catalog, mean over users (docs/method.md, Eq. 9)."""
     log_BJ = functional.log_softmax(logits_BJ, dim=-1)
     return -log_BJ[torch.from_numpy(targets.rows), torch.from_numpy(targets.values)].sum() / len(targets)
 
 
 def hold_out(histories: Ragged, fraction: float, random: np.random.Generator) -> tuple[Ragged, Ragged]:
-    """(kept, held out): a random `fraction` of each history, at least one item and, where there are two, not all."""
+    """(kept, held out): a random `fraction` of each history is held out; at least one item, and never all of several items."""
     order = np.lexsort((random.random(len(histories.values)), histories.rows))
     place = np.empty(len(order), np.int64)
     place[order] = histories.places
@@ -141,21 +143,21 @@ def hold_out(histories: Ragged, fraction: float, random: np.random.Generator) ->
 
 
 def bag(rows: sparse.csr_array, weight: Tensor) -> Tensor:
-    """`rows` (B×W) times `weight` (W×H), without a dense B×W."""
+    """The product of sparse `rows` (B×W) and `weight` (W×H)."""
     index, offset = torch.from_numpy(rows.indices.astype(np.int64)), torch.from_numpy(rows.indptr.astype(np.int64))
     values = torch.from_numpy(rows.data.astype(np.float32))
     return functional.embedding_bag(index, weight, offset[:-1], mode="sum", per_sample_weights=values)
 
 
 def bag_of_items(histories: Ragged, num_items: int) -> sparse.csr_array:
-    """B × J: histories as rows of length 1."""
+    """Histories as a sparse B × J matrix whose rows have length 1."""
     lengths = np.maximum(histories.lengths, 1)
     value = np.repeat(1 / np.sqrt(lengths), histories.lengths).astype(np.float32)
     return sparse.csr_array((value, histories.values, histories.offsets), shape=(len(histories), num_items))
 
 
 def padded(histories: Ragged, length: int, filler: int) -> Tensor:
-    """B × T item indices: the latest `length` items of each history from the left, then `filler`."""
+    """B × T item indices: the latest `length` items of each history, left-aligned and padded with `filler`."""
     place = histories.places - np.maximum(histories.lengths - length, 0)[histories.rows]
     recent = place >= 0
     width = max(1, min(length, int(histories.lengths.max(initial=0))))
@@ -165,5 +167,5 @@ def padded(histories: Ragged, length: int, filler: int) -> Tensor:
 
 
 def small_normal(*shape: int) -> nn.Parameter:
-    """Weights of an embedding, as transformers start them."""
+    """Embedding weights with the initialization common in transformers."""
     return nn.Parameter(0.02 * torch.randn(*shape))

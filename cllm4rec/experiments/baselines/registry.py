@@ -1,7 +1,7 @@
-"""Every baseline by name, and what may be tried of it.
+"""All baselines by name, with the grid of their parameters.
 
-fitted = make("multi_vae", beta=0.5).fit(training)
-for params in trials("multi_vae", 8): ...
+    fitted = make("multi_vae", beta=0.5).fit(training)
+    for params in trials("multi_vae", 8): ...
 """
 
 from __future__ import annotations
@@ -74,31 +74,31 @@ GRID: dict[str, Mapping[str, tuple[Any, ...]]] = {
     "m6_retrieval": _RETRIEVAL,
     "cllm4rec_emb": _RETRIEVAL,
 }
-"""Values a tuner may try, by method and parameter; an empty one has nothing to tune."""
+"""Values to try, by method and parameter. A method with an empty grid has nothing to tune."""
 
 
 def make(name: str, **params: Any) -> Baseline:
-    """An unfitted baseline. Raises ConfigError for a name that is none."""
+    """An unfitted baseline. Raises ConfigError for an unknown name."""
     if name not in BASELINES:
         raise ConfigError(f"there is no baseline {name!r}; use one of {', '.join(BASELINES)}")
     return BASELINES[name](**params)
 
 
 def trials(name: str, most: int, seed: int = 0) -> list[dict[str, Any]]:
-    """`points` of a method's grid."""
-    return points(GRID[name], most, seed)
+    """`grid_points` of a method's grid."""
+    return grid_points(GRID[name], most, seed)
 
 
-def points(
+def grid_points(
     grid: Mapping[str, tuple[Any, ...]], most: int, seed: int = 0, first: Mapping[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """Up to `most` settings to try: `first` (the defaults), then points of the grid in a drawn order.
+    """Up to `most` settings to try: `first` (default: the method's defaults), then grid points in random order.
 
-    Drawn, so that minutes which end early have not varied one parameter alone (Bergstra and Bengio, 2012). The same for
-    the same seed.
+    The order is random so that a search that stops early has varied all parameters (Bergstra and Bengio, 2012). The same
+    seed gives the same points.
     """
-    own = dict(first or {})
-    every = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    others = [point for point in every if point != own]
+    defaults = dict(first or {})
+    all_points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    others = [point for point in all_points if point != defaults]
     drawn = np.random.default_rng(seed).choice(len(others), min(most - 1, len(others)), replace=False)
-    return [own, *(others[index] for index in drawn)]
+    return [defaults, *(others[index] for index in drawn)]

@@ -1,7 +1,7 @@
 """S3Rec (Zhou et al., "S3-Rec: Self-Supervised Learning for Sequential Recommendation with Mutual Information
-Maximization", CIKM 2020), finetuned as BERT4Rec. The words of an item's text are its attributes.
+Maximization", CIKM 2020), finetuned like BERT4Rec. The words of an item's text are its attributes.
 
-Shapes: B users, J items, N hidden places, A attributes, H width.
+Shapes: B users, J items, N masked positions, A attributes, H width.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from cllm4rec.metrics.ranking import IntArray
 
 
 class S3Rec(BERT4Rec):
-    """Three of the paper's four pretraining tasks: a hidden item (MIP), the attributes of a hidden item (MAP) and the
-    attributes of an item from its own embedding (AAP). The fourth, which of two halves belongs to a history, needs long
-    histories and is left out."""
+    """Three of the paper's four pretraining tasks: predict a masked item (MIP), the attributes of a masked item (MAP), and
+    the attributes of an item from its own embedding (AAP). The fourth task, segment prediction (SP), needs long histories
+    and is omitted."""
 
     has_JA: Tensor
 
@@ -50,7 +50,7 @@ class S3Rec(BERT4Rec):
         return loss + self.attribute_weight * (masked_attributes + own_attributes)
 
     def _attribute_loss(self, vector_NH: Tensor, item_N: Tensor) -> Tensor:
-        """Sum over attributes, mean over items: one item weighs as much as in MIP."""
+        """Sum over attributes, mean over items, so that an item has the same weight as in MIP."""
         logits_NA = vector_NH @ self.attribute_AH.T
         has_NA = self.has_JA[item_N].float()
         return functional.binary_cross_entropy_with_logits(logits_NA, has_NA, reduction="sum") / len(item_N)

@@ -1,7 +1,7 @@
 """SASRec (Kang and McAuley, "Self-Attentive Sequential Recommendation", ICDM 2018) with cross-entropy over the whole
-catalog in place of one sampled negative, which is what keeps it strong (Klenitskiy and Vasilev, RecSys 2023).
+catalog instead of one sampled negative, which makes it competitive (Klenitskiy and Vasilev, RecSys 2023).
 
-Shapes: B users, J items, T places, H width.
+Shapes: B users, J items, T positions, H width.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from cllm4rec.metrics.ranking import IntArray
 
 
 class SASRec(SequenceNetwork):
-    """Every item of a history, in time order, is predicted from those before it; the last place ranks."""
+    """Predicts each item of a history from the earlier ones. The hidden state of the last item ranks the catalog."""
 
     def loss(self, users: IntArray, histories: Ragged, random: np.random.Generator) -> Tensor:
         item_BT = padded(histories, self.max_length + 1, self.encoder.no_item)
         read_BT, next_BT = item_BT[:, :-1], item_BT[:, 1:]
         is_item_BT = next_BT != self.encoder.no_item
-        if not is_item_BT.any():  # nobody has a second item
+        if not is_item_BT.any():  # no user of this batch has a second item
             return 0.0 * self.encoder.token_JH.sum()
         hidden_NH = self.encoder(read_BT)[is_item_BT]
         return functional.cross_entropy(self.encoder.item_logits(hidden_NH), next_BT[is_item_BT])

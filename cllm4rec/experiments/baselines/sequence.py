@@ -1,6 +1,6 @@
-"""What SASRec, BERT4Rec and S3Rec share: a transformer over histories, and the network around it.
+"""The transformer over histories that SASRec, BERT4Rec and S3Rec share, and their base class.
 
-Shapes: B users, J items, T places, H width.
+Shapes: B users, J items, T positions, H width.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from cllm4rec.experiments.baselines.neural import Network, small_normal
 
 
 class SequenceEncoder(nn.Module):
-    """Item indices (B×T) in, hidden states (B×T×H) out; `no_item` pads and `mask` stands for a hidden item."""
+    """Item indices (B×T) → hidden states (B×T×H). The index `no_item` is padding, the index `mask` a masked item."""
 
     def __init__(
-        self, num_items: int, max_places: int, width: int, layers: int, heads: int, dropout: float, causal: bool
+        self, num_items: int, max_positions: int, width: int, layers: int, heads: int, dropout: float, causal: bool
     ) -> None:
         super().__init__()
         self.num_items, self.no_item, self.mask, self.causal = num_items, num_items, num_items + 1, causal
         self.token_JH = small_normal(num_items + 2, width)
-        self.position_TH = small_normal(max_places, width)
+        self.position_TH = small_normal(max_positions, width)
         self.dropout = nn.Dropout(dropout)
         layer = nn.TransformerEncoderLayer(
             width, heads, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
@@ -31,25 +31,25 @@ class SequenceEncoder(nn.Module):
 
     @property
     def items(self) -> Tensor:
-        """J × H."""
+        """Item embeddings (J × H)."""
         return self.token_JH[: self.num_items]
 
     def forward(self, item_BT: Tensor) -> Tensor:
-        places = item_BT.shape[1]
-        vector_BTH = self.dropout(self.token_JH[item_BT] + self.position_TH[:places])
-        if self.causal:  # padding comes last, so nothing sees it
-            hidden: Tensor = self.layers(vector_BTH, mask=torch.ones(places, places).triu(1).bool())
+        length = item_BT.shape[1]
+        vector_BTH = self.dropout(self.token_JH[item_BT] + self.position_TH[:length])
+        if self.causal:  # padding comes last, so no item attends to it
+            hidden: Tensor = self.layers(vector_BTH, mask=torch.ones(length, length).triu(1).bool())
         else:
             hidden = self.layers(vector_BTH, src_key_padding_mask=item_BT == self.no_item)
         return hidden
 
     def item_logits(self, hidden_BH: Tensor) -> Tensor:
-        """Tied head over the whole catalog."""
+        """Logits over the whole catalog; the head is tied to the item embeddings."""
         return hidden_BH @ self.items.T + self.bias_J
 
 
 class SequenceNetwork(Network):
-    """Reads the latest `max_length` items of a history; `num_masks` places more are there for what is put before them."""
+    """Reads the latest `max_length` items of a history. `num_masks` more positions are reserved for mask tokens before them."""
 
     is_causal = True
     num_masks = 0

@@ -1,4 +1,4 @@
-"""Texts as sparse rows of words. Written by hand: it is a page, and the libraries that have it are large.
+"""Texts as sparse word counts. Implemented here because it is short and the libraries that offer it are large.
 
 Shapes: D texts, W words.
 """
@@ -15,14 +15,14 @@ from cllm4rec.data import tf_idf as weights
 from cllm4rec.errors import DataError
 
 MAX_WORDS = 5000
-"""The most frequent words are kept; rarer ones say little about other texts."""
+"""Only the most frequent words are kept, because rare words are shared by few texts."""
 
 _WORD = re.compile(r"\w\w+")
 
 
 def word_counts(texts: Sequence[str], max_words: int = MAX_WORDS) -> sparse.csr_array:
-    """D × W: how often each text has each word. Words that stand in one text or in all of them tell no texts apart
-    and are left out."""
+    """D × W: how often each word occurs in each text. Words that occur in only one text or in all texts are left out,
+    because they do not relate texts to each other."""
     words = [_WORD.findall(text.lower()) for text in texts]
     index = {word: column for column, word in enumerate(sorted({word for row in words for word in row}))}
     column = np.array([index[word] for row in words for word in row], np.int64)
@@ -35,12 +35,12 @@ def word_counts(texts: Sequence[str], max_words: int = MAX_WORDS) -> sparse.csr_
 
 
 def tf_idf(texts: Sequence[str], max_words: int = MAX_WORDS) -> sparse.csr_array:
-    """D × W: the texts' `word_counts` weighed by how telling a word is."""
+    """D × W: the TF-IDF weights of `word_counts`."""
     return weights.tf_idf(word_counts(texts, max_words))
 
 
 def item_tf_idf(texts: Sequence[str], method: str) -> sparse.csr_array:
-    """`tf_idf`, refused with a DataError where there is nothing to read."""
+    """`tf_idf` of the item texts. Raises DataError if no two texts share a word."""
     weight_JW = tf_idf(texts)
     if not weight_JW.nnz:
         raise DataError(f"no two items share a word, so there is no text for {method} to read; give data.items a text")

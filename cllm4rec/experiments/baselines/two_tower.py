@@ -1,5 +1,5 @@
 """Two-Tower retrieval (Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations",
-RecSys 2019), with a softmax over the whole catalog in place of sampled negatives, and CLLM4Rec-Emb on top of it.
+RecSys 2019), with a softmax over the whole catalog instead of sampled negatives; and CLLM4Rec-Emb, which extends it.
 
 Shapes: B users, I users, J items, H hidden, D vector, K width of CLLM4Rec's tables.
 """
@@ -22,15 +22,16 @@ from cllm4rec.experiments.baselines.text import item_tf_idf, tf_idf
 from cllm4rec.metrics.ranking import IntArray
 
 PROJECTED = 128
-"""What the paper projects z^{l,u} and z^{l,v} to."""
+"""Dimension to which the paper projects z^{l,u} and z^{l,v}."""
 
 USER_DROPOUT = 0.2
 
 
 class Retrieval(Network):
-    """Two vectors of length 1; their product over `temperature` is the logit. Trained to find the `held_out` part of a
-    history from the rest. Cold items are no negatives: that nobody took them yet says nothing. USER_DROPOUT of the users
-    are trained as unknown ones, so that the history is read also where a text or a table says more."""
+    """Users and items are unit vectors; the logit is their inner product divided by `temperature`. Training predicts the
+    `held_out` fraction of a history from the rest. Cold items are excluded from the negatives, because a missing interaction
+    is no evidence against them. In training a fraction USER_DROPOUT of the users is treated as unknown, so that the model
+    does not rely on the user's text or embedding alone."""
 
     is_taken_J: Tensor
 
@@ -41,11 +42,11 @@ class Retrieval(Network):
 
     @abc.abstractmethod
     def user_vectors(self, users: IntArray, histories: Ragged) -> Tensor:
-        """B × D."""
+        """User vectors (B × D)."""
 
     @abc.abstractmethod
     def item_vectors(self) -> Tensor:
-        """J × D."""
+        """Item vectors (J × D)."""
 
     def loss(self, users: IntArray, histories: Ragged, random: np.random.Generator) -> Tensor:
         kept, held = hold_out(histories, self.held_out, random)
@@ -60,7 +61,7 @@ class Retrieval(Network):
 
 class TwoTower(Retrieval):
     """User tower: an MLP over the bag of items and the TF-IDF of the user's text. Item tower: an MLP over the TF-IDF of
-    the item's text, so that it needs no interaction with an item."""
+    the item's text, so that cold items have a vector, too."""
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class TwoTower(Retrieval):
     ) -> None:
         super().__init__(training, temperature, held_out)
         self.user_words, self.item_words = (
-            tf_idf([*training.user_texts, ""]),  # the last, row -1, is of users unknown at training
+            tf_idf([*training.user_texts, ""]),  # row -1 belongs to users that are unknown at training
             item_tf_idf(training.item_texts, "two_tower"),
         )
         self.history_JH = small_normal(training.num_items, hidden)
@@ -91,19 +92,19 @@ class TwoTower(Retrieval):
         return vector
 
     def user_inputs(self, users: IntArray, histories: Ragged) -> Tensor:
-        """First layer of the user tower (B×H), before its non-linearity."""
+        """First layer of the user tower (B×H), before the nonlinearity."""
         known_words = self.user_words[users]
         bags_BJ = bag_of_items(histories, len(self.history_JH))
         return bag(bags_BJ, self.history_JH) + bag(known_words, self.user_words_WH)
 
     def item_inputs(self) -> Tensor:
-        """First layer of the item tower (J×H), before its non-linearity."""
+        """First layer of the item tower (J×H), before the nonlinearity."""
         return bag(self.item_words, self.item_words_WH)
 
 
 class CLLM4RecEmb(TwoTower):
-    """The Two-Tower with z^{l,u} and z^{l,v}, projected to PROJECTED dimensions, as extra inputs: the paper's answer for
-    low latency. The tables stay as CLLM4Rec trained them."""
+    """The Two-Tower with z^{l,u} and z^{l,v}, projected to PROJECTED dimensions, as additional inputs: the paper's variant
+    for low latency. The tables of CLLM4Rec stay fixed."""
 
     user_table_IK: Tensor
     item_table_JK: Tensor
@@ -111,12 +112,12 @@ class CLLM4RecEmb(TwoTower):
     def __init__(self, training: TrainingData, hidden: int = 128, table_dropout: float = 0.5, **params: Any) -> None:
         super().__init__(training, hidden=hidden, **params)
         if training.user_table is None or training.item_table is None:
-            raise DataError("cllm4rec_emb reads CLLM4Rec's tables; give TrainingData user_table and item_table")
-        # Row -1 is of users unknown at training.
-        nobody = np.zeros((1, training.user_table.shape[1]), np.float32)
-        self.register_buffer("user_table_IK", torch.from_numpy(np.concatenate([training.user_table, nobody])))
+            raise DataError("cllm4rec_emb reads CLLM4Rec's tables; set user_table and item_table of TrainingData")
+        # Row -1 belongs to users that are unknown at training.
+        unknown = np.zeros((1, training.user_table.shape[1]), np.float32)
+        self.register_buffer("user_table_IK", torch.from_numpy(np.concatenate([training.user_table, unknown])))
         self.register_buffer("item_table_JK", torch.from_numpy(np.asarray(training.item_table, np.float32)))
-        # The tables have seen every training interaction: without dropout the towers would read the answer off them.
+        # The tables were trained on all training interactions: without dropout the towers would read the targets from them.
         self.user_projection, self.item_projection = (
             nn.Sequential(nn.Linear(table.shape[1], PROJECTED), nn.Dropout(table_dropout), nn.Linear(PROJECTED, hidden))
             for table in (training.user_table, training.item_table)
