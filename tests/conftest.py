@@ -1,6 +1,5 @@
 """Fixtures that more than one test file needs."""
 
-import argparse
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,35 +46,31 @@ def erasure_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """The config of a comparison on the parity world whose data and language models are there."""
+    """The config of a comparison on the parity world whose splits and language models are ready."""
     from support.comparisons import make_config, prepared
 
     return prepared(make_config(tmp_path_factory.mktemp("parity")))
 
 
 @pytest.fixture
-def comparison_job(monkeypatch: pytest.MonkeyPatch, comparison: Config) -> Callable[..., Any]:
-    """The job over two baselines and ours, rows one after another in place of Ray: what it tells, and which rows it ran."""
+def comparison_job(comparison: Config) -> Callable[..., Any]:
+    """Compares two baselines and CLLM4Rec without Ray: returns the command's summary and the names of what was run."""
     from support.comparisons import with_compare
 
     from cllm4rec.commands import compare
-    from cllm4rec.experiments.comparison.trial import Row
+    from cllm4rec.experiments.comparison.trial import MethodRun
 
     ran: list[str] = []
 
-    def each(inputs: Any, task: Any) -> Iterator[Any]:
-        for one in inputs:
-            ran.append((one.label or one.name) if isinstance(one, Row) else "backbone")
-            yield task(one)
-
-    monkeypatch.setattr(compare, "each", each)
-    monkeypatch.setattr(compare, "_prepare", lambda config, split, force: None)
+    def sequential_map(inputs: Any, task: Any) -> Iterator[Any]:
+        for value in inputs:
+            ran.append((value.label or value.name) if isinstance(value, MethodRun) else "backbone")
+            yield task(value)
 
     def run(**changes: Any) -> tuple[dict[str, Any], list[str]]:
         ran.clear()
         given = with_compare(comparison, methods=["popularity", "ease", "cllm4rec"], **changes)
-        told = compare.run(given, argparse.Namespace(quick=False, force=False))
-        return told, list(ran)
+        return compare.compare(given, sequential_map), list(ran)
 
     return run
 

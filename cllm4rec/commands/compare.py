@@ -1,18 +1,19 @@
-"""Every method on the same splits with the same budget → `evaluation/` with metrics.json, report.md and plots.
+"""Compare all methods on the same splits with the same budget → `evaluation/` with metrics.json, report.md and plots.
 
     cllm4rec compare --config compare_musical_instruments
     cllm4rec compare --config compare_musical_instruments --quick
 
-Prepares once for each seed of `compare.seeds`, tunes each method on the validation split, and ranks the test split once.
-`compare.sweeps` adds CLLM4Rec with one setting changed, value by value. A finished (method, seed) lies in
-runs/compare/<seed>/<method> below output_dir and is not run again; `--force` runs all. Rows run side by side, one CPU each.
-`--quick` takes two seeds, two settings, the main methods, few epochs and no sweep, into `<output_dir>/quick`. How long it
-takes stands at the top of each config.
+Prepares one split per seed of `compare.seeds`, tunes each method on the validation split, and ranks the test split once.
+`compare.sweeps` adds runs of CLLM4Rec with one setting changed. Finished runs of a method and seed are kept in
+runs/compare/<seed>/<method> below output_dir and are skipped next time; `--force` repeats all of them. Runs are executed in
+parallel, with one CPU each. `--quick` uses two seeds, two settings, the main methods, few epochs and no sweep, and writes to
+`<output_dir>/quick`. The first lines of each configuration file say how long it takes.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from cllm4rec.commands.cli import Command
@@ -22,38 +23,47 @@ from cllm4rec.data.ingest import each
 from cllm4rec.data.prepare import prepare, prepare_inputs
 from cllm4rec.experiments.comparison.examples import examples
 from cllm4rec.experiments.comparison.language import backbone_inputs, run_backbone
-from cllm4rec.experiments.comparison.methods import AFTER, chosen_methods
+from cllm4rec.experiments.comparison.methods import DEPENDS_ON, chosen_methods
 from cllm4rec.experiments.comparison.report import EXAMPLES, render
 from cllm4rec.experiments.comparison.results import collect
-from cllm4rec.experiments.comparison.sweeps import sweep_rows
-from cllm4rec.experiments.comparison.trial import Row, of_split, run_row
+from cllm4rec.experiments.comparison.sweeps import sweep_runs
+from cllm4rec.experiments.comparison.trial import MethodRun, of_split, run_method
 from cllm4rec.storage.artifacts import is_current, read_manifest, write_directory
 from cllm4rec.storage.files import digest_of, join, write_bytes, write_json
 from cllm4rec.storage.tombstones import Tombstones
 
 _QUICK_SEEDS, _QUICK_TRIALS, _QUICK_EPOCHS = 2, 2, 25
 
+Map = Callable[[Iterable[Any], Callable[[Any], Any]], Iterator[Any]]
+"""Calls a task for each input and yields the results; `each` does so on Ray."""
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quick", action="store_true", help="a small form of the same, for a first look")
+    parser.add_argument("--quick", action="store_true", help="a smaller comparison for a first look")
 
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    """Prepare, train what is missing, and write `evaluation/`; what is returned ends up in the last line of JSON."""
-    config = quick(config) if args.quick else config
+    return compare(quick(config) if args.quick else config, each, args.force)
+
+
+def compare(config: Config, parallel_map: Map, force: bool = False) -> dict[str, Any]:
+    """Prepare the splits, run what is missing, and write `evaluation/`; returns the summary of the command."""
     names = chosen_methods(config)
     splits = [of_split(config, seed) for seed in config.compare.seeds]
-    rows = [Row(split, name) for name in names for split in splits] + sweep_rows(config)
+    runs = [MethodRun(split, name) for name in names for split in splits] + sweep_runs(config)
     for split in splits:
-        _prepare(config, split, args.force)
-    _train_backbones(rows, args.force)
-    _train_rows([row for row in rows if row.name not in AFTER], args.force)
-    _train_rows([row for row in rows if row.name in AFTER], args.force)
-    return {"output_dir": config.output_dir, "directory": _write(config, rows, names), "methods": names}
+        _prepare(config, split, force)
+    _train_backbones(runs, parallel_map, force)
+    _run_methods([run for run in runs if run.name not in DEPENDS_ON], parallel_map, force)
+    _run_methods([run for run in runs if run.name in DEPENDS_ON], parallel_map, force)
+    directory = _write(config, runs, names)
+    report = join(directory, "report.md")
+    say(f"compare: {report}")
+    return {"output_dir": config.output_dir, "directory": directory, "report": report, "methods": names}
 
 
 def quick(config: Config) -> Config:
-    """A small form of a comparison, in a folder of its own."""
+    """A smaller form of a comparison, with an output_dir of its own."""
     small = {
         "output_dir": join(config.output_dir, "quick"),
         "compare": config.compare.model_copy(
@@ -84,31 +94,31 @@ def _prepare(config: Config, split: Config, force: bool) -> None:
         prepare(split)
 
 
-def _train_backbones(rows: list[Row], force: bool) -> None:
-    """Each language model once a split, however many rows begin from it."""
-    wanted = {row.backbone: row.varied for row in rows if row.backbone is not None}
+def _train_backbones(runs: list[MethodRun], parallel_map: Map, force: bool) -> None:
+    """Train each language model once per split, no matter how many runs start from it."""
+    needed = {run.backbone: run.varied for run in runs if run.backbone is not None}
     missing = [
         varied
-        for directory, varied in wanted.items()
+        for directory, varied in needed.items()
         if force or not is_current(directory, "backbone", backbone_inputs(varied))
     ]
-    for number, directory in enumerate(each(missing, run_backbone), 1):
+    for number, directory in enumerate(parallel_map(missing, run_backbone), 1):
         say(f"language model {number} of {len(missing)}: {directory}")
 
 
-def _train_rows(rows: list[Row], force: bool) -> None:
-    missing = [row for row in rows if force or not row.is_done()]
-    if len(rows) > len(missing):
-        say(f"{len(rows) - len(missing)} of {len(rows)} rows are finished and not run again")
-    for number, directory in enumerate(each(missing, run_row), 1):
-        say(f"row {number} of {len(missing)}: {directory}")
+def _run_methods(runs: list[MethodRun], parallel_map: Map, force: bool) -> None:
+    missing = [run for run in runs if force or not run.is_done()]
+    if len(runs) > len(missing):
+        say(f"{len(runs) - len(missing)} of {len(runs)} method runs are finished and are skipped")
+    for number, directory in enumerate(parallel_map(missing, run_method), 1):
+        say(f"method run {number} of {len(missing)}: {directory}")
 
 
-def _write(config: Config, rows: list[Row], names: list[str]) -> str:
-    """Write `evaluation/` from the finished rows; nothing in it is not in them."""
+def _write(config: Config, runs: list[MethodRun], names: list[str]) -> str:
+    """Write `evaluation/` from the finished runs alone."""
     metrics, uri = collect(config, names), config.run.evaluation
     inputs = {
-        "rows": digest_of([read_manifest(row.directory, "compared").digest for row in rows]),
+        "rows": digest_of([read_manifest(run.directory, "compared").digest for run in runs]),
         "evaluate": digest_of(config.evaluate.model_dump()),
     }
     with write_directory(uri, kind="evaluation", inputs=inputs, config=config.model_dump(mode="json")) as draft:
@@ -117,7 +127,6 @@ def _write(config: Config, rows: list[Row], names: list[str]) -> str:
         for name, content in render(metrics).items():
             write_bytes(draft.path(name), content)
         draft.counts.update(methods=len(metrics["results"]), splits=len(config.compare.seeds))
-    say(f"compare: {join(uri, 'report.md')}")
     return uri
 
 

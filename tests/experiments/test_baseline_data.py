@@ -1,4 +1,4 @@
-"""What baselines are given: everybody's histories, and texts as words."""
+"""The training data of baselines: the histories of all users, and texts as word counts."""
 
 from __future__ import annotations
 

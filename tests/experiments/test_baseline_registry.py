@@ -1,4 +1,4 @@
-"""Baselines by name, and what may be tried of each."""
+"""Baselines by name, and the grids of their parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.trainings import NEURAL, parity_training
 from cllm4rec.errors import ConfigError
 from cllm4rec.evaluation.baseline import Budget
 from cllm4rec.evaluation.ease import GRID
-from cllm4rec.experiments.baselines.registry import BASELINES, make, points, trials
+from cllm4rec.experiments.baselines.registry import BASELINES, grid_points, make, trials
 from cllm4rec.experiments.baselines.registry import GRID as GRIDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,26 +32,26 @@ def test_every_value_of_a_grid_is_a_parameter_of_its_method(name: str) -> None:
 
 def test_trials_are_the_defaults_and_then_a_fixed_choice_of_the_grid() -> None:
     assert trials("popularity", 5) == [{}]
-    every = trials("ease", 20)
-    assert every[0] == {}
-    assert sorted(params["regularization"] for params in every[1:]) == list(GRID)
-    some = trials("multi_vae", 6)
-    assert some == trials("multi_vae", 6) != trials("multi_vae", 6, seed=1)
-    assert some[0] == {}
-    assert len({json.dumps(params) for params in some}) == 6
-    assert all(params[name] in GRIDS["multi_vae"][name] for params in some for name in params)
+    all_trials = trials("ease", 20)
+    assert all_trials[0] == {}
+    assert sorted(params["regularization"] for params in all_trials[1:]) == list(GRID)
+    drawn = trials("multi_vae", 6)
+    assert drawn == trials("multi_vae", 6) != trials("multi_vae", 6, seed=1)
+    assert drawn[0] == {}
+    assert len({json.dumps(params) for params in drawn}) == 6
+    assert all(params[name] in GRIDS["multi_vae"][name] for params in drawn for name in params)
 
 
 def test_a_grid_is_walked_in_an_order_that_varies_every_parameter_early() -> None:
     grid = {"a": (1, 2), "b": (1, 2), "c": tuple(range(20))}
-    first = points(grid, 100)[:10]
+    first = grid_points(grid, 100)[:10]
     assert {point["a"] for point in first[1:]} == {point["b"] for point in first[1:]} == {1, 2}
 
 
 def test_own_values_come_first_and_once() -> None:
     grid = {"a": (1, 2), "b": (3, 4)}
-    assert points(grid, 1, first={"a": 9, "b": 3}) == [{"a": 9, "b": 3}]
-    tried = points(grid, 10, first={"a": 2, "b": 3})
+    assert grid_points(grid, 1, first={"a": 9, "b": 3}) == [{"a": 9, "b": 3}]
+    tried = grid_points(grid, 10, first={"a": 2, "b": 3})
     assert tried[0] == {"a": 2, "b": 3}
     assert len(tried) == 4 == len({json.dumps(point) for point in tried})
 

@@ -1,4 +1,4 @@
-"""Every baseline repeats through one suite on a world whose answer is known."""
+"""One suite for all baselines, on a world whose answer is known."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_users_scores_do_not_depend_on_who_is_asked_about_beside(name: str) ->
 def test_the_same_seed_gives_the_same_scores_and_another_seed_others(name: str) -> None:
     histories = worlds.parity_world().histories
     first = fitted(name).scores(histories.user, histories.train)
-    torch.manual_seed(1234)  # what others draw does not matter
+    torch.manual_seed(1234)  # the global generator does not matter
     again, other = (make(name).fit(parity_training(seed)).scores(histories.user, histories.train) for seed in (0, 1))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
@@ -99,5 +99,5 @@ def test_a_method_that_reads_texts_is_refused_where_there_are_none(name: str) ->
 
 @pytest.mark.parametrize("name", ["m6_retrieval", "cllm4rec_emb"])
 def test_a_method_that_needs_vectors_asks_for_them(name: str) -> None:
-    with pytest.raises(DataError, match="give Training"):
+    with pytest.raises(DataError, match="of TrainingData"):
         make(name).fit(dataclasses.replace(parity_training(), item_text_vectors=None, user_table=None))

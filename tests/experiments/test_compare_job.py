@@ -1,4 +1,4 @@
-"""`jobs.compare` as a job: on a real Ray, from raw files."""
+"""The command `compare` on a real Ray, from raw files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ pytestmark = pytest.mark.ray
 
 
 def run(config, *, quick: bool = False):
-    told = compare.run(config, argparse.Namespace(quick=quick, force=False))
-    return Path(told["directory"])
+    return Path(compare.run(config, argparse.Namespace(quick=quick, force=False))["directory"])
 
 
 def test_the_job_runs_on_ray_from_raw_files_and_again_does_nothing(tmp_path, ray_local, capsys):
@@ -40,13 +39,13 @@ def test_the_job_runs_on_ray_from_raw_files_and_again_does_nothing(tmp_path, ray
     assert [point["value"] for point in metrics["sensitivity"]["width"]] == [16, 32]
     capsys.readouterr()
     run(given)
-    assert "8 of 8 rows are finished" in capsys.readouterr().out
+    assert "8 of 8 method runs are finished" in capsys.readouterr().out
 
 
 def test_the_quick_form_on_real_data_ranks_better_than_popularity(shared_dir, tmp_path, ray_local):
     raw = shared_dir / "data" / "amazon_musical_instruments" / "reviews_Musical_Instruments_5.json.gz"
     settings = [f"output_dir={tmp_path}", f"data.interactions.path={raw}"]
-    config = load_config("jobs/configs/compare_musical_instruments.yaml", settings)
+    config = load_config("compare_musical_instruments", settings)
     directory = run(config, quick=True)
     metrics = json.loads((directory / "metrics.json").read_text())
     reached = {name: found["recall@20"]["mean"] for name, found in metrics["results"].items()}

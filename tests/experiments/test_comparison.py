@@ -1,4 +1,4 @@
-"""The whole comparison, with its rows run one after another in place of Ray, and what it writes."""
+"""The whole comparison with its method runs in sequence, without Ray, and the files it writes."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,17 @@ from cllm4rec.commands import compare
 from cllm4rec.config import parse_config
 from cllm4rec.experiments.comparison.report import markdown
 from cllm4rec.experiments.comparison.results import METRICS, Splits
-from cllm4rec.experiments.comparison.sweeps import sweep_rows
+from cllm4rec.experiments.comparison.sweeps import sweep_runs
 from cllm4rec.experiments.comparison.trial import of_split
 from cllm4rec.storage.artifacts import read_manifest
 
 
 def test_a_finished_row_is_not_run_again_and_metrics_have_their_shape(comparison_job, comparison):
-    told, _ = comparison_job()
+    summary, _ = comparison_job()
     again, ran = comparison_job()
     assert ran == []
-    assert again == told
-    metrics = json.loads(Path(told["directory"], "metrics.json").read_text())
+    assert again == summary
+    metrics = json.loads(Path(summary["directory"], "metrics.json").read_text())
     assert set(metrics["results"]) == {"popularity", "ease", "cllm4rec"}
     for result in metrics["results"].values():
         assert set(result) == set(METRICS)
@@ -30,10 +30,10 @@ def test_a_finished_row_is_not_run_again_and_metrics_have_their_shape(comparison
     assert metrics["budget"]["used"]["ease"]["trials"] == [1, 1]
     assert metrics["cost"]["cllm4rec"]["peak_memory_mb"] > 10
     assert metrics["protocol"]["split"]["seed"] == [0, 1]
-    assert metrics["beside accuracy"]["popularity"]["popularity lift@20"] > 0
-    names = set(read_manifest(told["directory"], "evaluation").files)
+    assert metrics["beyond accuracy"]["popularity"]["popularity lift@20"] > 0
+    names = set(read_manifest(summary["directory"], "evaluation").files)
     assert {"metrics.json", "report.md", "results.png", "learning_curves.png", "history_length.png"} <= names
-    report = Path(told["directory"], "report.md").read_text()
+    report = Path(summary["directory"], "report.md").read_text()
     assert "| CLLM4Rec | " in report
     assert "user-0" not in report
     assert "-0.0000" not in report
@@ -69,15 +69,15 @@ def test_quick_is_smaller_and_lies_apart(tmp_path):
     whole = whole.model_copy(update={"finetune": whole.finetune.model_copy(update={"epochs": 60})})
     small = compare.quick(whole)
     assert (small.compare.seeds, small.compare.trials, small.compare.rows) == ([4, 5], 2, "main")
-    assert sweep_rows(small) == []
+    assert sweep_runs(small) == []
     assert parse_config(small.model_dump()) == small
     assert small.finetune.epochs < whole.finetune.epochs
     assert small.output_dir != whole.output_dir
 
 
 def test_published_figures_stand_beside_those_measured_here(comparison_job, comparison):
-    told, _ = comparison_job()
-    metrics = json.loads(Path(told["directory"], "metrics.json").read_text())
+    summary, _ = comparison_job()
+    metrics = json.loads(Path(summary["directory"], "metrics.json").read_text())
     assert "published / here" not in markdown(metrics)
     metrics["published"] = {"source": "a paper", "note": "Other data.", "results": {"ease": {"recall@20": 0.5}}}
     assert f"| EASE | 0.5000 / {metrics['results']['ease']['recall@20']['mean']:.4f} |" in markdown(metrics)

@@ -1,4 +1,4 @@
-"""What each named method of a comparison trains, and which language model it begins from."""
+"""What each method of a comparison trains, and which language model it starts from."""
 
 import dataclasses
 
@@ -19,12 +19,12 @@ from cllm4rec.experiments.comparison.methods import (
     VARIANTS,
     chosen_methods,
     config_of,
+    grid_points_of,
     phases_of,
-    points_of,
     setting,
     with_settings,
 )
-from cllm4rec.experiments.comparison.trial import Data, Row, fit, fit_variant, of_split
+from cllm4rec.experiments.comparison.trial import Data, MethodRun, fit, fit_variant, of_split
 from cllm4rec.metrics.protocol import HeldOut
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.training.epochs import EpochBuilder
@@ -64,12 +64,12 @@ def test_a_variant_trains_what_its_name_says_and_nothing_else(split, data, name,
 
 
 def test_from_scratch_means_without_the_trained_language_model(split, data):
-    """cllm4rec begins from the one that texts have trained, llm_scratch from random weights."""
+    """cllm4rec starts from the language model trained on the texts, llm_scratch from random weights."""
     names = ("cllm4rec", "llm_cf", "llm_ftall", "llm_scratch")
     begun = {name: starting_backbone(config_of(name, split, {}), NUM_WORDS).digest() for name in names}
     assert begun["cllm4rec"] == begun["llm_cf"] == begun["llm_ftall"]
     assert begun["llm_scratch"] != begun["cllm4rec"]
-    assert Row(split, "llm_scratch").backbone is None
+    assert MethodRun(split, "llm_scratch").backbone is None
 
 
 @pytest.mark.parametrize(("name", "is_fixed"), [("llm_fixord", True), ("cllm4rec", False)])
@@ -89,7 +89,7 @@ def test_without_finetuning_the_pretrained_head_ranks(split, data):
     ]  # fmt: skip
     curve = fit("llm_prerec", {}, data, split).curve
     assert {entry["phase"] for entry in curve} == {"pretrain"}
-    assert not any("finetune" in key for params in points_of("llm_prerec", split) for key in params)
+    assert not any("finetune" in key for params in grid_points_of("llm_prerec", split) for key in params)
 
 
 @pytest.mark.parametrize("name", ["cllm4rec", "cllm4rec_llama", "llm_cf", "llm_ftall", "ease", "multi_vae"])
@@ -110,7 +110,7 @@ def test_t5_is_trained_as_one_more_architecture(split, data):
 def test_every_named_row_is_known_and_tuned_by_a_grid_that_fits_the_config(split):
     assert set(MAIN) <= set(ALL)
     assert set(ALL) == set(VARIANTS) | set(BASELINES)
-    tried = points_of("cllm4rec", make_config(split.output_dir, trials=100))
+    tried = grid_points_of("cllm4rec", make_config(split.output_dir, trials=100))
     for params in tried:
         config_of("cllm4rec", split, params)
     assert tried[0] == {key: setting(split, key) for key in GRID}
@@ -127,10 +127,10 @@ def test_a_backbone_that_is_trained_is_given_no_higher_rate_than_it_bears(split)
 
 def test_rows_that_begin_trained_do_so_whatever_the_others_begin_from(split):
     untrained = with_settings(split, {"backbone.epochs": 0, "compare.backbone_epochs": 3}, "this test")
-    assert {name for name in ALL if Row(untrained, name).backbone} == {"llm_ftall", "m6_retrieval"}
-    assert Row(untrained, "llm_ftall").varied.backbone.epochs == 3
-    assert Row(untrained, "llm_ftall").backbone == Row(untrained, "m6_retrieval").backbone
-    assert Row(split, "llm_ftall").varied.backbone.epochs == split.backbone.epochs == 1
+    assert {name for name in ALL if MethodRun(untrained, name).backbone} == {"llm_ftall", "m6_retrieval"}
+    assert MethodRun(untrained, "llm_ftall").varied.backbone.epochs == 3
+    assert MethodRun(untrained, "llm_ftall").backbone == MethodRun(untrained, "m6_retrieval").backbone
+    assert MethodRun(split, "llm_ftall").varied.backbone.epochs == split.backbone.epochs == 1
 
 
 def test_what_reads_no_texts_does_not_begin_from_them(split):
@@ -146,7 +146,7 @@ def test_chosen_methods_bring_what_they_need_and_refuse_what_is_none(tmp_path):
     ]
     assert chosen_methods(make_config(tmp_path)) == list(MAIN)
     assert chosen_methods(make_config(tmp_path, rows="all")) == list(ALL)
-    with pytest.raises(ConfigError, match="names easy"):
+    with pytest.raises(ConfigError, match="unknown names: easy"):
         chosen_methods(make_config(tmp_path, methods=["easy"]))
 
 
@@ -173,8 +173,8 @@ def test_rows_share_a_language_model_only_where_it_is_the_same(split):
         )
     ]
     assert len({directory, *others}) == 6
-    assert Row(split, "llm_cf").backbone == Row(split, "m6_retrieval").backbone == directory
-    assert Row(split, "cllm4rec_t5").backbone in others
+    assert MethodRun(split, "llm_cf").backbone == MethodRun(split, "m6_retrieval").backbone == directory
+    assert MethodRun(split, "cllm4rec_t5").backbone in others
 
 
 def test_rows_are_trained_by_plain_torch_whatever_the_engine(split):

@@ -1,4 +1,4 @@
-"""The page of examples: whose lists are shown beside which, and no name of a user."""
+"""The page of examples: which users and lists it shows, and that it names no user."""
 
 import json
 from pathlib import Path
@@ -6,17 +6,18 @@ from pathlib import Path
 import numpy as np
 from support.comparisons import with_compare
 
+from cllm4rec.data.documents import Kind
 from cllm4rec.experiments.comparison import examples as examples_page
 from cllm4rec.experiments.comparison.examples import chosen_users, examples, plain_markdown, shortened, shown_methods
-from cllm4rec.experiments.comparison.trial import Data, Row, of_split, read_row
+from cllm4rec.experiments.comparison.trial import Data, MethodRun, of_split, read_result
 from cllm4rec.metrics.protocol import HeldOut
 
 
 def test_examples_mark_the_hits_and_name_no_user(comparison_job, comparison):
-    told, _ = comparison_job()
-    page = Path(told["directory"], "examples.md").read_text()
+    summary, _ = comparison_job()
+    page = Path(summary["directory"], "examples.md").read_text()
     assert page == examples(
-        with_compare(comparison, methods=[]), json.loads(Path(told["directory"], "metrics.json").read_text())
+        with_compare(comparison, methods=[]), json.loads(Path(summary["directory"], "metrics.json").read_text())
     )
     assert page.count("## User ") == 5
     assert "user-" not in page
@@ -26,7 +27,7 @@ def test_examples_mark_the_hits_and_name_no_user(comparison_job, comparison):
     data = Data.load(split.run.prepared)
     held_out = HeldOut.test(data.histories, comparison.evaluate.read, comparison.evaluate.mask)
     users = chosen_users(held_out.num_train, comparison.seed)
-    lists = [read_row(Row(split, name)).ranked[:, :10] for name in ("cllm4rec", "ease", "popularity")]
+    lists = [read_result(MethodRun(split, name)).ranked[:, :10] for name in ("cllm4rec", "ease", "popularity")]
     hits = sum(np.isin(ranked[row], held_out.relevant[row]).sum() for ranked in lists for row in users)
     assert page.count("**") == 2 * hits > 0
     first = page.split("## User ")[1]
@@ -54,10 +55,10 @@ def test_the_best_baseline_is_shown_between_the_method_and_popularity():
 
 
 def test_a_review_stands_in_for_a_text_that_is_missing(comparison_job, comparison, monkeypatch):
-    told, _ = comparison_job()
-    metrics = json.loads(Path(told["directory"], "metrics.json").read_text())
-    assert "stands in" not in examples(comparison, metrics)
-    load = examples_page.Catalog.load
+    summary, _ = comparison_job()
+    metrics = json.loads(Path(summary["directory"], "metrics.json").read_text())
+    assert "first training review" not in examples(comparison, metrics)
+    load, load_documents = examples_page.Catalog.load, examples_page.load_documents
 
     def without_texts(directory):
         catalog = load(directory)
@@ -66,9 +67,10 @@ def test_a_review_stands_in_for_a_text_that_is_missing(comparison_job, compariso
 
     monkeypatch.setattr(examples_page.Catalog, "load", without_texts)
     page = examples(comparison, metrics)
-    assert "first training review stands in" in page
+    assert "Items without a text are shown with their first training review" in page
     assert "“" in page.split("## User 1")[1]
-    monkeypatch.setattr(examples_page, "_first_reviews", lambda directory, items: {})
+    without_reviews = lambda directory: load_documents(directory).of_kinds([Kind.INTERACTIONS])  # noqa: E731
+    monkeypatch.setattr(examples_page, "load_documents", without_reviews)
     assert ": no text" in examples(comparison, metrics)
 
 

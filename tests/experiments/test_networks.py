@@ -1,4 +1,4 @@
-"""What each neural baseline's network promises beside the common suite."""
+"""Properties of single neural baselines that the common suite does not test."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_cold_items_are_no_negatives_of_a_method_that_reads_text(name: str, monk
     histories, training = cold_world()
     network = network_of(name, training).train()
     if name == "md_cvae":
-        assert torch.isneginf(network._forward(histories.train)[0][:, 20:]).all()
+        assert torch.isneginf(network.logits(np.arange(40), histories.train)[:, 20:]).all()
         return
     monkeypatch.setattr(network, "logits", lambda users, kept: torch.tensor([[0.0] * 20 + [90.0] * 2] * len(users)))
     assert float(network.loss(np.arange(40), histories.train, np.random.default_rng(0))) < 10 * np.log(20)
@@ -55,16 +55,17 @@ def test_sasrec_predicts_what_comes_next_in_time() -> None:
     assert (ranked.scores(histories.user, histories.train).argmax(axis=1) == after.values).mean() == 1.0
 
 
-def test_bert4rec_hides_what_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bert4rec_hides_what_it_is_asked_for() -> None:
     network = network_of("bert4rec", parity_training())
     read: list[torch.Tensor] = []
 
-    def seen(item_BT: torch.Tensor) -> torch.Tensor:
-        read.append(item_BT)
-        first = torch.full((len(item_BT), 1), -1)
-        return torch.cat([first, item_BT], dim=1)[:, :, None]
+    def return_the_items_read(
+        module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor
+    ) -> torch.Tensor:
+        read.append(inputs[0])
+        return inputs[0][:, :, None]
 
-    monkeypatch.setattr(network, "_read", seen)
+    network.encoder.register_forward_hook(return_the_items_read)
     histories = Ragged.from_lists([[3, 5, 7, 9], [2], [4, 6]])
     hidden_NH, item_N = network.hide(histories, np.random.default_rng(0))
     assert (hidden_NH == network.encoder.mask).all()
@@ -76,14 +77,14 @@ def test_bert4rec_hides_what_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 def test_s3rec_learns_the_words_of_items_in_pretraining() -> None:
     training = dataclasses.replace(parity_training(), budget=Budget(1, 60.0))
     network = make("s3rec", pretrain_epochs=30).fit(training).network.eval()
-    told_JA = network.from_item(network.encoder.items) @ network.attribute_AH.T > 0
-    assert torch.equal(told_JA, network.has_JA)
+    predicted_JA = network.from_item(network.encoder.items) @ network.attribute_AH.T > 0
+    assert torch.equal(predicted_JA, network.has_JA)
 
 
 def test_multi_vae_pays_for_the_distance_of_its_posterior_from_the_prior() -> None:
     network, histories = network_of("multi_vae", parity_training()), worlds.parity_world().histories.train
     network.step.fill_(network.anneal_steps)
-    _, mean_BD, log_variance_BD = network._forward(histories)
+    _, mean_BD, log_variance_BD = network.reconstruct(histories)
     posterior = torch.distributions.Normal(mean_BD, (0.5 * log_variance_BD).exp())
     prior = torch.distributions.Normal(torch.zeros_like(mean_BD), 1.0)
     expected = torch.distributions.kl_divergence(posterior, prior).sum(dim=1).mean()

@@ -1,4 +1,4 @@
-"""What the neural baselines share: the loop, the held-out part, bags and padding."""
+"""Code shared by the neural baselines: training loop, held-out items, bags and padding."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ def training_with(histories: Histories, budget: Budget) -> TrainingData:
 
 
 class Scripted(Network):
-    """Ranks each user's validation items first in the epochs named, last in all others; `steps` tells what was run."""
+    """Ranks each user's validation items first in the epochs `good`, last in all others; `steps` records what was run."""
 
-    def __init__(self, training: TrainingData, good: tuple[int, ...] = (), pretrain: int = 0, loss: float = 1.0) -> None:
+    def __init__(
+        self, training: TrainingData, good: tuple[int, ...] = (), pretrain: int = 0, loss: float = 1.0
+    ) -> None:
         super().__init__()
         self.good, self.pretrain_epochs, self.value = good, pretrain, loss
         self.relevant = training.validation.relevant
@@ -58,7 +60,7 @@ def fit(max_epochs: int = 50, max_seconds: float = 60.0, patience: int = 10, **s
 
 def test_the_best_epoch_is_kept_and_patience_ends_the_run() -> None:
     fitted = fit(good=(3, 5), patience=4)
-    assert int(fitted.network.epoch) == 3, "an equal one later is no better"
+    assert int(fitted.network.epoch) == 3, "a later epoch with an equal value is not better"
     assert len(fitted.curve) == 3 + 4 + 1
     assert fitted.curve[3] == fitted.curve[5] == 1.0
 
@@ -103,7 +105,7 @@ def test_training_without_validation_items_is_refused() -> None:
 @pytest.mark.parametrize("fraction", [0.0, 0.2, 0.5, 1.0])
 def test_the_held_out_part_leaves_something_to_read(fraction: float) -> None:
     kept, held = hold_out(HISTORIES, fraction, np.random.default_rng(0))
-    together = [sorted(one + other) for one, other in zip(kept.tolist(), held.tolist(), strict=True)]
+    together = [sorted(left + right) for left, right in zip(kept.tolist(), held.tolist(), strict=True)]
     assert together == [sorted(row) for row in HISTORIES.tolist()]
     assert held.lengths.tolist() == [{0.5: 2, 1.0: 2}.get(fraction, 1), 1, 0, {0.2: 2, 0.5: 5, 1.0: 9}.get(fraction, 1)]
     assert kept[3].tolist() == sorted(kept[3].tolist()), "what is kept stays in order of time"

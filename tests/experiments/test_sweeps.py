@@ -1,17 +1,17 @@
-"""Sensitivity: which rows a sweep asks for, and how its values stand in the report."""
+"""Sensitivity: the method runs of a sweep, and its values in the report."""
 
 import json
 from pathlib import Path
 
 import pytest
-from support.comparisons import make_config, run_rows, with_compare
+from support.comparisons import make_config, run_methods, with_compare
 
 from cllm4rec.errors import ConfigError, TrainingError
 from cllm4rec.experiments.comparison import trial
-from cllm4rec.experiments.comparison.report import places_of, render
+from cllm4rec.experiments.comparison.report import axis_positions, render
 from cllm4rec.experiments.comparison.results import METRICS, collect
-from cllm4rec.experiments.comparison.sweeps import describe_sweeps, sweep_rows
-from cllm4rec.experiments.comparison.trial import Row, of_split, read_row, run_row
+from cllm4rec.experiments.comparison.sweeps import describe_sweeps, sweep_runs
+from cllm4rec.experiments.comparison.trial import MethodRun, of_split, read_result, run_method
 
 LAMBDA = {"name": "lambda c", "settings": ["pretrain.lambda_c", "finetune.lambda_c"], "values": [0, 1.0]}
 WIDTH = {"name": "width", "settings": ["model.backbone.width"], "values": [16, 32]}
@@ -19,8 +19,8 @@ EPOCHS = {"name": "epochs", "settings": ["backbone.epochs"], "values": [0, 1]}
 
 
 def test_a_sweep_sets_its_keys_together_and_shares_the_row_of_the_config(comparison):
-    rows = sweep_rows(with_compare(comparison, sweeps=[LAMBDA, WIDTH, EPOCHS], sweep_seeds=[1], trials=3))
-    found = {row.label: row.config for row in rows}
+    runs = sweep_runs(with_compare(comparison, sweeps=[LAMBDA, WIDTH, EPOCHS], sweep_seeds=[1], trials=3))
+    found = {run.label: run.config for run in runs}
     assert sorted(found) == [
         "sweep_as_configured", "sweep_epochs_0", "sweep_lambda_c_0", "sweep_lambda_c_1.0", "sweep_width_16"
     ]  # fmt: skip
@@ -28,51 +28,53 @@ def test_a_sweep_sets_its_keys_together_and_shares_the_row_of_the_config(compari
     assert (changed.pretrain.lambda_c, changed.finetune.lambda_c) == (1.0, 1.0)
     assert found["sweep_width_16"].model.backbone.width == 16
     assert found["sweep_as_configured"].model == comparison.model
-    assert {row.config.data.split.seed for row in rows} == {1}
-    assert all(row.points == [{}] for row in rows), "a value is trained once, not tuned"
-    assert len({row.directory for row in rows} | {Row(of_split(comparison, 1), "cllm4rec").directory}) == 6
+    assert {run.config.data.split.seed for run in runs} == {1}
+    assert all(run.grid_points == [{}] for run in runs), "a value is trained once, not tuned"
+    assert len({run.directory for run in runs} | {MethodRun(of_split(comparison, 1), "cllm4rec").directory}) == 6
 
 
 def test_values_begin_from_the_language_model_they_describe(comparison):
-    rows = {row.label: row.backbone for row in sweep_rows(with_compare(comparison, sweeps=[LAMBDA, WIDTH, EPOCHS]))}
-    tuned = Row(of_split(comparison, 0), "cllm4rec").backbone
-    assert rows["sweep_lambda_c_0"] == rows["sweep_as_configured"] == tuned
-    assert rows["sweep_width_16"] not in (None, tuned)
-    assert rows["sweep_epochs_0"] is None
+    backbones = {
+        run.label: run.backbone for run in sweep_runs(with_compare(comparison, sweeps=[LAMBDA, WIDTH, EPOCHS]))
+    }
+    tuned = MethodRun(of_split(comparison, 0), "cllm4rec").backbone
+    assert backbones["sweep_lambda_c_0"] == backbones["sweep_as_configured"] == tuned
+    assert backbones["sweep_width_16"] not in (None, tuned)
+    assert backbones["sweep_epochs_0"] is None
 
 
 @pytest.mark.parametrize(
     ("settings", "values", "sentence"),
     [
-        (["finetune.lambda"], [0, 1], "finetune.lambda is no setting"),
-        (["finetune.lambda.c"], [0, 1], "sets finetune.lambda.c, which is no setting"),
+        (["finetune.lambda"], [0, 1], "finetune.lambda is "),
+        (["finetune.lambda.c"], [0, 1], "sets finetune.lambda.c, which is not a setting"),
         (["model.backbone.width"], [32, 30], "width 30 does not divide by 4 heads"),
         (["data.core"], [3, 5], "a sweep may change settings of model"),
-        (["model.backbone.vocab_size"], [300, 400], "not what prepare has read"),
+        (["model.backbone.vocab_size"], [300, 400], "not those that prepare reads"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(comparison, settings, values, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        sweep_rows(with_compare(comparison, sweeps=[{"name": "x", "settings": settings, "values": values}]))
+        sweep_runs(with_compare(comparison, sweeps=[{"name": "x", "settings": settings, "values": values}]))
 
 
 def test_what_a_sweep_is_described_by(comparison):
     ranges = {"name": "mask", "settings": ["finetune.mask_fraction"], "values": [0.2, [0.1, 0.9]]}
-    told = describe_sweeps(with_compare(comparison, sweeps=[LAMBDA, ranges]))
-    assert told["lambda c"] == {
+    described = describe_sweeps(with_compare(comparison, sweeps=[LAMBDA, ranges]))
+    assert described["lambda c"] == {
         "seeds": [0], "settings": {"pretrain.lambda_c": 1.0, "finetune.lambda_c": 0.0}, "configured": None
     }  # fmt: skip
-    assert told["mask"]["configured"] == [0.1, 0.9]
+    assert described["mask"]["configured"] == [0.1, 0.9]
 
 
 def test_sweeps_are_run_once_written_with_intervals_and_plotted(comparison_job):
     sweeps = [{**LAMBDA, "settings": ["finetune.lambda_c"]}, WIDTH]
     _, ran = comparison_job(sweeps=sweeps)
     assert sorted(ran)[-3:] == ["sweep_as_configured", "sweep_lambda_c_1.0", "sweep_width_16"]
-    assert ran.count("backbone") == 1, "the other values begin from the one that cllm4rec has"
-    told, ran = comparison_job(sweeps=sweeps)
+    assert ran.count("backbone") == 1, "the other values start from the language model of cllm4rec"
+    summary, ran = comparison_job(sweeps=sweeps)
     assert ran == []
-    metrics = json.loads(Path(told["directory"], "metrics.json").read_text())
+    metrics = json.loads(Path(summary["directory"], "metrics.json").read_text())
     assert {name: [point["value"] for point in points] for name, points in metrics["sensitivity"].items()} == {
         "lambda c": [0, 1.0], "width": [16, 32]
     }  # fmt: skip
@@ -82,33 +84,33 @@ def test_sweeps_are_run_once_written_with_intervals_and_plotted(comparison_job):
     as_configured = metrics["sensitivity"]["lambda c"][0] | {"value": None}
     assert as_configured == metrics["sensitivity"]["width"][1] | {"value": None}
     assert metrics["sensitivity"]["lambda c"][0]["recall@10"]["mean"] > 0.9
-    folder = Path(told["directory"])
+    folder = Path(summary["directory"])
     for name in ("sensitivity_lambda_c.png", "sensitivity_width.png"):
         assert f"({name})" in (folder / "report.md").read_text()
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert not (
-        Path(of_split(make_config(told["output_dir"]), 0).run.directory("sweep_width_16")) / "tables.safetensors"
+        Path(of_split(make_config(summary["output_dir"]), 0).run.directory("sweep_width_16")) / "tables.safetensors"
     ).exists()
 
 
-def test_a_value_that_cannot_be_trained_is_told_and_stops_nothing(comparison, monkeypatch):
+def test_a_value_that_cannot_be_trained_is_reported_and_stops_nothing(comparison, monkeypatch):
     def fail(name, params, data, config):
         raise TrainingError("the loss is nan")
 
     monkeypatch.setattr(trial, "fit", fail)
     given = with_compare(comparison, sweeps=[{**LAMBDA, "values": [50, 100]}])
-    for row in sweep_rows(given):
-        run_row(row)
-        assert read_row(row).facts["skipped"] == "the loss is nan"
+    for run in sweep_runs(given):
+        run_method(run)
+        assert read_result(run).summary["skipped"] == "the loss is nan"
     monkeypatch.undo()
-    run_rows(comparison, ["popularity"])
+    run_methods(comparison, ["popularity"])
     metrics = collect(given, ["popularity"])
     assert metrics["sensitivity"]["lambda c"] == [{"value": value, "failed": "the loss is nan"} for value in (50, 100)]
     report = render(metrics)["report.md"].decode()
     assert "100: the loss is nan." in report
     monkeypatch.setattr(trial, "fit", fail)
     with pytest.raises(TrainingError, match="no setting of cllm4rec"):
-        run_row(Row(of_split(comparison, 0), "cllm4rec"))
+        run_method(MethodRun(of_split(comparison, 0), "cllm4rec"))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,6 @@ def test_a_value_that_cannot_be_trained_is_told_and_stops_nothing(comparison, mo
     ],
 )
 def test_values_stand_by_size_by_logarithm_or_in_order(values, places):
-    found = places_of(values)
+    found = axis_positions(values)
     scale = 1.0 if values != [0, 2, 8] else found[-1] / places[-1]
     assert found == pytest.approx([place * scale for place in places])

@@ -1,4 +1,4 @@
-"""A comparison on the parity world, which several test files run."""
+"""A comparison on the parity world, shared by several test files."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from cllm4rec.config import parse_config
+from cllm4rec.data.prepare import prepare_inputs
 from cllm4rec.data.prepared import PromptTokens
 from cllm4rec.data.tokenizer import save_tokenizer
 from cllm4rec.experiments.comparison.language import run_backbone
-from cllm4rec.experiments.comparison.trial import Row, of_split, run_row
+from cllm4rec.experiments.comparison.trial import MethodRun, of_split, run_method
 from cllm4rec.storage.files import join, write_table
 from support.directories import write_prepared
 from support.parity import MAX_TOKENS, parity
@@ -25,7 +26,7 @@ def make_config(tmp_path, **compare):
         {
             "output_dir": str(tmp_path),
             "data": {
-                "interactions": {"path": "none.jsonl", "columns": {"user": "user", "item": "item"}},
+                "interactions": {"path": f"{tmp_path}/interactions.jsonl", "columns": {"user": "user", "item": "item"}},
                 "split": {"kind": "leave_one_out"},
                 "max_text_tokens": 24,
             },
@@ -48,11 +49,12 @@ def make_config(tmp_path, **compare):
 
 
 def prepared(config):
-    """The parity world as the stages find it, for each seed; splits by parity do not depend on the seed."""
+    """Write the prepared parity world and its language model for each seed; the split is the same for all seeds."""
     torch.set_num_threads(1)
+    parity().world.write(config.output_dir)
     for seed in config.compare.seeds:
         split = of_split(config, seed)
-        directory = write_prepared(Path(split.run.prepared))
+        directory = write_prepared(Path(split.run.prepared), inputs=prepare_inputs(split))
         PromptTokens(parity().prompts, NUM_WORDS).save(directory)
         token_space = dataclasses.replace(parity().token_space, num_words=NUM_WORDS)
         shifted = parity().documents
@@ -74,5 +76,5 @@ def with_compare(config, **changes):
     return parse_config(config.model_dump() | {"compare": config.compare.model_dump() | changes})
 
 
-def run_rows(config, names):
-    return [run_row(Row(of_split(config, seed), name)) for name in names for seed in config.compare.seeds]
+def run_methods(config, names):
+    return [run_method(MethodRun(of_split(config, seed), name)) for name in names for seed in config.compare.seeds]

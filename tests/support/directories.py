@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,9 +21,11 @@ from cllm4rec.storage.files import write_table
 NUM_WORDS, MAX_TOKENS, WIDTH = 300, 64, 32
 
 
-def write_prepared(folder: Path, num_buckets: int = 1, world: ParityWorld | None = None) -> str:
+def write_prepared(
+    folder: Path, num_buckets: int = 1, world: ParityWorld | None = None, inputs: Mapping[str, str] | None = None
+) -> str:
     world = world or parity_world()
-    with write_directory(str(folder), kind="prepared", inputs={}, config={}) as draft:
+    with write_directory(str(folder), kind="prepared", inputs=inputs or {}, config={}) as draft:
         world.catalog.save(draft.uri)
         draft.counts["users"] = world.num_users
         PromptTokens(Prompts.tokenize(lambda text: [len(text), len(text) + 1]), NUM_WORDS).save(draft.uri)

@@ -1,4 +1,4 @@
-"""What baselines learn from in tests: worlds whose answer is known, with vectors that tell it, and methods fitted on them."""
+"""Training data for tests of baselines: worlds whose answer is known, informative vectors, and fitted methods."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ NEURAL = ["multi_vae", "md_cvae", "bert4rec", "s3rec", "sasrec", "two_tower", "m
 
 
 def training_of(histories: Histories, num_items: int, **changes: object) -> TrainingData:
-    nothing = TrainingData(num_items, histories.train, Validation(histories), [""] * num_items, [""] * len(histories.user))
-    return dataclasses.replace(nothing, **changes)
+    without_texts = TrainingData(
+        num_items, histories.train, Validation(histories), [""] * num_items, [""] * len(histories.user)
+    )
+    return dataclasses.replace(without_texts, **changes)
 
 
 def noisy_world(num_users: int = 300, num_items: int = 60, seed: int = 0) -> Histories:
-    """Parity users who take a third of their items anywhere."""
+    """The parity world with noise: about a third of each user's items is of the other kind."""
     generator = np.random.default_rng(seed)
     orders = []
     for user in range(num_users):
@@ -39,14 +41,14 @@ def noisy_world(num_users: int = 300, num_items: int = 60, seed: int = 0) -> His
 
 
 def vectors(num_rows: int, seed: int, parity: bool = True) -> np.ndarray:
-    """One dimension tells the parity of the row, seven tell nothing and are smaller."""
+    """One dimension holds the parity of the row; seven smaller dimensions are noise."""
     noise = np.random.default_rng(seed).normal(0.0, 0.3, (num_rows, 7))
-    told = np.where(np.arange(num_rows) % 2, 1.0, -1.0) * parity
-    return np.column_stack([told, noise]).astype(np.float32)
+    signal = np.where(np.arange(num_rows) % 2, 1.0, -1.0) * parity
+    return np.column_stack([signal, noise]).astype(np.float32)
 
 
 def with_vectors(training: TrainingData) -> TrainingData:
-    """A stand-in for what a language model and CLLM4Rec's tables know."""
+    """Adds vectors in place of those of a language model and CLLM4Rec's tables."""
     num_users, num_items = len(training.histories), training.num_items
     return dataclasses.replace(
         training,
@@ -62,8 +64,8 @@ def parity_training(seed: int = 0) -> TrainingData:
 
 
 def cold_world() -> tuple[Histories, TrainingData]:
-    """The parity world with two more items that nobody has taken in training, one of each kind by its text; every
-    user's test item is the one of the user's kind."""
+    """The parity world with two cold items, one of each kind by its text. The test item of each user is the cold item of the
+    user's kind."""
     world = worlds.parity_world()
     test = Ragged.from_lists([[20 + user % 2] for user in range(world.num_users)])
     histories = dataclasses.replace(world.histories, test=test)
@@ -75,7 +77,7 @@ def cold_world() -> tuple[Histories, TrainingData]:
 @functools.cache
 def fitted(name: str) -> Baseline:
     if name in ("item_knn", "ials"):
-        pytest.importorskip("implicit", reason="the extra `baselines` is not installed")
+        pytest.importorskip("implicit", reason="the extra `experiments` is not installed")
     return make(name).fit(parity_training())
 
 

@@ -1,7 +1,7 @@
 """All baselines by name, with the grid of their parameters.
 
-    fitted = make("multi_vae", beta=0.5).fit(training)
-    for params in trials("multi_vae", 8): ...
+fitted = make("multi_vae", beta=0.5).fit(training)
+for params in trials("multi_vae", 8): ...
 """
 
 from __future__ import annotations

@@ -30,7 +30,12 @@ class S3Rec(BERT4Rec):
     has_JA: Tensor
 
     def __init__(
-        self, training: TrainingData, width: int = 64, attributes: int = 500, attribute_weight: float = 1.0, **params: Any
+        self,
+        training: TrainingData,
+        width: int = 64,
+        attributes: int = 500,
+        attribute_weight: float = 1.0,
+        **params: Any,
     ) -> None:
         super().__init__(training, width=width, **params)
         has_JA = word_counts(training.item_texts, attributes) > 0

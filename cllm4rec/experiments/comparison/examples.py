@@ -1,6 +1,6 @@
-"""`examples.md`: a few users of the first split with what was read, what should be found, and three methods' lists.
+"""`examples.md`: for a few users of the first split the history, the test items, and the lists of three methods.
 
-The page holds texts of the data set, also of reviews; it names no user.
+The page contains texts of the data set, including reviews, but no user ids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cllm4rec.data.prepared import load_documents, load_histories
 from cllm4rec.evaluation.report import name_of
 from cllm4rec.experiments.baselines.registry import BASELINES
 from cllm4rec.experiments.comparison.methods import MODEL
-from cllm4rec.experiments.comparison.trial import Row, of_split, read_row
+from cllm4rec.experiments.comparison.trial import MethodRun, of_split, read_result
 from cllm4rec.metrics.protocol import HeldOut
 from cllm4rec.metrics.ranking import IntArray
 from cllm4rec.reporting import markdown_table
@@ -33,12 +33,12 @@ _MARKS = re.compile(r"([\\`*_\[\]|~#$])")
 
 
 def examples(config: Config, metrics: Mapping[str, Any]) -> str:
-    """The page, from finished rows and what `collect` made of them; the same for the same seed."""
+    """The page, from finished method runs and the output of `collect`. The same seed gives the same page."""
     split = of_split(config, config.compare.seeds[0])
     directory = split.run.prepared
     held_out = HeldOut.test(load_histories(directory), config.evaluate.read, config.evaluate.mask)
     methods = shown_methods(metrics["results"])
-    ranked = {name: read_row(Row(split, name)).ranked[:, :LIST_LENGTH] for name in methods}
+    ranked = {name: read_result(MethodRun(split, name)).ranked[:, :LIST_LENGTH] for name in methods}
     users, catalog = chosen_users(held_out.num_train, config.seed), Catalog.load(directory)
     items = _shown_items(held_out, ranked, users)
     reviews = _first_reviews(directory, [item for item in items if not catalog.item_texts[item].strip()])
@@ -50,25 +50,26 @@ def examples(config: Config, metrics: Mapping[str, Any]) -> str:
 
 
 def _introduction(config: Config, num_users: int, has_reviews: bool) -> str:
-    said = [
-        f"{num_users} users of split seed {config.compare.seeds[0]}, drawn from those with test items, one from each of "
-        f"{num_users} groups by length of history.",
-        f"Lists are over the whole catalog without {config.evaluate.mask.replace('+', ' and ')} items; hits are bold.",
+    masked = config.evaluate.mask.replace("+", " and ")
+    sentences = [
+        f"The {num_users} users are from the split with seed {config.compare.seeds[0]}. Users with test items were grouped by "
+        f"history length into {num_users} groups, and one user was drawn from each group.",
+        f"The whole catalog was ranked; {masked} items were excluded. Hits are bold.",
     ]
     if has_reviews:
-        said.append("Where an item has no text of its own, its first training review stands in, in quotation marks.")
-    return " ".join(said)
+        sentences.append("Items without a text are shown with their first training review, in quotation marks.")
+    return " ".join(sentences)
 
 
 def shown_methods(results: Mapping[str, Any]) -> list[str]:
-    """CLLM4Rec, the best baseline but popularity, and popularity, as far as they were run."""
+    """CLLM4Rec, the best baseline other than popularity, and popularity, if they were run."""
     others = [name for name in results if name in BASELINES and name != POPULARITY]
     best = sorted(others, key=lambda name: -results[name][VALIDATION_METRIC]["mean"])[:1]
     return [name for name in (MODEL, *best, POPULARITY) if name in results]
 
 
 def chosen_users(num_train_B: IntArray, seed: int) -> IntArray:
-    """Rows of a HeldOut: one at random from each of NUM_USERS groups of nearly equal size by history, shortest first."""
+    """Rows of a HeldOut: one random row from each of NUM_USERS groups of nearly equal size by history length, shortest first."""
     generator = np.random.default_rng(seed)
     groups = np.array_split(np.argsort(num_train_B, kind="stable"), min(NUM_USERS, len(num_train_B)))
     return np.array([generator.choice(group) for group in groups], np.int64)
@@ -80,17 +81,17 @@ def _user(
     read, relevant = held_out.read[row].tolist(), set(held_out.relevant[row].tolist())
     lists = {name: item_BK[row].tolist() for name, item_BK in ranked.items()}
     rows = [
-        [str(place + 1), *(_cell(items[place], relevant, names) for items in lists.values())]
-        for place in range(LIST_LENGTH)
+        [str(rank + 1), *(_cell(items[rank], relevant, names) for items in lists.values())]
+        for rank in range(LIST_LENGTH)
     ]
-    found = ", ".join(f"{name_of(name)} {len(relevant & set(items))}" for name, items in lists.items())
+    hits = ", ".join(f"{name_of(name)} {len(relevant & set(items))}" for name, items in lists.items())
     return [
         f"## User {number}: {held_out.num_train[row]} training items",
-        f"Read, oldest first{f' (the last {MOST_READ} of {len(read)})' if len(read) > MOST_READ else ''}:",
+        f"History, oldest first{f' (the last {MOST_READ} of {len(read)})' if len(read) > MOST_READ else ''}:",
         _bullets(read[-MOST_READ:], names),
-        "To be found:",
+        "Test items:",
         _bullets(sorted(relevant), names),
-        f"Hits among {LIST_LENGTH}: {found}.",
+        f"Hits among the first {LIST_LENGTH}: {hits}.",
         markdown_table(["", *map(name_of, lists)], rows),
     ]
 
@@ -112,7 +113,7 @@ def _shown_items(held_out: HeldOut, ranked: Mapping[str, IntArray], users: IntAr
 
 
 def _item_name(item: int, catalog: Catalog, reviews: Mapping[int, str]) -> str:
-    """Id and short text, ready for Markdown."""
+    """Id and shortened text, escaped for Markdown."""
     text = shortened(catalog.item_texts[item])
     if not text:
         text = f"“{shortened(reviews[item])}”" if item in reviews else "no text"
@@ -120,7 +121,7 @@ def _item_name(item: int, catalog: Catalog, reviews: Mapping[int, str]) -> str:
 
 
 def _first_reviews(prepared_dir: str, items: Sequence[int]) -> dict[int, str]:
-    """The first training review of each of these items that has one, in the order of users."""
+    """The first training review, by user index, of each item that has one."""
     documents = load_documents(prepared_dir)
     rows = np.flatnonzero((documents.kind == Kind.REVIEW) & np.isin(documents.item, items))
     item_D, first_D = np.unique(documents.item[rows], return_index=True)
@@ -130,7 +131,7 @@ def _first_reviews(prepared_dir: str, items: Sequence[int]) -> dict[int, str]:
 
 
 def shortened(text: str) -> str:
-    """One line of at most TEXT_CHARS characters, cut between words where there are any."""
+    """One line of at most TEXT_CHARS characters, cut between words if possible."""
     line = " ".join(text.split())
     if len(line) <= TEXT_CHARS:
         return line
@@ -139,5 +140,5 @@ def shortened(text: str) -> str:
 
 
 def plain_markdown(text: str) -> str:
-    """Text that Markdown shows as it is: it comes from the data, and may hold anything."""
+    """Text with Markdown and HTML escaped, because it comes from the data and may contain anything."""
     return _MARKS.sub(r"\\\1", html.escape(text, quote=False))

@@ -1,7 +1,7 @@
-"""The language models of a comparison: which one a row begins from, and those that are trained on a split's texts once
-for all rows that begin from the same.
+"""The language models of a comparison. A model that is trained on the texts of a split is shared by all method runs that
+start from the same model.
 
-Lengths: K hidden size, T tokens of a text.
+Shapes: D texts, K hidden size, S slots of a batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TEXTS_AT_ONCE = 32
 
 
 def backbone_directory(config: Config) -> str:
-    """Named after all that makes it another language model, so that rows which begin from the same one share it."""
+    """The directory name contains a digest of all settings of the language model, so that equal models share a directory."""
     size = config.model.backbone
     what = f"{size.architecture}_{size.layers}x{size.width}" if isinstance(size, BackboneSize) else "stock"
     return config.run.directory(f"backbone_{what}_{digest_of(_backbone_settings(config))[:8]}")
@@ -48,12 +48,12 @@ def _backbone_settings(config: Config) -> dict[str, Any]:
 
 
 def bare_settings(config: Config) -> RunSettings:
-    """A row is trained by one process on plain torch, whatever the config says of workers."""
+    """A method run is trained in one process on plain torch, whatever the configuration says about workers."""
     return dataclasses.replace(run_settings(config), engine="torch", zero_stage=0)
 
 
 def starting_backbone(config: Config, num_words: int) -> Backbone:
-    """The language model before the tables are trained: with no epochs of its own, as `model.backbone` describes it."""
+    """The language model that training of the tables starts from: trained on texts if `backbone.epochs` > 0, else as built."""
     if not config.backbone.epochs:
         return new_backbone(config.model, num_words, config.seed)
     return load_backbone(backbone_directory(config), config.model.max_tokens)
@@ -65,7 +65,7 @@ def backbone_inputs(config: Config) -> dict[str, str]:
 
 
 def run_backbone(config: Config) -> str:
-    """Train the language model of one split on its training texts and write it; returns its directory."""
+    """Train the language model on the training texts of one split and write it; returns its directory."""
     torch.set_num_threads(1)
     inputs, prepared_dir, started = backbone_inputs(config), config.run.prepared, time.monotonic()
     prompt_tokens, token_space = load_token_space(prepared_dir)
@@ -94,21 +94,21 @@ def run_backbone(config: Config) -> str:
 def text_vectors(
     texts: list[str], backbone: Backbone, token_space: TokenSpace, config: Config
 ) -> npt.NDArray[np.float32]:
-    """Mean hidden state of each text's first tokens (text × K); zeros where there is no text."""
+    """Mean hidden state of the first tokens of each text (D×K); zeros for empty texts."""
     tokenizer = tokenizers.Tokenizer.from_buffer(read_bytes(join(config.run.prepared, "tokenizer", "tokenizer.json")))
     model = CLLM4Rec(backbone, token_space, std=0.0).eval()
-    most = config.data.max_text_tokens
+    max_tokens = config.data.max_text_tokens
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-    words = Ragged.from_lists([one.ids[:most] for one in encoded], np.int32)
+    words = Ragged.from_lists([encoding.ids[:max_tokens] for encoding in encoded], np.int32)
     vectors_DK = np.zeros((len(texts), backbone.width), np.float32)
-    packer = Packer(token_space, _TEXTS_AT_ONCE * most, most)
+    packer = Packer(token_space, _TEXTS_AT_ONCE * max_tokens, max_tokens)
     for begin in range(0, len(texts), _TEXTS_AT_ONCE):
         rows = np.arange(begin, min(begin + _TEXTS_AT_ONCE, len(texts)))
         rows = rows[words.lengths[rows] > 0]
         part = words.take(rows)
         none = np.full(len(rows), -1, np.int64)
         kinds = np.full(len(rows), int(Kind.ITEM_TEXT), np.int8)
-        # As a prompt: words of a main text would be predicted, too, for nothing.
+        # As prompts: the words of a main text would be predicted, too, without need.
         documents = Documents(kinds, none, none, part, no_values(len(rows)), no_values(len(rows)))
         batch = packer.layout(documents)
         with torch.inference_mode():

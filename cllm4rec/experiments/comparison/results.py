@@ -1,6 +1,6 @@
-"""Finished rows of all splits → the content of `evaluation/metrics.json`.
+"""Finished method runs of all splits → the content of `evaluation/metrics.json`.
 
-Shapes: B (user, split) pairs with something to find, the splits one after another; I users, S splits, K places.
+Shapes: B (user, split) pairs with test items, split after split; R some of these rows; I users, S splits, K list length.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cllm4rec.data.prepared import load_histories
 from cllm4rec.errors import DataError
 from cllm4rec.evaluation.stage import DEFINITIONS, HEADLINE, describe, published_figures
 from cllm4rec.experiments.comparison.methods import MODEL, VARIANTS
-from cllm4rec.experiments.comparison.sweeps import describe_sweeps, rows_of_value
-from cllm4rec.experiments.comparison.trial import Result, Row, of_split, read_row
+from cllm4rec.experiments.comparison.sweeps import describe_sweeps, runs_of_value
+from cllm4rec.experiments.comparison.trial import MethodRun, Result, of_split, read_result
 from cllm4rec.metrics.intervals import (
     DRAWS,
     against_best_other,
@@ -37,14 +37,14 @@ from cllm4rec.training.loop import VALIDATION_METRIC
 
 METRICS = ("recall@10", "recall@20", "recall@40", "ndcg@10", "ndcg@100")
 TESTED = (HEADLINE, "ndcg@100")
-"""What methods are tested by."""
-LIST = parse_metric(HEADLINE)[1]
-"""How much of a list coverage and popularity lift look at."""
+"""The metrics of the significance tests."""
+LIST_LENGTH = parse_metric(HEADLINE)[1]
+"""The list length of coverage and popularity lift."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The test splits of all seeds in one: `held_out` has a row for each user of each split."""
+    """The test splits of all seeds: `held_out` has one row per user and split."""
 
     seeds: list[int]
     catalogs: list[Catalog]
@@ -53,26 +53,26 @@ class Splits:
 
     @classmethod
     def load(cls, config: Config, seeds: list[int]) -> Splits:
-        """Raises DataError where no user of a split has a test item."""
+        """Raises DataError if a split has no user with a test item."""
         prepared = [of_split(config, seed).run.prepared for seed in seeds]
         parts = [
             HeldOut.test(load_histories(directory), config.evaluate.read, config.evaluate.mask)
             for directory in prepared
         ]
         if not all(len(part.users) for part in parts):
-            raise DataError("no user of a split has a test item to compare on; raise data.split.test")
+            raise DataError("a split has no user with a test item; raise data.split.test")
         split_B = np.repeat(np.arange(len(parts)), [len(part.users) for part in parts])
         return cls(seeds, [Catalog.load(directory) for directory in prepared], _joined(parts), split_B)
 
     def spread(self, value_R: FloatArray, rows: IntArray) -> FloatArray:
-        """Values of some rows as value_IS; NaN elsewhere. Splits in which none of the rows lies are left out."""
+        """Values of some rows as value_IS, NaN elsewhere. Splits without any of the rows are left out."""
         value_IS = np.full((self.catalogs[0].num_users, len(self.seeds)), np.nan)
         value_IS[self.held_out.users[rows], self.split_B[rows]] = value_R
         spread: FloatArray = value_IS[:, ~np.isnan(value_IS).all(axis=0)]
         return spread
 
     def strata(self) -> dict[str, list[Stratum]]:
-        """Users by the length of their history, and test items by their popularity, cold ones last."""
+        """Users grouped by history length, and test items grouped by popularity, with cold items last."""
         return {"history length": history_strata(self.held_out), "item popularity": self._by_popularity()}
 
     def _by_popularity(self) -> list[Stratum]:
@@ -92,7 +92,7 @@ class Splits:
 
 
 def _are_in(relevant: Ragged, rows: IntArray, part: Ragged) -> npt.NDArray[np.bool_]:
-    """Which values of `relevant` stand in `part`, whose rows are these of it."""
+    """Which values of `relevant` are in `part`; row r of `part` is row `rows[r]` of `relevant`."""
     span = int(relevant.values.max()) + 1
     return np.isin(relevant.rows * span + relevant.values, rows[part.rows] * span + part.values)
 
@@ -109,55 +109,54 @@ def _joined(parts: Sequence[HeldOut]) -> HeldOut:
 
 
 def collect(config: Config, names: Sequence[str]) -> dict[str, Any]:
-    """`metrics.json` of the finished rows. Raises ArtifactError where a row is not finished."""
+    """`metrics.json` of the finished method runs. Raises ArtifactError if a run is not finished."""
     splits = Splits.load(config, config.compare.seeds)
-    rows = {name: [read_row(Row(of_split(config, seed), name)) for seed in splits.seeds] for name in names}
-    reasons = {name: [result.facts["skipped"] for result in found] for name, found in rows.items()}
+    runs = {name: [read_result(MethodRun(of_split(config, seed), name)) for seed in splits.seeds] for name in names}
+    reasons = {name: [result.summary["skipped"] for result in results] for name, results in runs.items()}
     skipped = {name: max(reason) for name, reason in reasons.items() if any(reason)}
-    rows = {name: found for name, found in rows.items() if name not in skipped}
-    ranked = {name: np.concatenate([result.ranked for result in found]) for name, found in rows.items()}
+    runs = {name: results for name, results in runs.items() if name not in skipped}
+    ranked = {name: np.concatenate([result.ranked for result in results]) for name, results in runs.items()}
     values = _values(splits, ranked)
     samples, seed = config.evaluate.bootstrap_samples, config.seed
-    results = {name: _intervals(by_metric, samples, seed) for name, by_metric in values.items()}
     return {
         "protocol": _protocol(config, splits, skipped),
-        "results": results,
+        "results": {name: _intervals(by_metric, samples, seed) for name, by_metric in values.items()},
         "significance": {
             metric: _tests({name: by_metric[metric] for name, by_metric in values.items()}, samples, seed)
             for metric in TESTED
         },
-        "beside accuracy": {name: _beside(splits, item_BK) for name, item_BK in ranked.items()},
+        "beyond accuracy": {name: _beyond_accuracy(splits, item_BK) for name, item_BK in ranked.items()},
         "strata": {kind: _strata(splits, strata, ranked, samples, seed) for kind, strata in splits.strata().items()},
         "budget": {
             "trials": config.compare.trials,
             "minutes": config.compare.minutes,
-            "used": {name: _used(found) for name, found in rows.items()},
+            "used": {name: _used(results) for name, results in runs.items()},
         },
-        "cost": {name: _cost(found) for name, found in rows.items()} | _backbone_cost(config, list(rows)),
-        "chosen": {name: _chosen(splits.seeds, found) for name, found in rows.items()},
-        "curves": {name: found[0].facts["curve"] for name, found in rows.items()},
+        "cost": {name: _cost(results) for name, results in runs.items()} | _backbone_cost(config, list(runs)),
+        "chosen": {name: _chosen(splits.seeds, results) for name, results in runs.items()},
+        "curves": {name: results[0].summary["curve"] for name, results in runs.items()},
         "sensitivity": _sensitivity(config),
         **published_figures(config),
     }
 
 
 def _sensitivity(config: Config) -> dict[str, list[dict[str, Any]]]:
-    """Of each sweep its values with every metric, or with the reason why one could not be trained."""
+    """For each sweep its values with all metrics, or with the reason why the value could not be trained."""
     if not config.compare.sweeps:
         return {}
     splits = Splits.load(config, config.compare.seeds_of_sweeps)
     return {
-        sweep.name: [{"value": value, **_of_value(config, splits, sweep, value)} for value in sweep.values]
+        sweep.name: [{"value": value, **_metrics_of_value(config, splits, sweep, value)} for value in sweep.values]
         for sweep in config.compare.sweeps
     }
 
 
-def _of_value(config: Config, splits: Splits, sweep: Sweep, value: Any) -> dict[str, Any]:
-    found = [read_row(row) for row in rows_of_value(config, sweep, value)]
-    reason = max(result.facts["skipped"] for result in found)
+def _metrics_of_value(config: Config, splits: Splits, sweep: Sweep, value: Any) -> dict[str, Any]:
+    results = [read_result(run) for run in runs_of_value(config, sweep, value)]
+    reason = max(result.summary["skipped"] for result in results)
     if reason:
         return {"failed": reason}
-    (by_metric,) = _values(splits, {MODEL: np.concatenate([result.ranked for result in found])}).values()
+    (by_metric,) = _values(splits, {MODEL: np.concatenate([result.ranked for result in results])}).values()
     return _intervals(by_metric, config.evaluate.bootstrap_samples, config.seed)
 
 
@@ -166,10 +165,10 @@ def _intervals(values: Mapping[str, FloatArray], samples: int, seed: int) -> dic
 
 
 def _values(splits: Splits, ranked: Mapping[str, IntArray]) -> dict[str, dict[str, FloatArray]]:
-    everyone = np.arange(len(splits.held_out.users))
+    all_rows = np.arange(len(splits.held_out.users))
     return {
         name: {
-            metric: splits.spread(value_B, everyone)
+            metric: splits.spread(value_B, all_rows)
             for metric, value_B in compute(item_BK, splits.held_out.relevant, METRICS).items()
         }
         for name, item_BK in ranked.items()
@@ -185,13 +184,15 @@ def _tests(values: Mapping[str, FloatArray], samples: int, seed: int) -> dict[st
     }
 
 
-def _beside(splits: Splits, item_BK: IntArray) -> dict[str, float]:
-    """Means over the splits of what lists are like beside their accuracy."""
+def _beyond_accuracy(splits: Splits, item_BK: IntArray) -> dict[str, float]:
+    """Coverage and popularity lift, averaged over the splits."""
     parts = [(item_BK[splits.split_B == split], catalog) for split, catalog in enumerate(splits.catalogs)]
     return {
-        f"coverage@{LIST}": float(np.mean([coverage(part, catalog.num_items, LIST) for part, catalog in parts])),
-        f"popularity lift@{LIST}": float(
-            np.mean([popularity_lift(part, catalog.item_counts, LIST) for part, catalog in parts])
+        f"coverage@{LIST_LENGTH}": float(
+            np.mean([coverage(part, catalog.num_items, LIST_LENGTH) for part, catalog in parts])
+        ),
+        f"popularity lift@{LIST_LENGTH}": float(
+            np.mean([popularity_lift(part, catalog.item_counts, LIST_LENGTH) for part, catalog in parts])
         ),
     }
 
@@ -199,7 +200,7 @@ def _beside(splits: Splits, item_BK: IntArray) -> dict[str, float]:
 def _strata(
     splits: Splits, strata: Sequence[Stratum], ranked: Mapping[str, IntArray], samples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """HEADLINE of every method in every stratum."""
+    """The headline metric of all methods in each stratum."""
     summaries = []
     for stratum in strata:
         values = {
@@ -231,34 +232,34 @@ def _protocol(config: Config, splits: Splits, skipped: Mapping[str, str]) -> dic
         "users_evaluated": len(np.unique(splits.held_out.users)),
         "users_dropped": splits.held_out.num_dropped,
         "cold_items": cold,
-        "chosen_by": f"{VALIDATION_METRIC} of the validation split, on each split by itself",
+        "chosen_by": f"{VALIDATION_METRIC} of the validation split, separately for each split",
         "test": {"kind": "paired randomization over users, two-sided", "draws": DRAWS, "correction": "Holm"},
-        "interval": {**described["interval"], "unit": "a user with all splits"},
+        "interval": {**described["interval"], "unit": "users, each with all splits"},
         "skipped": dict(skipped),
         "sweeps": describe_sweeps(config),
     }
 
 
-def _used(found: Sequence[Result]) -> dict[str, list[float]]:
-    """Of each split."""
+def _used(results: Sequence[Result]) -> dict[str, list[float]]:
+    """Settings tried, settings failed and minutes, one value per split."""
     return {
-        "trials": [len(result.facts["tried"]) for result in found],
-        "failed": [sum("failed" in trial for trial in result.facts["tried"]) for result in found],
-        "minutes": [round(result.facts["seconds"] / 60, 2) for result in found],
+        "trials": [len(result.summary["tried"]) for result in results],
+        "failed": [sum("failed" in trial for trial in result.summary["tried"]) for result in results],
+        "minutes": [round(result.summary["seconds"] / 60, 2) for result in results],
     }
 
 
-def _cost(found: Sequence[Result]) -> dict[str, float]:
-    """Of training and validating one setting, on one thread, and the most memory a process took."""
-    seconds = [trial["seconds"] for result in found for trial in result.facts["tried"] if "seconds" in trial]
-    memory = max(result.facts["peak_memory_mb"] for result in found)
+def _cost(results: Sequence[Result]) -> dict[str, float]:
+    """Minutes to train and validate one setting on one thread, and the peak memory over all processes."""
+    seconds = [trial["seconds"] for result in results for trial in result.summary["tried"] if "seconds" in trial]
+    memory = max(result.summary["peak_memory_mb"] for result in results)
     return {"minutes_per_setting": float(np.mean(seconds)) / 60, "peak_memory_mb": memory}
 
 
 def _backbone_cost(config: Config, names: Sequence[str]) -> dict[str, Any]:
-    """What the language models took, which rows share."""
+    """Minutes to train each language model that several method runs share."""
     split = of_split(config, config.compare.seeds[0])
-    directories = {Row(split, name).backbone for name in names if name in VARIANTS} - {None}
+    directories = {MethodRun(split, name).backbone for name in names if name in VARIANTS} - {None}
     return {
         str(directory).rpartition("/")[2]: {
             "minutes_per_setting": read_manifest(str(directory), "backbone").counts["seconds"] / 60
@@ -267,5 +268,5 @@ def _backbone_cost(config: Config, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _chosen(seeds: Sequence[int], found: Sequence[Result]) -> dict[str, Any]:
-    return {str(seed): result.facts["chosen"] for seed, result in zip(seeds, found, strict=True)}
+def _chosen(seeds: Sequence[int], results: Sequence[Result]) -> dict[str, Any]:
+    return {str(seed): result.summary["chosen"] for seed, result in zip(seeds, results, strict=True)}

@@ -1,15 +1,16 @@
-"""One row of the comparison on one split: tune on the validation split, keep the best, list the test users' items.
+"""One method on one split: tune it on the validation split, keep the best setting, rank the items of the test users.
 
     <output_dir>/runs/compare/<seed>/
       prepared/             the split
-      backbone_<what>/      a language model that rows begin from, trained once for all that begin from the same
-      <method>/             result.json (every setting tried, the chosen one, its learning curve, seconds, memory),
-                            lists.parquet (user, items: ranked), for cllm4rec its tables as well
+      backbone_<size>_<digest>/
+                            a language model trained on the texts, shared by all method runs that start from it
+      <method>/             result.json (all settings tried, the chosen one, its learning curve, seconds, memory),
+                            lists.parquet (user, items: ranked); for cllm4rec also its tables
       sweep_<name>_<value>/ the same for one value of a sweep, without tables
 
-Everything runs on one thread of one process, without Ray, so that rows may run side by side.
+A method run uses one thread of one process, without Ray, so that several can run in parallel.
 
-Lengths: B users, J items.
+Shapes: B users, K list length.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from cllm4rec.evaluation.baseline import Budget, TrainingData, item_texts_with_r
 from cllm4rec.evaluation.stage import rank_with_scorer
 from cllm4rec.experiments.baselines.registry import make
 from cllm4rec.experiments.comparison.language import backbone_directory, bare_settings, starting_backbone, text_vectors
-from cllm4rec.experiments.comparison.methods import AFTER, MODEL, VARIANTS, config_of, phases_of, points_of
+from cllm4rec.experiments.comparison.methods import DEPENDS_ON, MODEL, VARIANTS, config_of, grid_points_of, phases_of
 from cllm4rec.metrics.protocol import HeldOut, Validation, rank_with
 from cllm4rec.metrics.ranking import IntArray, compute, depth
 from cllm4rec.model.backbone import load_backbone
@@ -53,19 +54,19 @@ from cllm4rec.training.loop import VALIDATION_METRIC, Shard, load_parameters, ru
 from cllm4rec.training.table_init import initial_tables
 
 KIND = "compared"
-"""Of the directories of finished rows."""
+"""The artifact kind of the directories of finished method runs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """A split, read once for all settings tried on it."""
+    """A split, loaded once for all settings that are tried on it."""
 
     catalog: Catalog
     prompt_tokens: PromptTokens
     histories: Histories
     documents: Documents
     item_texts: list[str]
-    """What the baselines read of an item: its own text, then the training reviews of it."""
+    """The text of an item for the baselines: its own text, followed by its training reviews."""
 
     @classmethod
     def load(cls, prepared_dir: str) -> Data:
@@ -76,7 +77,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A trained method: how it ranks, its validation by epoch, and the model where it is a variant of CLLM4Rec."""
+    """A trained method: its ranking function, its validation values by epoch, and the model if it is a variant of CLLM4Rec."""
 
     rank: Callable[[HeldOut], IntArray]
     curve: list[dict[str, Any]]
@@ -84,10 +85,10 @@ class Fitted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A method on one split. `config` is that split's, as `of_split` gives it.
+class MethodRun:
+    """One method on one split. `config` is the configuration of the split (see `of_split`).
 
-    label: of a row that is not tuned but trained once, as `config` says, in a directory of this name: a sweep's.
+    label: if set, the method is not tuned but trained once as configured, in a directory of this name (a sweep's run).
     """
 
     config: Config
@@ -99,20 +100,20 @@ class Row:
         return self.config.run.directory(self.label or self.name)
 
     @property
-    def points(self) -> list[dict[str, Any]]:
+    def grid_points(self) -> list[dict[str, Any]]:
         """The settings to try."""
-        return [{}] if self.label else points_of(self.name, self.config)
+        return [{}] if self.label else grid_points_of(self.name, self.config)
 
     @property
     def varied(self) -> Config:
-        """The config as its method changes it."""
+        """The configuration with the changes of the method."""
         return config_of(self.name, self.config, {})
 
     def inputs(self) -> dict[str, str]:
-        """Digests of everything the result depends on."""
+        """Digests of everything that the result depends on."""
         config = self.config
         settings: dict[str, Any] = {
-            "points": self.points,
+            "points": self.grid_points,
             "evaluate": config.evaluate.model_dump(exclude={"published"}),
             "seed": config.seed,
         }
@@ -123,13 +124,14 @@ class Row:
             settings |= {section: getattr(self.varied, section).model_dump() for section in sections}
         if self.backbone is not None:
             inputs["backbone"] = read_manifest(self.backbone, "backbone").digest
-        if self.name in AFTER:
-            inputs[AFTER[self.name]] = read_manifest(config.run.directory(AFTER[self.name]), KIND).digest
+        if self.name in DEPENDS_ON:
+            needed = DEPENDS_ON[self.name]
+            inputs[needed] = read_manifest(config.run.directory(needed), KIND).digest
         return inputs | {"method": digest_of(settings)}
 
     @property
     def backbone(self) -> str | None:
-        """Directory of the trained language model it begins from; None where it has none or an untrained one."""
+        """Directory of the trained language model that the run starts from; None if there is no such model."""
         is_read = self.name == "m6_retrieval" or (self.name in VARIANTS and self.varied.backbone.epochs)
         return backbone_directory(self.varied) if is_read else None
 
@@ -139,98 +141,99 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A finished row as it was written down."""
+    """The result of a finished method run: `summary` is the content of result.json, `ranked` the lists (B×K)."""
 
-    facts: dict[str, Any]
+    summary: dict[str, Any]
     ranked: IntArray
 
 
 def of_split(config: Config, seed: int) -> Config:
-    """The config of one split seed: everything of it lies in a folder of its own."""
+    """The configuration of one split seed, with an output_dir of its own."""
     split = config.data.split.model_copy(update={"seed": seed})
     data = config.data.model_copy(update={"split": split})
     folder = join(config.run.runs, "compare", str(seed))
     return config.model_copy(update={"output_dir": folder, "data": data})
 
 
-def run_row(row: Row) -> str:
-    """Tune, train and write one row; returns its directory. A row that this data cannot feed says why instead.
+def run_method(run: MethodRun) -> str:
+    """Tune, train and write one method run; returns its directory.
 
-    Raises TrainingError where no setting of a method can be trained; a sweep may try what cannot, and says so, too.
+    If the data lack what the method reads, the result says so and has no lists. The same holds if a sweep's value cannot be
+    trained. Raises TrainingError if no setting of a method can be trained.
     """
     torch.set_num_threads(1)
-    forget_peak_memory()
-    started, config, inputs = time.monotonic(), row.config, row.inputs()
+    reset_peak_memory()
+    started, config, inputs = time.monotonic(), run.config, run.inputs()
     data = Data.load(config.run.prepared)
     tried: list[dict[str, Any]] = []
     best: Fitted | None = None
     skipped = ""
-    for params in row.points:
+    for params in run.grid_points:
         if tried and time.monotonic() - started > 60 * config.compare.minutes:
             break
         trial_started = time.monotonic()
         try:
-            fitted = fit(row.name, params, data, config)
+            fitted = fit(run.name, params, data, config)
         except DataError as error:
             skipped = str(error)
             break
         except TrainingError as error:
             tried.append({"params": params, "failed": str(error)})
             continue
-        reached = validate(fitted, data)
-        is_best = best is None or reached[VALIDATION_METRIC] > _best_value(tried)
+        values = validate(fitted, data)
+        is_best = best is None or values[VALIDATION_METRIC] > _best_value(tried)
         best = fitted if is_best else best
-        tried.append({"params": params, "validation": reached, "seconds": time.monotonic() - trial_started})
-    if best is None and not skipped and row.label:
+        tried.append({"params": params, "validation": values, "seconds": time.monotonic() - trial_started})
+    if best is None and not skipped and run.label:
         skipped = str(tried[-1]["failed"])
     if best is None and not skipped:
-        raise TrainingError(f"no setting of {row.name} could be trained: {tried[-1]['failed']}")
-    facts = {"name": row.name, "skipped": skipped, "tried": tried, "seconds": time.monotonic() - started}
-    _write(row, inputs, best, data, facts)
-    return row.directory
+        raise TrainingError(f"no setting of {run.name} could be trained: {tried[-1]['failed']}")
+    summary = {"name": run.name, "skipped": skipped, "tried": tried, "seconds": time.monotonic() - started}
+    _write(run, inputs, best, data, summary)
+    return run.directory
 
 
 def _best_value(tried: list[dict[str, Any]]) -> float:
     return max(float(trial["validation"][VALIDATION_METRIC]) for trial in tried if "validation" in trial)
 
 
-def _write(row: Row, inputs: dict[str, str], best: Fitted | None, data: Data, facts: dict[str, Any]) -> None:
-    with write_directory(row.directory, kind=KIND, inputs=inputs, config=row.config.model_dump(mode="json")) as draft:
+def _write(run: MethodRun, inputs: dict[str, str], best: Fitted | None, data: Data, summary: dict[str, Any]) -> None:
+    with write_directory(run.directory, kind=KIND, inputs=inputs, config=run.config.model_dump(mode="json")) as draft:
         if best is not None:
-            succeeded = [trial for trial in facts["tried"] if "validation" in trial]
-            # The one look at the test split, by the setting that validation chose.
+            succeeded = [trial for trial in summary["tried"] if "validation" in trial]
+            # The test split is ranked once, with the setting that the validation split has chosen.
             chosen = max(succeeded, key=lambda trial: float(trial["validation"][VALIDATION_METRIC]))
-            held_out = HeldOut.test(data.histories, row.config.evaluate.read, row.config.evaluate.mask)
-            facts |= {"chosen": chosen["params"], "validation": chosen["validation"], "curve": best.curve}
+            held_out = HeldOut.test(data.histories, run.config.evaluate.read, run.config.evaluate.mask)
+            summary |= {"chosen": chosen["params"], "validation": chosen["validation"], "curve": best.curve}
             lists = Ragged.from_lists(best.rank(held_out)).to_arrow()
             write_table(pa.table({"user": held_out.users, "items": lists}), draft.path("lists.parquet"))
-            if row.name == MODEL and not row.label and best.model is not None:
+            if run.name == MODEL and not run.label and best.model is not None:
                 tables = {name: table.data for name, table in best.model.tables().items()}
                 save_tensors(tables, draft.path("tables.safetensors"))
-        write_json(draft.path("result.json"), facts | {"peak_memory_mb": peak_memory_mb()})
+        write_json(draft.path("result.json"), summary | {"peak_memory_mb": peak_memory_mb()})
 
 
-def read_row(row: Row) -> Result:
-    """What `run_row` wrote. Raises ArtifactError where the row is not finished."""
-    read_manifest(row.directory, KIND)
-    facts = read_json(join(row.directory, "result.json"))
-    if facts["skipped"]:
-        return Result(facts, np.empty((0, depth()), np.int64))
-    lists = Ragged.from_arrow(read_tables([join(row.directory, "lists.parquet")])["items"])
-    return Result(facts, lists.values.reshape(len(lists), -1).astype(np.int64))
+def read_result(run: MethodRun) -> Result:
+    """The result that `run_method` wrote. Raises ArtifactError if the run is not finished."""
+    read_manifest(run.directory, KIND)
+    summary = read_json(join(run.directory, "result.json"))
+    if summary["skipped"]:
+        return Result(summary, np.empty((0, depth()), np.int64))
+    lists = Ragged.from_arrow(read_tables([join(run.directory, "lists.parquet")])["items"])
+    return Result(summary, lists.values.reshape(len(lists), -1).astype(np.int64))
 
 
 def validate(fitted: Fitted, data: Data) -> dict[str, float]:
-    """Means over the users with a validation item; what settings are chosen by."""
+    """Mean metrics over the users with a validation item. They choose the setting."""
     held_out = HeldOut.of(data.histories, "validation", "train", "train")
     return {name: float(values.mean()) for name, values in compute(fitted.rank(held_out), held_out.relevant).items()}
 
 
 def fit(name: str, params: dict[str, Any], data: Data, config: Config) -> Fitted:
-    """Train one setting. Raises DataError where the data lack what the method reads, TrainingError at a bad loss."""
+    """Train one setting. Raises DataError if the data lack what the method reads, TrainingError if the loss is not finite."""
     if name in VARIANTS:
         return fit_variant(name, config_of(name, config, params), data)
-    baseline = make(name, **params).fit(training_of(name, data, config))
+    baseline = make(name, **params).fit(training_data_of(name, data, config))
 
     def rank(held_out: HeldOut) -> IntArray:
         return rank_with(baseline, held_out.users, held_out.read, held_out.masked, data.catalog.num_items, depth())
@@ -239,27 +242,29 @@ def fit(name: str, params: dict[str, Any], data: Data, config: Config) -> Fitted
     return Fitted(rank, curve)
 
 
-def training_of(name: str, data: Data, config: Config) -> TrainingData:
-    """What a baseline may learn from, with the vectors or tables of CLLM4Rec's parts where it reads those."""
+def training_data_of(name: str, data: Data, config: Config) -> TrainingData:
+    """The training data of a baseline, with text vectors or CLLM4Rec's tables for the methods that read them."""
     budget = Budget(max_seconds=60 * config.compare.minutes)
-    training = TrainingData.of(data.histories, data.catalog, item_texts=data.item_texts, seed=config.seed, budget=budget)
+    training = TrainingData.of(
+        data.histories, data.catalog, item_texts=data.item_texts, seed=config.seed, budget=budget
+    )
     if name == "m6_retrieval":
         backbone = load_backbone(backbone_directory(config_of(name, config, {})), config.model.max_tokens)
         if backbone.pairs:
-            raise DataError("m6_retrieval embeds texts with a decoder, and model.backbone is an encoder-decoder")
+            raise DataError("m6_retrieval embeds texts with a decoder, but model.backbone is an encoder-decoder")
         token_space = data.catalog.token_space(data.prompt_tokens.num_words)
         read = functools.partial(text_vectors, backbone=backbone, token_space=token_space, config=config)
         users = read(data.catalog.user_texts) if any(data.catalog.user_texts) else None
         return dataclasses.replace(training, item_text_vectors=read(data.item_texts), user_text_vectors=users)
-    if name in AFTER:
-        tables = load_tables(config.run.directory(AFTER[name]), KIND)
+    if name in DEPENDS_ON:
+        tables = load_tables(config.run.directory(DEPENDS_ON[name]), KIND)
         user_table, item_table = (tables[f"collaborative_{kind}"].numpy() for kind in ("users", "items"))
         return dataclasses.replace(training, user_table=user_table, item_table=item_table)
     return training
 
 
 def fit_variant(name: str, config: Config, data: Data) -> Fitted:
-    """CLLM4Rec under the settings of a variant, trained by the one loop on plain torch."""
+    """CLLM4Rec with the settings of a variant, trained by the common training loop on plain torch."""
     token_space = data.catalog.token_space(data.prompt_tokens.num_words)
     documents = data.documents if VARIANTS[name].reads_texts else data.documents.of_kinds([Kind.INTERACTIONS])
     curve: list[dict[str, Any]] = []
@@ -280,7 +285,7 @@ def fit_variant(name: str, config: Config, data: Data) -> Fitted:
         phases_of(name, config),
         Shard(documents, Validation(data.histories)),
         bare_settings(config),
-        log=lambda entry: curve.append(_told(entry)) if f"validation_{VALIDATION_METRIC}" in entry else None,
+        log=lambda entry: curve.append(_curve_point(entry)) if f"validation_{VALIDATION_METRIC}" in entry else None,
     )
     model = make_model()
     load_parameters(model, weights)
@@ -290,18 +295,18 @@ def fit_variant(name: str, config: Config, data: Data) -> Fitted:
     return Fitted(lambda held_out: rank_with_scorer(scorer, held_out, config.score.batch_users), curve, model)
 
 
-def _told(entry: dict[str, Any]) -> dict[str, Any]:
+def _curve_point(entry: dict[str, Any]) -> dict[str, Any]:
     return {"phase": entry["phase"], VALIDATION_METRIC: entry[f"validation_{VALIDATION_METRIC}"], "loss": entry["loss"]}
 
 
-def forget_peak_memory() -> None:
-    """Begin a new peak: a process that runs several rows would show its largest for all. Only Linux can."""
+def reset_peak_memory() -> None:
+    """Start a new measurement of peak memory, so that each method run in a process has its own. Linux only."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mb() -> float:
-    """Most memory this process had since `forget_peak_memory`; since its start where the system does not tell."""
+    """Peak memory of this process since `reset_peak_memory`; on other systems than Linux since its start."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
