@@ -1,13 +1,13 @@
-"""How fast this machine is, and how much of that training and scoring use → `report.md` and JSON.
+"""Measure the speed of this machine, and how much of it training and scoring use → `report.md` and JSON.
 
     cllm4rec benchmark --only machine,training,scoring --json benchmark.json
     cllm4rec benchmark --users 10000,100000,1000000 --items 10000,100000,1000000
 
-Measures the machine's matrix rate, training steps and scoring beside a plain reference, what is lost to Ray, growth with
-users and items, and start-up. The model is that of jobs/configs/benchmark.yaml, GPT-2 small's shape with random weights:
-speed does not depend on them. The first command takes under 10 minutes on 2 quiet cores. Lengths are real where
-CLLM4REC_SHARED (default ../shared) holds the data, else those of the sample world, and the report says so. Every figure
-is the median of several; the JSON has its spread.
+The parts are: the machine's matrix-product rate; training steps and scoring, compared with a reference implementation; the
+overhead of Ray; growth with users and items; and start-up times. The model of the configuration `benchmark` has the shape of
+GPT-2 small with random weights, because speed does not depend on them. The first command takes less than 10 minutes on 2 idle
+cores. Lengths are those of real data sets if CLLM4REC_SHARED (default ../shared) holds them, else those of the sample world,
+and the report says so. Each figure is the median of several samples; the JSON has the spread, too.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ _SHARED = "CLLM4REC_SHARED"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", metavar="PART,...", help=f"these parts alone, of {', '.join(PARTS)}")
-    parser.add_argument("--json", metavar="FILE", help="write all figures here too")
-    parser.add_argument("--threads", type=int, metavar="N", help="torch threads; by default a thread a core")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of machine, training and scoring")
-    parser.add_argument("--output", metavar="DIR", help="where report.md and the plot go, instead of output_dir")
-    parser.add_argument("--users", default="10000,100000", metavar="N,...", help="sizes of the growth part")
-    parser.add_argument("--items", default="10000,100000", metavar="N,...", help="catalogs of the growth part")
+    parser.add_argument("--only", metavar="PART,...", help=f"measure only these parts, of {', '.join(PARTS)}")
+    parser.add_argument("--json", metavar="FILE", help="also write all figures to this file")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch threads; default: one per core")
     parser.add_argument(
-        "--ray-overhead-users", type=int, default=20_000, metavar="N", help="users of the ray_overhead part's epoch"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device of the machine, training and scoring parts"
+    )
+    parser.add_argument("--output", metavar="DIR", help="folder of report.md and the plot; default: output_dir")
+    parser.add_argument("--users", default="10000,100000", metavar="N,...", help="numbers of users of the growth part")
+    parser.add_argument("--items", default="10000,100000", metavar="N,...", help="catalog sizes of the growth part")
+    parser.add_argument(
+        "--ray-overhead-users", type=int, default=20_000, metavar="N", help="users of the ray_overhead part"
     )
 
 
@@ -51,22 +53,22 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         config = config.model_copy(update={"output_dir": args.output})
     parts = _parts(args.only)
     os.makedirs(config.output_dir, exist_ok=True)
-    told = _measure(config, parts, args)
-    text = report(told)
+    result = _measure(config, parts, args)
+    text = report(result)
     files.write_bytes(files.join(config.output_dir, "report.md"), text.encode())
     written = {"report": files.join(config.output_dir, "report.md"), "json": args.json}
     if args.json:
-        files.write_json(args.json, told)
+        files.write_json(args.json, result)
     say(f"\n{text}")
     return {"output_dir": config.output_dir, "parts": parts, **{name: path for name, path in written.items() if path}}
 
 
 def _parts(only: str | None) -> list[str]:
-    asked = only.split(",") if only else list(PARTS)
-    unknown = [part for part in asked if part not in PARTS]
+    chosen = only.split(",") if only else list(PARTS)
+    unknown = [part for part in chosen if part not in PARTS]
     if unknown:
-        raise ConfigError(f"--only knows no part {', '.join(unknown)}; the parts are {', '.join(PARTS)}")
-    return [part for part in PARTS if part in asked]
+        raise ConfigError(f"--only has unknown parts: {', '.join(unknown)}; use parts of {', '.join(PARTS)}")
+    return [part for part in PARTS if part in chosen]
 
 
 def _measure(config: Config, parts: list[str], args: argparse.Namespace) -> dict[str, Any]:
@@ -74,9 +76,9 @@ def _measure(config: Config, parts: list[str], args: argparse.Namespace) -> dict
 
     threads = args.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    told: dict[str, Any] = {"notes": []}
+    result: dict[str, Any] = {"notes": []}
     if {"machine", "training", "scoring"} & set(parts):
-        told = _measure_model(config, parts, args.device)
+        result = _measure_model(config, parts, args.device)
     others: dict[str, Callable[[], dict[str, Any]]] = {
         "ray_overhead": lambda: _ray_overhead(config, threads, args.ray_overhead_users),
         "growth": lambda: _growth(config, _sizes(args.users, "--users"), _sizes(args.items, "--items")),
@@ -85,53 +87,53 @@ def _measure(config: Config, parts: list[str], args: argparse.Namespace) -> dict
     for part in parts:
         if part in others:
             say(f"benchmark: {part}")
-            told[part] = others[part]()
-    return told
+            result[part] = others[part]()
+    return result
 
 
 def _measure_model(config: Config, parts: list[str], device: str) -> dict[str, Any]:
-    """The parts without Ray, in this process."""
+    """The machine, training and scoring parts, in this process and without Ray."""
     from cllm4rec.experiments.benchmark.corpora import load_corpora
-    from cllm4rec.experiments.benchmark.machine import machine, rate_now
+    from cllm4rec.experiments.benchmark.machine import machine, rate_sampler
     from cllm4rec.experiments.benchmark.scoring import scoring
     from cllm4rec.experiments.benchmark.training import Setting, training
     from cllm4rec.model.backbone import new_backbone
     from cllm4rec.model.precision import precision_on
 
     say("benchmark: machine")
-    told: dict[str, Any] = {"machine": machine(device=device), "notes": []}
+    result: dict[str, Any] = {"machine": machine(device=device), "notes": []}
     if not {"training", "scoring"} & set(parts):
-        return told
-    corpora = load_corpora(Path(os.environ.get(_SHARED, "../shared")))
-    told["notes"] += corpora.notes
+        return result
+    corpora = load_corpora(Path(os.environ.get(_SHARED) or "../shared"))
+    result["notes"] += corpora.notes
     backbone = new_backbone(config.model, corpora.histories.token_space.num_words, config.seed)
     micro_batch_tokens, max_tokens = config.training.micro_batch_tokens, config.model.max_tokens
     precision = precision_on(device, config.training.bf16)
     setting = Setting(micro_batch_tokens, max_tokens, config.score.batch_users, device=device, precision=precision)
-    rate = rate_now(precision, device)
-    told["precision"] = str(precision).removeprefix("torch.")
-    told["notes"].append(
-        f"training and scoring compute in {told['precision']}, and shares are of the machine's rate in it"
+    rate = rate_sampler(precision, device)
+    result["precision"] = str(precision).removeprefix("torch.")
+    result["notes"].append(
+        f"Training and scoring use {result['precision']}; utilization is relative to the machine's rate in that precision."
     )
     if "training" in parts:
-        told["training"] = training(corpora, backbone, setting, rate, say)
+        result["training"] = training(corpora, backbone, setting, rate, say)
     if "scoring" in parts:
-        told["scoring"] = scoring(corpora, backbone, setting, rate, say)
-    return told
+        result["scoring"] = scoring(corpora, backbone, setting, rate, say)
+    return result
 
 
 def _refuse_without_gpu() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise ConfigError("--device cuda needs a GPU that torch can see; leave it out to measure the CPU")
+        raise ConfigError("--device cuda needs a GPU that torch can use; omit it to measure the CPU")
 
 
-def _sizes(words: str, flag: str) -> list[int]:
+def _sizes(text: str, flag: str) -> list[int]:
     try:
-        return [int(word) for word in words.split(",") if word]
+        return [int(word) for word in text.split(",") if word]
     except ValueError:
-        raise ConfigError(f"{flag} {words} should be whole numbers with commas between them") from None
+        raise ConfigError(f"{flag} {text} should be whole numbers separated by commas") from None
 
 
 def _ray_overhead(config: Config, threads: int, num_users: int) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def _ray_overhead(config: Config, threads: int, num_users: int) -> dict[str, Any
     try:
         return ray_overhead(config, threads, num_users, connect, ray.shutdown)
     finally:
-        ray.shutdown()  # the parts after it start their own, in new processes
+        ray.shutdown()  # later parts start Ray in processes of their own
 
 
 def _growth(config: Config, users: list[int], items: list[int]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""The whole chain over the sample world, nothing needed but this repository: what `make demo` runs.
+"""Run the whole pipeline on a generated data set, the sample world.
 
     cllm4rec demo
 
-Writes 2,000 users × 600 items as raw review files to runs/demo/raw, then runs cllm4rec pipeline with
-demo. Under 2 minutes on 2 cores; CLLM4Rec should end far above popularity, and above EASE.
+Writes raw review files of 2,000 users × 600 items to runs/demo/raw, then runs the pipeline with the configuration `demo`.
+It takes less than 2 minutes on 2 cores. In the report, CLLM4Rec should be far above popularity and above EASE.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cllm4rec.storage.files import exists
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     reviews = str(config.data.interactions.path)
     raw = posixpath.dirname(reviews)
-    if not exists(reviews):  # the last of the three files to get its name
+    if not exists(reviews):  # the last of the three files to be written
         say(f"demo: writing the sample world to {raw}")
         sample_world(raw)
     return pipeline.run(config, args)

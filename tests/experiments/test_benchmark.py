@@ -1,4 +1,4 @@
-"""The benchmark compares like with like: the reference's loss and lists are ours, and useful work is counted right."""
+"""The benchmark: the reference has the project's loss and lists, and useful operations are counted correctly."""
 
 import argparse
 import json
@@ -19,11 +19,11 @@ from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.errors import ConfigError, ResourceError
 from cllm4rec.experiments.benchmark import machine as machine_module
 from cllm4rec.experiments.benchmark.corpora import load_corpora
-from cllm4rec.experiments.benchmark.figures import repeats, row
-from cllm4rec.experiments.benchmark.growth import further, run_watched
+from cllm4rec.experiments.benchmark.figures import repeats, summarize
+from cllm4rec.experiments.benchmark.growth import cost_of_additional_users, run_observed
 from cllm4rec.experiments.benchmark.reference import Reference
 from cllm4rec.experiments.benchmark.report import report
-from cllm4rec.experiments.benchmark.training import STAGES, Setting, epoch_of, our_steps, reference_steps
+from cllm4rec.experiments.benchmark.training import PHASES, Setting, epoch_of, our_steps, reference_steps
 from cllm4rec.experiments.benchmark.work import Work, document_lengths
 from cllm4rec.model.backbone import build_backbone
 from cllm4rec.model.batch import TensorBatch
@@ -39,52 +39,52 @@ HISTORIES = WORLD.world.histories
 
 
 def model() -> CLLM4Rec:
-    made = WORLD.make_model()
+    perturbed = WORLD.make_model()
     with torch.no_grad():
-        for number, table in enumerate(made.tables().values()):
+        for number, table in enumerate(perturbed.tables().values()):
             table += 0.05 * torch.randn(table.shape, generator=torch.Generator().manual_seed(number))
-    return made
+    return perturbed
 
 
 def documents_of(kind: Kind) -> Documents:
     return all_kinds().of_kinds([kind]).take(np.arange(20))
 
 
-def total_and_gradients(asked: CLLM4Rec, loss: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
-    asked.zero_grad()
+def total_and_gradients(tested: CLLM4Rec, loss: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
+    tested.zero_grad()
     loss.backward()
-    gradients = {name: table.grad for name, table in asked.tables().items() if table.grad is not None}
+    gradients = {name: table.grad for name, table in tested.tables().items() if table.grad is not None}
     return loss.item(), {name: gradient.clone() for name, gradient in gradients.items()}
 
 
 @pytest.mark.parametrize("kind", Kind, ids=lambda kind: kind.name)
 def test_the_references_loss_and_gradients_are_the_projects(kind):
-    asked, some = model(), documents_of(kind)
-    asked.train_only(COLLABORATIVE + CONTENT)
-    batch = next(iter(Packer(asked.token_space, 40 * MAX_TOKENS, MAX_TOKENS).batches([some])))
-    ours, our_gradients = total_and_gradients(asked, asked(TensorBatch.of(batch, torch.device("cpu")), 0.7).total)
-    plain, plain_gradients = total_and_gradients(asked, Reference(asked).loss(some, 0.7))
+    tested, documents = model(), documents_of(kind)
+    tested.train_only(COLLABORATIVE + CONTENT)
+    batch = next(iter(Packer(tested.token_space, 40 * MAX_TOKENS, MAX_TOKENS).batches([documents])))
+    ours, our_gradients = total_and_gradients(tested, tested(TensorBatch.of(batch, torch.device("cpu")), 0.7).total)
+    plain, plain_gradients = total_and_gradients(tested, Reference(tested).loss(documents, 0.7))
     assert plain == pytest.approx(ours, rel=1e-4)
     for name, gradient in plain_gradients.items():
         assert torch.allclose(gradient, our_gradients[name], atol=1e-4 * gradient.abs().max().item()), name
 
 
 def test_the_reference_ranks_as_the_scorer():
-    asked = model()
+    tested = model()
     read = HISTORIES.together("train", "validation")
     # The Scorer reads histories in order of items.
     order = np.lexsort((read.values, read.rows))
     sorted_read = type(read)(read.values[order], read.offsets)
     prompts = WORLD.prompts.recommendation(WORLD.token_space, HISTORIES.user, sorted_read, no_values(len(read)))
-    items, _ = Scorer(Ranker(asked, WORLD.prompts, MAX_TOKENS), WORLD.world.catalog, "").top_k(HISTORIES.user, read, 5)
-    assert Reference(asked).top_k(prompts, read, 5).tolist() == items.tolist()
+    items, _ = Scorer(Ranker(tested, WORLD.prompts, MAX_TOKENS), WORLD.world.catalog, "").top_k(HISTORIES.user, read, 5)
+    assert Reference(tested).top_k(prompts, read, 5).tolist() == items.tolist()
 
 
 def test_useful_work_is_that_of_products_written_out():
-    asked = model()
-    width, layers = asked.backbone.width, 2
+    tested = model()
+    width, layers = tested.backbone.width, 2
     batch = next(
-        iter(Packer(asked.token_space, 40 * MAX_TOKENS, MAX_TOKENS).batches([documents_of(Kind.INTERACTIONS)]))
+        iter(Packer(tested.token_space, 40 * MAX_TOKENS, MAX_TOKENS).batches([documents_of(Kind.INTERACTIONS)]))
     )
     lengths = documents_of(Kind.INTERACTIONS).lengths
     assert sorted(document_lengths(batch)) == sorted(lengths)
@@ -93,22 +93,22 @@ def test_useful_work_is_that_of_products_written_out():
         for inner, outer in ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)):
             products += layers * 2 * (2 * length * inner * outer)  # forward, and the gradient of the input
         for place in range(length):
-            products += layers * 3 * 2 * (2 * (place + 1) * width)  # two products a pair, and three times that
-    products += 3 * (2 * len(batch.item_slots) * width * asked.token_space.num_items)
-    assert Work.of(asked).training_step(batch) == pytest.approx(products)
-    forward = Work.of(asked).scoring(np.array([3]))
-    assert forward == 2 * 3 * 12 * width**2 * layers + layers * 6 * 4 * width + 2 * width * asked.token_space.num_items
+            products += layers * 3 * 2 * (2 * (place + 1) * width)  # two products per pair, each counted three times
+    products += 3 * (2 * len(batch.item_slots) * width * tested.token_space.num_items)
+    assert Work.of(tested).training_step(batch) == pytest.approx(products)
+    forward = Work.of(tested).scoring(np.array([3]))
+    assert forward == 2 * 3 * 12 * width**2 * layers + layers * 6 * 4 * width + 2 * width * tested.token_space.num_items
 
 
 def test_the_machines_rate_is_that_of_its_fastest_product(monkeypatch):
     monkeypatch.setattr(machine_module, "SHAPES", ((64, 64, 64), (256, 256, 256)))
     monkeypatch.setattr(machine_module, "_COPY_BYTES", 1 << 16)
-    told = machine_module.machine(repeats=3)
+    figures = machine_module.machine(repeats=3)
     for name in ("fp32_flops_per_s", "bf16_flops_per_s", "copy_bytes_per_s"):
-        low, high = told["spread"][name]
-        assert 0 < low <= told[name] <= high
-    assert "fp32 matrix products" in report({"machine": told})
-    assert machine_module.rate_now(torch.float32)() > 0
+        low, high = figures["spread"][name]
+        assert 0 < low <= figures[name] <= high
+    assert "fp32 matrix products" in report({"machine": figures})
+    assert machine_module.rate_sampler(torch.float32)() > 0
 
 
 def test_a_part_that_does_not_exist_is_named_in_one_sentence():
@@ -116,17 +116,17 @@ def test_a_part_that_does_not_exist_is_named_in_one_sentence():
         [sys.executable, "-m", "jobs.benchmark", "--only", "machine,rain"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert json.loads(done.stdout.splitlines()[-1])["error"].startswith("--only knows no part rain;")
+    assert json.loads(done.stdout.splitlines()[-1])["error"].startswith("--only has unknown parts: rain;")
 
 
 def test_a_gpu_that_is_not_there_is_asked_for_in_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="--device cuda needs a GPU"):
-        benchmark.run(load_config("jobs/configs/benchmark.yaml", []), argparse.Namespace(device="cuda"))
+        benchmark.run(load_config("benchmark", []), argparse.Namespace(device="cuda"))
 
 
 def test_the_bare_loop_is_measured_on_a_machine_without_ray_and_deepspeed(tmp_path):
-    """As on a GPU machine that has torch and transformers alone."""
+    """As on a GPU machine with torch and transformers only."""
     words = ["--only", "training,scoring", "--output", str(tmp_path), "--threads", "1", "model.max_tokens=160",
              "training.micro_batch_tokens=160", "score.batch_users=400",
              "model.backbone={layers: 1, width: 8, heads: 1, vocab_size: 50257}"]  # fmt: skip
@@ -135,8 +135,8 @@ def test_the_bare_loop_is_measured_on_a_machine_without_ray_and_deepspeed(tmp_pa
         "for name in ('ray', 'deepspeed', 'deltalake', 'implicit'): sys.modules[name] = None\n"
         "from cllm4rec.experiments.benchmark import figures, machine\n"
         "rates = ('fp32_flops_per_s', 'bf16_flops_per_s', 'copy_bytes_per_s')\n"
-        "machine.machine = lambda **_: figures.row({rate: [1e9] for rate in rates}) | {'threads': 1}\n"
-        "machine.rate_now = lambda *_: lambda: 1e9\n"
+        "machine.machine = lambda **_: figures.summarize({rate: [1e9] for rate in rates}) | {'threads': 1}\n"
+        "machine.rate_sampler = lambda *_: lambda: 1e9\n"
         f"sys.argv = ['jobs.benchmark', *{words!r}]\n"
         "runpy.run_module('jobs.benchmark', run_name='__main__')\n"
     )
@@ -146,32 +146,36 @@ def test_the_bare_loop_is_measured_on_a_machine_without_ray_and_deepspeed(tmp_pa
     )
     assert done.returncode == 0, done.stderr[-2000:]
     report = (tmp_path / "report.md").read_text()
-    assert "### training" in report
-    assert "### scoring" in report
+    assert "### Training" in report
+    assert "### Scoring" in report
 
 
 def test_a_programs_peak_memory_and_last_line_are_seen():
     code = "import json, time; held = bytearray(200_000_000); time.sleep(1); print(json.dumps({'held': len(held)}))"
-    seconds, peak_mb, told = run_watched([sys.executable, "-c", code])
-    assert told == {"held": 200_000_000}
+    seconds, peak_mb, figures = run_observed([sys.executable, "-c", code])
+    assert figures == {"held": 200_000_000}
     assert seconds >= 1.0
     assert 200 <= peak_mb < 400
     with pytest.raises(ResourceError, match="no such thing"):
-        run_watched([sys.executable, "-c", "raise SystemExit('no such thing')"])
+        run_observed([sys.executable, "-c", "raise SystemExit('no such thing')"])
 
 
-def test_a_further_user_costs_what_is_left_without_the_start():
+def test_a_additional_user_costs_what_is_left_without_the_start():
     small = {"users": 1_000, "prepare_s": 11.0, "epoch_s": 1.0, "score_s": 5.0}
     large = {"users": 11_000, "prepare_s": 31.0, "epoch_s": 11.0, "score_s": 5.5}
-    assert further(small, large) == pytest.approx(
-        {"prepare_ms_per_further_user": 2.0, "epoch_ms_per_further_user": 1.0, "score_ms_per_further_user": 0.05}
+    assert cost_of_additional_users(small, large) == pytest.approx(
+        {
+            "prepare_ms_per_additional_user": 2.0,
+            "epoch_ms_per_additional_user": 1.0,
+            "score_ms_per_additional_user": 0.05,
+        }
     )
-    text = report({"growth": {"users": [small, large | further(small, large)]}})
+    text = report({"growth": {"users": [small, large | cost_of_additional_users(small, large)]}})
     assert "| 1,000 | 11 | 1 | 5 | – | – | – |" in text
 
 
 def test_figures_are_medians_with_their_spread():
-    assert row({"users_per_s": [3.0, 1.0, 10.0]}) == {"users_per_s": 3.0, "spread": {"users_per_s": [1.0, 10.0]}}
+    assert summarize({"users_per_s": [3.0, 1.0, 10.0]}) == {"users_per_s": 3.0, "spread": {"users_per_s": [1.0, 10.0]}}
 
 
 @pytest.mark.parametrize(("seconds", "counted"), [(1e9, 5), (0.0, 3)])
@@ -196,17 +200,17 @@ def test_real_histories_and_reviews_are_read_from_the_shared_data(shared_dir):
     assert corpora.notes == ()
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
-def test_every_kind_of_step_is_measured_in_the_same_units_as_the_reference(stage, tmp_path):
+@pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.name)
+def test_every_kind_of_step_is_measured_in_the_same_units_as_the_reference(phase, tmp_path):
     corpora = load_corpora(tmp_path)
     backbone = build_backbone(BackboneSize(layers=1, width=8, heads=1, vocab_size=50257), 50257, 160, 0)
     setting = Setting(micro_batch_tokens=320, max_tokens=160, steps=2, reference_steps=1)
-    documents = epoch_of(stage, corpora.texts, corpora.prompts, setting)
-    ours = our_steps(documents, corpora.texts, backbone, stage, setting, lambda: 2e9)
+    documents = epoch_of(phase, corpora.texts, corpora.prompts, setting)
+    ours = our_steps(documents, corpora.texts, backbone, phase, setting, lambda: 2e9)
     assert {"users_per_s", "documents_per_s", "tokens_per_s", "useful_flops_per_s", "spread", "fill"} <= set(ours)
     assert len(ours["spread"]["users_per_s"]) == 2
     assert ours["flops_share"] == pytest.approx(ours["useful_flops_per_s"] / 2e9)
-    if stage.name != "mixed":
+    if phase.name != "mixed":
         plain_backbone = build_backbone(BackboneSize(layers=1, width=8, heads=1, vocab_size=50257), 50257, 160, 0)
-        plain = reference_steps(documents, corpora.texts, plain_backbone, stage, setting)
+        plain = reference_steps(documents, corpora.texts, plain_backbone, phase, setting)
         assert {"users_per_s", "tokens_per_s"} <= set(plain)

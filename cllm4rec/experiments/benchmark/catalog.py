@@ -1,6 +1,9 @@
-"""What a large catalog costs a training step and a scoring pass, in a process of its own so that its memory can be watched.
+"""Time and memory of a training step and a scoring pass with a large catalog.
 
-A small backbone, so that the head and the tables are what is measured.
+    python -m cllm4rec.experiments.benchmark.catalog 1000000
+
+It runs in a process of its own, so that its memory can be measured. The backbone is small, so that the head and the tables
+dominate.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ _SAMPLED = 16_384
 
 
 def catalog(num_items: int) -> dict[str, float]:
-    """Seconds of a training step and of lists for 512 users, what the four tables take, and what scoring adds to them."""
+    """Seconds of a training step and of scoring 512 users; memory of the four tables, and the memory that scoring adds."""
     size = BackboneSize(layers=1, width=_WIDTH, heads=2, vocab_size=_NUM_WORDS)
     token_space = TokenSpace(_NUM_WORDS, _NUM_USERS, num_items)
     model = CLLM4Rec(build_backbone(size, _NUM_WORDS, 64, 0), token_space)
@@ -49,8 +52,8 @@ def catalog(num_items: int) -> dict[str, float]:
     engine = make_engine(model, EngineSettings("torch", 1e-3, 1, None, 0))
     builder = EpochBuilder(prompts, token_space, 64, 0)
     source = prompts.interactions(token_space, histories.user, histories.train)
-    made = builder.recommendations(source, 0, mask_range=(0.2, 0.2), all_targets=False, user_dropout=0.0)
-    batch = next(iter(Packer(token_space, 128 * 64, 64).batches([made])))
+    documents = builder.recommendations(source, 0, mask_range=(0.2, 0.2), all_targets=False, user_dropout=0.0)
+    batch = next(iter(Packer(token_space, 128 * 64, 64).batches([documents])))
 
     sampler = ItemSampler.of(source, token_space, _SAMPLED, 0)
 
@@ -65,7 +68,7 @@ def catalog(num_items: int) -> dict[str, float]:
         "sampled_step_s": float(np.median(seconds_of(lambda: step(sampler), _REPEATS))),
         "score_s": float(np.median(lists)),
         "tables_mb": 4.0 * _WIDTH * 2 * (_NUM_USERS + num_items) / 1e6,
-        # At most: making the model may have needed more than scoring does.
+        # An upper bound: building the model may have needed more memory than scoring.
         "score_adds_mb": peak_mb - loaded_mb,
     }
 

@@ -1,6 +1,6 @@
-"""What is trained on and scored in a benchmark: real lengths where there are real data, those of the sample world elsewhere.
+"""The data of a benchmark: real data sets if they are available, else the sample world.
 
-Only lengths and indices matter to speed, so words are drawn at random where no tokenizer is at hand.
+Speed depends only on lengths and indices, so random tokens replace the words if no tokenizer is available.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SAMPLE_USERS, _SAMPLE_ITEMS = 5_000, 2_000
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Users with the items they took up, and reviews of some of these pairs (rows of `words`)."""
+    """Users with their items, and reviews of some of these pairs (rows of `words`)."""
 
     name: str
     num_users: int
@@ -58,17 +58,17 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Corpora:
-    """Where histories are measured, where texts are, and the words of the prompts."""
+    """The corpus whose histories are used, the corpus whose texts are used, and the tokenized prompts."""
 
     histories: Corpus
     texts: Corpus
     prompts: Prompts
     notes: tuple[str, ...]
-    """What stood in for something that is not here, a sentence each."""
+    """One sentence for each replacement of missing data."""
 
 
 def load_corpora(shared: Path) -> Corpora:
-    """Beauty's histories and Musical Instruments' reviews from a shared folder; the sample world where it has none."""
+    """Beauty's histories and Musical Instruments' reviews from the folder `shared`, or the sample world if they are missing."""
     encode, notes = _encoder(shared)
     if (shared / _BEAUTY).exists() and (shared / _INSTRUMENTS).exists():
         histories = _corpus("Amazon Beauty", _rows(shared / _BEAUTY, "user", "item"), encode)
@@ -76,7 +76,7 @@ def load_corpora(shared: Path) -> Corpora:
         texts = _corpus("Amazon Musical Instruments", reviews, encode)
     else:
         notes.append(
-            "The shared data are not here, so lengths are those of the sample world; set CLLM4REC_SHARED to their folder."
+            "The data sets were not found, so lengths are those of the sample world; set CLLM4REC_SHARED to their folder."
         )
         with tempfile.TemporaryDirectory() as folder:
             sample_world(folder, _SAMPLE_USERS, _SAMPLE_ITEMS)
@@ -112,7 +112,7 @@ def _corpus(name: str, rows: Iterable[tuple[str, str, str]], encode: Callable[[l
 
 
 def _encoder(shared: Path) -> tuple[Callable[[list[str]], Ragged], list[str]]:
-    """Texts → at most MAX_TEXT_TOKENS tokens each: GPT-2's own, or random ones, one for each word and punctuation mark."""
+    """A function texts → at most MAX_TEXT_TOKENS tokens each: those of GPT-2, or a random token per word and punctuation mark."""
     if (shared / _TOKENIZER).is_dir():
         from transformers import AutoTokenizer
 
@@ -127,4 +127,4 @@ def _encoder(shared: Path) -> tuple[Callable[[list[str]], Ragged], list[str]]:
         lengths = [min(MAX_TEXT_TOKENS, len(words.findall(text))) for text in texts]
         return Ragged.from_lists([rng.integers(NUM_WORDS, size=length) for length in lengths], np.int32)
 
-    return encode, ["There is no GPT-2 tokenizer here, so every word and punctuation mark counts as one token."]
+    return encode, ["The GPT-2 tokenizer was not found, so each word and punctuation mark counts as one token."]

@@ -1,4 +1,4 @@
-"""Directories as the stages leave them, written at once for a world of any size: what the rim and start-up are measured on."""
+"""Directories in the format of the stages, with random data of any size, for the ray_overhead and startup parts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from cllm4rec.storage.artifacts import read_manifest, write_directory
 from cllm4rec.storage.files import write_table
 
 _HISTORY = (5, 12)
-"""Least and most items of a user, as in the sample world after the threshold."""
+"""Minimum and maximum number of items per user, as in the prepared sample world."""
 
 
 def random_histories(num_users: int, num_items: int, seed: int) -> Histories:
-    """Users with items at random: nothing to learn, the same work."""
+    """Users with random items: there is nothing to learn, but the work is the same."""
     rng = np.random.default_rng(seed)
     low, high = _HISTORY
     lengths = rng.integers(low, high + 1, num_users)
@@ -37,7 +37,7 @@ def random_histories(num_users: int, num_items: int, seed: int) -> Histories:
 
 
 def write_prepared(directory: str, histories: Histories, num_items: int, num_words: int) -> None:
-    """A `prepared/` directory of these histories, with interaction documents and ids instead of texts."""
+    """Write a `prepared/` directory with these histories and their interaction documents, without texts."""
     num_users = len(histories.user)
     catalog = Catalog(
         [f"u{user:09d}" for user in range(num_users)],
@@ -60,7 +60,7 @@ def write_prepared(directory: str, histories: Histories, num_items: int, num_wor
 
 
 def write_random_model(output_dir: str, model: ModelConfig, bf16: bool, seed: int) -> None:
-    """`backbone/` and `model/` that nobody trained, for the `prepared/` in the same folder."""
+    """Write an untrained `backbone/` and `model/` for the `prepared/` in the same folder."""
     prepared_dir, backbone_dir, model_dir = (files.join(output_dir, name) for name in ("prepared", "backbone", "model"))
     catalog, prompt_tokens = Catalog.load(prepared_dir), PromptTokens.load(prepared_dir)
     backbone = new_backbone(model, prompt_tokens.num_words, seed)
@@ -70,16 +70,16 @@ def write_random_model(output_dir: str, model: ModelConfig, bf16: bool, seed: in
         name: table.data
         for name, table in CLLM4Rec(backbone, catalog.token_space(prompt_tokens.num_words)).tables().items()
     }
-    facts = ModelMetadata(
+    metadata = ModelMetadata(
         prompt_tokens.num_words, catalog.num_users, catalog.num_items, backbone.width, model.max_tokens, "recommendation", bf16
     )  # fmt: skip
     inputs = {"prepared": read_manifest(prepared_dir, "prepared").digest}
     with write_directory(model_dir, kind="model", inputs=inputs, config={}) as draft:
-        save_pretrained(draft, tables, facts, prepared_dir=prepared_dir, backbone_dir=backbone_dir)
+        save_pretrained(draft, tables, metadata, prepared_dir=prepared_dir, backbone_dir=backbone_dir)
 
 
-def fresh(directory: str) -> str:
-    """An empty folder in place of what stood there."""
+def empty_directory(directory: str) -> str:
+    """Create a directory, or remove its content."""
     files.remove_directory(directory)
     os.makedirs(directory)
     return directory

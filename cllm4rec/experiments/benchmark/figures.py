@@ -1,4 +1,4 @@
-"""A measured number: the median of several and the spread around it."""
+"""A measured figure: the median of several samples and their spread."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-_LEAST_GOES = 3
+_MIN_REPEATS = 3
 
-Row = dict[str, Any]
-"""Figures by name, and under `spread` for each of them [least, most]."""
+Figures = dict[str, Any]
+"""Figures by name, and under `spread` [minimum, maximum] by name."""
 
 
-def row(samples: Mapping[str, Sequence[float]]) -> Row:
-    """The median of each name's samples, with their spread."""
-    medians: Row = {name: statistics.median(values) for name, values in samples.items()}
+def summarize(samples: Mapping[str, Sequence[float]]) -> Figures:
+    """The median of the samples of each name, with their spread."""
+    medians: Figures = {name: statistics.median(values) for name, values in samples.items()}
     return medians | {"spread": {name: [min(values), max(values)] for name, values in samples.items()}}
 
 
 def seconds_of(work: Callable[[], object], repeats: int, warm_up: int = 1) -> list[float]:
-    """Wall-clock seconds of each of `repeats` calls, after `warm_up` that are not counted."""
+    """Wall-clock seconds of each of `repeats` calls, after `warm_up` calls that are not measured."""
     for _ in range(warm_up):
         work()
     seconds = []
@@ -32,15 +32,17 @@ def seconds_of(work: Callable[[], object], repeats: int, warm_up: int = 1) -> li
 
 
 def repeats(most: int, seconds: float, warm_up: int) -> Iterator[bool]:
-    """Whether each go counts: `warm_up` that do not, then `most` that do, or as many of them as `seconds` allow and at least
-    three."""
+    """Yields for each repetition whether it counts: `warm_up` that do not count, then up to `most` that do.
+
+    Repetitions end after `seconds`, but at least three count.
+    """
     began = time.perf_counter()
     for number in range(warm_up + most):
-        if number >= warm_up + _LEAST_GOES and time.perf_counter() - began > seconds:
+        if number >= warm_up + _MIN_REPEATS and time.perf_counter() - began > seconds:
             return
         yield number >= warm_up
 
 
-def ratio(ours: Row, reference: Row, name: str) -> float:
-    """How many times the reference's figure ours is."""
+def ratio(ours: Figures, reference: Figures, name: str) -> float:
+    """Our figure divided by that of the reference."""
     return float(ours[name] / reference[name])

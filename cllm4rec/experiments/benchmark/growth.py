@@ -1,7 +1,7 @@
-"""How time and memory grow: with users through the jobs themselves, with items through a training step and the Scorer.
+"""Growth of time and memory: with users for whole commands, with items for a training step and the Scorer.
 
-Jobs run as programs of their own, and every process below is watched: the peak is that of the largest one, of memory that
-is its own (Ray's object store is shared).
+Each command runs in a process of its own, and all its child processes are observed. The reported peak is the largest private
+memory of a single process; shared memory, such as Ray's object store, is not counted.
 """
 
 from __future__ import annotations
@@ -23,62 +23,63 @@ from matplotlib.figure import Figure
 from cllm4rec import allocator
 from cllm4rec.data.world import sample_world
 from cllm4rec.errors import ResourceError
-from cllm4rec.experiments.benchmark.directories import fresh
-from cllm4rec.experiments.benchmark.figures import Row
+from cllm4rec.experiments.benchmark.directories import empty_directory
+from cllm4rec.experiments.benchmark.figures import Figures
 from cllm4rec.reporting import plain, png
 
 STAGES = ("prepare", "backbone", "pretrain", "finetune", "score")
 _PARTS = ("prepare", "epoch", "score")
-_WATCH_S = 0.2
+_SAMPLE_INTERVAL_S = 0.2
 _NUM_ITEMS = 5_000
-"""The same at every number of users: the catalog grows in a part of its own."""
+"""Fixed while the number of users grows; catalogs are measured separately."""
 _WIDTH = 64
 
 
-def growth(output_dir: str, users: list[int], items: list[int], say: Callable[[str], None]) -> Row:
-    """A row for each number of users and each catalog, and `growth.png`."""
-    told: Row = {"users": [], "items": []}
+def growth(output_dir: str, users: list[int], items: list[int], say: Callable[[str], None]) -> Figures:
+    """Figures for each number of users and each catalog size; writes `growth.png`."""
+    result: Figures = {"users": [], "items": []}
     for num_users in users:
-        row = _of_users(output_dir, num_users)
-        told["users"].append(row | (further(told["users"][-1], row) if told["users"] else {}))
-        say(f"growth: {num_users:,} users, {json.dumps(told['users'][-1])}")
+        figures = _measure_users(output_dir, num_users)
+        added = cost_of_additional_users(result["users"][-1], figures) if result["users"] else {}
+        result["users"].append(figures | added)
+        say(f"growth: {num_users:,} users, {json.dumps(result['users'][-1])}")
     for num_items in items:
-        told["items"].append(_of_items(num_items))
-        say(f"growth: {num_items:,} items, {json.dumps(told['items'][-1])}")
-    _plot(told, os.path.join(output_dir, "growth.png"))
-    return told
+        result["items"].append(_measure_items(num_items))
+        say(f"growth: {num_items:,} items, {json.dumps(result['items'][-1])}")
+    _plot(result, os.path.join(output_dir, "growth.png"))
+    return result
 
 
-def _of_users(output_dir: str, num_users: int) -> Row:
-    folder = fresh(os.path.join(output_dir, f"growth-{num_users}"))
+def _measure_users(output_dir: str, num_users: int) -> Figures:
+    folder = empty_directory(os.path.join(output_dir, f"growth-{num_users}"))
     sample_world(folder, num_users, _NUM_ITEMS)
     file = Path(folder) / "config.yaml"
     file.write_text(yaml.safe_dump(_config(folder)))
-    # What finetuning has to hold: content and collaborative tables, and Adam's two moments of the latter.
-    told: Row = {"users": num_users, "tables_mb": 4 * (num_users + _NUM_ITEMS) * _WIDTH * 4 / 1e6}
+    # Finetuning holds the content and collaborative tables, and Adam's two moments of the latter.
+    figures: Figures = {"users": num_users, "tables_mb": 4 * (num_users + _NUM_ITEMS) * _WIDTH * 4 / 1e6}
     for stage in STAGES:
-        seconds, peak_mb, last = run_watched([sys.executable, "-m", "cllm4rec", stage, "--config", str(file)])
-        told |= {f"{stage}_s": seconds, f"{stage}_peak_mb": peak_mb}
+        seconds, peak_mb, last = run_observed([sys.executable, "-m", "cllm4rec", stage, "--config", str(file)])
+        figures |= {f"{stage}_s": seconds, f"{stage}_peak_mb": peak_mb}
         if stage == "finetune":
-            told["epoch_s"] = _epoch_s(Path(folder) / "model" / "metrics.jsonl")
+            figures["epoch_s"] = _epoch_s(Path(folder) / "model" / "metrics.jsonl")
         if stage == "prepare":
-            told["kept_users"] = last["prepare"]["counts"]["users"]
+            figures["kept_users"] = last["prepare"]["counts"]["users"]
     for name in _PARTS:
-        told[f"{name}_ms_per_user"] = 1000 * told[f"{name}_s"] / num_users
-    fresh(folder)
-    return told
+        figures[f"{name}_ms_per_user"] = 1000 * figures[f"{name}_s"] / num_users
+    empty_directory(folder)
+    return figures
 
 
-def further(smaller: Row, larger: Row) -> Row:
-    """What a user more costs from one size to the next: without what every job takes to start."""
+def cost_of_additional_users(smaller: Figures, larger: Figures) -> Figures:
+    """Milliseconds per additional user between two sizes, which excludes the start-up time of the commands."""
     users = larger["users"] - smaller["users"]
     return {
-        f"{name}_ms_per_further_user": 1000 * (larger[f"{name}_s"] - smaller[f"{name}_s"]) / users for name in _PARTS
+        f"{name}_ms_per_additional_user": 1000 * (larger[f"{name}_s"] - smaller[f"{name}_s"]) / users for name in _PARTS
     }
 
 
 def _config(folder: str) -> dict[str, Any]:
-    """One epoch of finetuning around a small backbone; pretraining and the backbone itself stay as they are made."""
+    """One epoch of finetuning with a small backbone; the backbone and the pretrained tables stay untrained."""
     texts = {"user": "reviewerID", "text": "biography"}
     return {
         "output_dir": folder,
@@ -103,17 +104,17 @@ def _epoch_s(metrics: Path) -> float:
     return float(next(entry["seconds"] for entry in entries if entry["event"] == "epoch"))
 
 
-def _of_items(num_items: int) -> Row:
+def _measure_items(num_items: int) -> Figures:
     command = [sys.executable, "-m", "cllm4rec.experiments.benchmark.catalog", str(num_items)]
-    _, peak_mb, told = run_watched(command, {**os.environ, **allocator.environment()})  # as a worker runs
-    return {"items": num_items, **told, "peak_mb": peak_mb}
+    _, peak_mb, figures = run_observed(command, {**os.environ, **allocator.environment()})  # as in a worker
+    return {"items": num_items, **figures, "peak_mb": peak_mb}
 
 
-def run_watched(command: list[str], variables: Mapping[str, str] | None = None) -> tuple[float, float, dict[str, Any]]:
-    """Seconds, the largest process's peak of own memory in MB, and the last line of output as JSON.
+def run_observed(command: list[str], variables: Mapping[str, str] | None = None) -> tuple[float, float, dict[str, Any]]:
+    """Run a program: seconds, peak private memory of its largest process in MB, and its last line of output, parsed as JSON.
 
-    variables: its environment, by default this one without the workers' allocator, which jobs hand on by themselves.
-    Raises ResourceError where the program fails.
+    variables: its environment; by default that of this process without the workers' allocator, which commands set themselves.
+    Raises ResourceError if the program fails.
     """
     began = time.monotonic()
     variables = allocator.without(os.environ) if variables is None else variables
@@ -123,13 +124,13 @@ def run_watched(command: list[str], variables: Mapping[str, str] | None = None) 
         output, errors = process.communicate()
         watch.stop()
     if process.returncode:
-        last = (errors.strip().splitlines() or ["it said nothing"])[-1]
-        raise ResourceError(f"{' '.join(command[2:4])} failed while growth was measured: {last}")
+        last = (errors.strip().splitlines() or ["it printed nothing"])[-1]
+        raise ResourceError(f"{' '.join(command[2:4])} failed during the growth measurement: {last}")
     return time.monotonic() - began, watch.peak_bytes / 1e6, json.loads(output.strip().splitlines()[-1])
 
 
 class _Watch(threading.Thread):
-    """The peak of private memory over a process and all below it, each by itself."""
+    """Samples the private memory of a process and its children; the peak is that of the largest single process."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -137,7 +138,7 @@ class _Watch(threading.Thread):
         self._pid, self._done = pid, threading.Event()
 
     def run(self) -> None:
-        while not self._done.wait(_WATCH_S):
+        while not self._done.wait(_SAMPLE_INTERVAL_S):
             self.peak_bytes = max([self.peak_bytes, *_private_bytes(self._pid)])
 
     def stop(self) -> None:
@@ -152,28 +153,31 @@ def _private_bytes(pid: int) -> list[int]:
         for process in [root, *root.children(recursive=True)]:
             memory = process.memory_info()
             found.append(int(memory.rss - getattr(memory, "shared", 0)))
-    except psutil.Error:  # gone meanwhile
+    except psutil.Error:  # the process has ended
         pass
     return found
 
 
-def _plot(told: Row, path: str) -> None:
+def _plot(result: Figures, path: str) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
-    users = [one["users"] for one in told["users"]]
+    by_users, by_items = result["users"], result["items"]
+    users, items = _column(by_users, "users"), _column(by_items, "items")
     for name in _PARTS:
-        time_axes.plot(users, [one[f"{name}_s"] for one in told["users"]], marker="o", label=name)
+        time_axes.plot(users, _column(by_users, f"{name}_s"), marker="o", label=name)
     for name in ("prepare", "finetune", "score"):
-        memory_axes.plot(users, [one[f"{name}_peak_mb"] / 1000 for one in told["users"]], marker="o", label=name)
-    tables = [one["tables_mb"] / 1000 for one in told["users"]]
+        memory_axes.plot(users, _column(by_users, f"{name}_peak_mb", 1000), marker="o", label=name)
+    tables = _column(by_users, "tables_mb", 1000)
     memory_axes.plot(users, tables, linestyle="--", color="grey", label="ID tables and Adam's moments")
-    items = [one["items"] for one in told["items"]]
-    memory_axes.plot(
-        items, [one["peak_mb"] / 1000 for one in told["items"]], marker="s", label="a step and lists, by items"
-    )
-    time_axes.set(xscale="log", yscale="log", xlabel="users", ylabel="seconds, start-up included")
-    memory_axes.set(xscale="log", xlabel="users or items", ylabel="GB, largest process", ylim=(0, None))
+    peaks = _column(by_items, "peak_mb", 1000)
+    memory_axes.plot(items, peaks, marker="s", label="training step and scoring, by items")
+    time_axes.set(xscale="log", yscale="log", xlabel="users", ylabel="seconds, including start-up")
+    memory_axes.set(xscale="log", xlabel="users or items", ylabel="memory of the largest process, GB", ylim=(0, None))
     for axes in (time_axes, memory_axes):
         plain(axes, "y")
         axes.legend(frameon=False)
     Path(path).write_bytes(png(figure))
+
+
+def _column(rows: list[Figures], name: str, unit: float = 1.0) -> list[float]:
+    return [row[name] / unit for row in rows]

@@ -1,7 +1,7 @@
-"""What Ray and DeepSpeed cost: the same epoch and the same lists with them and without, in one run.
+"""The overhead of Ray and DeepSpeed: the same epoch and the same lists with them and without them, in one run.
 
-The model is small, so an epoch takes about a minute with a hundred thousand users; the report names the seconds. Without Ray is
-measured before it starts and after it has gone, because a machine that others share is not as fast at the end of a run.
+The model is small: an epoch with 100,000 users takes about a minute. The measurement without Ray is done before Ray starts and
+after it has stopped, because the speed of a shared machine varies.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from cllm4rec.arrays.histories import Histories
 from cllm4rec.config import BackboneSize, Config
 from cllm4rec.data.documents import Documents
 from cllm4rec.data.prepared import load_documents, load_token_space
-from cllm4rec.experiments.benchmark.directories import fresh, random_histories, write_prepared, write_random_model
-from cllm4rec.experiments.benchmark.figures import Row, row
+from cllm4rec.experiments.benchmark.directories import (
+    empty_directory,
+    random_histories,
+    write_prepared,
+    write_random_model,
+)
+from cllm4rec.experiments.benchmark.figures import Figures, summarize
 from cllm4rec.model.backbone import load_backbone
 from cllm4rec.model.cllm4rec import new_model
 from cllm4rec.nightly.plan import plan_score
@@ -34,7 +39,7 @@ from cllm4rec.training.ray_trainer import METRICS, Job, fit
 _BACKBONE = BackboneSize(layers=4, width=256, heads=4, vocab_size=2048)
 _NUM_ITEMS = 5_000
 _BARE_EPOCHS, _RAY_EPOCHS = 3, 5
-"""Of each go the first is not counted: it warms caches up."""
+"""The first epoch of each measurement is not counted, because it warms up caches."""
 
 
 def ray_overhead(
@@ -43,10 +48,10 @@ def ray_overhead(
     num_users: int,
     connect: Callable[[Config], None],
     disconnect: Callable[[], None],
-) -> Row:
-    """`training_lost` and `scoring_lost`: 1 - bare seconds / seconds through Ray, which is started here and stopped again."""
+) -> Figures:
+    """`training_lost` and `scoring_lost`: 1 - seconds without Ray / seconds with Ray. Starts and stops Ray."""
     config = _small(config, threads)
-    folder = fresh(files.join(config.output_dir, "ray_overhead"))
+    folder = empty_directory(files.join(config.output_dir, "ray_overhead"))
     config = config.model_copy(update={"output_dir": folder})
     histories = random_histories(num_users, _NUM_ITEMS, config.seed)
     write_prepared(config.run.prepared, histories, _NUM_ITEMS, _BACKBONE.vocab_size)
@@ -55,11 +60,11 @@ def ray_overhead(
     bare_epochs, bare_scores = _bare_epochs(config), [_bare_scoring(config, histories)]
     connect(config)
     ray_epochs, ray_scores = _ray_epochs(config), [score(plan_score(config))["seconds"]["score"]]
-    disconnect()  # an idle Ray is not quite idle
+    disconnect()  # an idle Ray still uses CPU time
     bare_epochs += _bare_epochs(config)
     bare_scores += [_bare_scoring(config, histories)]
     files.remove_directory(folder)
-    told = row(
+    figures = summarize(
         {
             "training_bare_s": bare_epochs,
             "training_ray_s": ray_epochs,
@@ -67,8 +72,10 @@ def ray_overhead(
             "scoring_ray_s": ray_scores,
         }
     )
-    lost = {f"{part}_lost": 1 - told[f"{part}_bare_s"] / told[f"{part}_ray_s"] for part in ("training", "scoring")}
-    return told | lost | {"users": num_users}
+    lost = {
+        f"{part}_lost": 1 - figures[f"{part}_bare_s"] / figures[f"{part}_ray_s"] for part in ("training", "scoring")
+    }
+    return figures | lost | {"users": num_users}
 
 
 def _small(config: Config, threads: int) -> Config:
@@ -135,7 +142,7 @@ def _epoch_seconds(entries: list[dict[str, Any]]) -> list[float]:
 
 
 def _bare_scoring(config: Config, histories: Histories) -> float:
-    """From loading the model to the last list, in blocks as large as the batch job's; lists are kept nowhere."""
+    """Seconds from loading the model to the last list, in the batches of the Ray job. The lists are discarded."""
     began = time.monotonic()
     scorer, size = Scorer.load(config.run.model), config.score.batch_users
     read = histories.together("train", "validation", "test")

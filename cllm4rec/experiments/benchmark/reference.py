@@ -1,10 +1,10 @@
-"""The plain reference that ours is measured against: what one writes first, without packing or mixed precision.
+"""The reference implementation of the benchmark: a straightforward one, without packing or mixed precision.
 
-Every batch is padded to its longest document, in fp32. Prompt and main text run in two passes with a key-value cache.
-Batches hold 20 documents; logits of the whole head are made on every position, targets are dense, and Adam repeats over
-whole tables. Ranking sorts all scores. The loss is the project's own (a test compares them), so a ratio compares the same.
+Each batch holds 20 documents, padded to the longest one, in fp32. Prompt and main text are two forward passes with a
+key-value cache. Logits are computed at all positions, targets are dense, and Adam updates whole tables. Ranking sorts all
+scores. The loss equals the project's loss (a test compares them), so both implementations do the same task.
 
-Lengths: D documents, T tokens of the longest, M tokens of all main texts, K hidden size, V rows of a head.
+Shapes: D documents, T tokens of the longest, M tokens of all main texts, K hidden size, V rows of a head, J items.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH = 20
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """A GPT-2-like model of the project, run the plain way. Documents of one call are all of one kind."""
+    """A GPT-2-like model of the project in the reference implementation. All documents of a call have the same kind."""
 
     model: CLLM4Rec
 
@@ -56,7 +56,7 @@ class Reference:
 
     @torch.no_grad()
     def top_k(self, prompts: Documents, seen: Ragged, k: int) -> Tensor:
-        """The k best unseen items of each recommendation prompt."""
+        """The k best unseen items for each recommendation prompt."""
         hidden_DTK = self._hidden(prompts, is_text=False)
         logits_DTJ = hidden_DTK @ self.model.collaborative_items.T
         last = self._tensor(prompts.prompt.lengths - 1)
@@ -65,7 +65,7 @@ class Reference:
         return scores_DJ.argsort(dim=1, descending=True, stable=True)[:, :k]
 
     def _hidden(self, documents: Documents, is_text: bool) -> Tensor:
-        """Hidden states of prompt and main text side by side, each padded to its longest."""
+        """Hidden states of prompt and main text, concatenated; both are padded to their longest."""
         prompt_DT, prompt_mask_DT = _padded(documents.prompt, self.device)
         main_DT, main_mask_DT = _padded(documents.main, self.device)
         run: Any = self.model.backbone.model.base_model
@@ -87,7 +87,7 @@ class Reference:
         return torch.cat([first.last_hidden_state, second.last_hidden_state], dim=1)
 
     def _embed(self, token_DT: Tensor, is_text: bool) -> Tensor:
-        """Each token's row of the table it belongs to; nobody and padding (-1) are zero."""
+        """The embedding of each token; the unknown user and padding (-1) are zero."""
         model, space = self.model, self.model.token_space
         users, items = (
             (model.content_users, model.content_items)
@@ -106,14 +106,14 @@ class Reference:
         return embedding_DTK
 
     def _dense_targets(self, documents: Documents, like_DTV: Tensor) -> Tensor:
-        """1 where a position has to predict a row of the head, else 0."""
+        """1 for the rows of the head that a position must predict, else 0."""
         target_DTV = torch.zeros_like(like_DTV)
         last = documents.prompt.lengths - 1
         if documents.kind[0] == Kind.RECOMMENDATION:
             target = documents.target
             target_DTV[target.rows, last[target.rows], target.values] = 1.0
             return target_DTV
-        # The first main token is predicted by the prompt's last position, the others by the main text before them.
+        # The last position of the prompt predicts the first main token; each main token predicts the next.
         main, longest_prompt = documents.main, int(documents.prompt.lengths.max())
         position_M = np.where(main.places == 0, last[main.rows], main.places + longest_prompt - 1)
         first = 0 if documents.kind[0] != Kind.INTERACTIONS else int(self.model.token_space.item_token(0))
@@ -121,7 +121,7 @@ class Reference:
         return target_DTV
 
     def _penalty(self, documents: Documents) -> Tensor:
-        """Squared distance of the two embeddings of every distinct ID of each document."""
+        """Squared distance between the two embeddings, summed over the distinct IDs of each document."""
         model, space = self.model, self.model.token_space
         total = torch.zeros((), device=self.device)
         for row in range(len(documents)):
@@ -141,7 +141,7 @@ class Reference:
 
 
 def _padded(tokens: Ragged, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens side by side, -1 behind the end of each row, and which of them are real."""
+    """Left-aligned tokens padded with -1, and the mask of the real ones."""
     longest = int(tokens.lengths.max())
     token_DT = torch.full((len(tokens), longest), -1)
     token_DT[tokens.rows, tokens.places] = torch.from_numpy(tokens.values.astype("int64"))

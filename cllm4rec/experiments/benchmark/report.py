@@ -1,100 +1,106 @@
-"""The table of a benchmark run, printed and saved as report.md."""
+"""The report of a benchmark run: Markdown tables, printed and saved as report.md."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from cllm4rec.experiments.benchmark.figures import Row
+from cllm4rec.experiments.benchmark.figures import Figures
 from cllm4rec.reporting import markdown_table
 
 
-def report(told: Row) -> str:
-    """Everything measured as Markdown tables; parts that were not run are left out."""
-    parts: tuple[tuple[str, Callable[[Row], str]], ...] = (
-        ("machine", _machine),
-        ("training", _training),
-        ("scoring", _scoring),
-        ("ray_overhead", _rim),
-        ("growth", _growth),
-        ("startup", _startup),
+def report(result: Figures) -> str:
+    """All figures as Markdown tables. Parts that were not run are left out."""
+    parts: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
+        ("machine", "Machine", _machine),
+        ("training", "Training", _training),
+        ("scoring", "Scoring", _scoring),
+        ("ray_overhead", "Overhead of Ray", _ray_overhead),
+        ("growth", "Growth with users and items", _growth),
+        ("startup", "Start-up", _startup),
     )
-    lines = [f"{note}" for note in told.get("notes", [])]
-    for name, table in parts:
-        if name in told:
-            lines += ["", f"### {name}", "", table(told[name])]
+    lines = list(result.get("notes", []))
+    for name, heading, table in parts:
+        if name in result:
+            lines += ["", f"### {heading}", "", table(result[name])]
     return "\n".join(lines).strip() + "\n"
 
 
-def _machine(row: Row) -> str:
+def _machine(figures: Figures) -> str:
     return markdown_table(
-        ("what", "median", "spread"),
+        ("quantity", "median", "spread"),
         [
-            ("fp32 matrix products, GFLOP/s", *_figure(row, "fp32_flops_per_s", 1e9)),
-            ("bf16 matrix products, GFLOP/s", *_figure(row, "bf16_flops_per_s", 1e9)),
-            ("memory copy, GB/s", *_figure(row, "copy_bytes_per_s", 1e9)),
-            ("threads", str(row["threads"]), ""),
+            ("fp32 matrix products, GFLOP/s", *_figure(figures, "fp32_flops_per_s", 1e9)),
+            ("bf16 matrix products, GFLOP/s", *_figure(figures, "bf16_flops_per_s", 1e9)),
+            ("memory copy, GB/s", *_figure(figures, "copy_bytes_per_s", 1e9)),
+            ("threads", str(figures["threads"]), ""),
         ],
     )
 
 
-def _training(rows: Row) -> str:
-    head = ("documents", "users/s", "documents/s", "tokens/s", "useful GFLOP/s", "% of the rate", "× reference")
+def _training(by_kind: Figures) -> str:
+    head = ("documents", "users/s", "documents/s", "tokens/s", "useful GFLOP/s", "utilization, %", "× reference")
     names = (("users_per_s", 1.0), ("documents_per_s", 1.0), ("tokens_per_s", 1.0), ("useful_flops_per_s", 1e9))
     return markdown_table(
-        head, [(kind, *(_with_spread(row, *name) for name in names), *_shares(row)) for kind, row in rows.items()]
+        head,
+        [
+            (kind, *(_with_spread(figures, *name) for name in names), *_shares(figures))
+            for kind, figures in by_kind.items()
+        ],
     )
 
 
-def _scoring(row: Row) -> str:
+def _scoring(figures: Figures) -> str:
     names = (("users_per_s", 1.0), ("tokens_per_s", 1.0), ("useful_flops_per_s", 1e9))
     return markdown_table(
-        ("users/s", "tokens/s", "useful GFLOP/s", "% of the rate", "× reference"),
-        [(*(_with_spread(row, *name) for name in names), *_shares(row))],
+        ("users/s", "tokens/s", "useful GFLOP/s", "utilization, %", "× reference"),
+        [(*(_with_spread(figures, *name) for name in names), *_shares(figures))],
     )
 
 
-def _rim(row: Row) -> str:
+def _ray_overhead(figures: Figures) -> str:
     return markdown_table(
-        ("what", "bare, s", "through Ray, s", "lost"),
+        ("part", "without Ray, s", "with Ray, s", "overhead, share of the time with Ray"),
         [
             (
                 part,
-                *(_with_spread(row, f"{part}_{side}_s", 1.0, 1) for side in ("bare", "ray")),
-                f"{row[f'{part}_lost']:.1%}",
+                *(_with_spread(figures, f"{part}_{side}_s", 1.0, 1) for side in ("bare", "ray")),
+                f"{figures[f'{part}_lost']:.1%}",
             )
             for part in ("training", "scoring")
         ],
     )
 
 
-def _growth(row: Row) -> str:
+def _growth(figures: Figures) -> str:
     tables = []
     for axis in ("users", "items"):
-        rows = row.get(axis, [])
+        rows = figures.get(axis, [])
         if rows:
-            names = list(rows[-1])  # the first size has no smaller one to compare with
-            tables.append(markdown_table(names, [[_short(one.get(name, "–")) for name in names] for one in rows]))
+            names = list(rows[-1])  # the first size lacks the cost of additional users
+            tables.append(markdown_table(names, [[_short(row.get(name, "–")) for name in names] for row in rows]))
     return "\n\n".join(tables)
 
 
-def _startup(row: Row) -> str:
-    names = [name for name in row if name != "spread"]
-    return markdown_table(("what", "s", "spread"), [(name, *_figure(row, name, 1.0, 2)) for name in names])
+def _startup(figures: Figures) -> str:
+    names = [name for name in figures if name != "spread"]
+    return markdown_table(
+        ("program", "median, s", "spread"), [(name, *_figure(figures, name, 1.0, 2)) for name in names]
+    )
 
 
-def _shares(row: Row) -> tuple[str, str]:
-    times = row.get("vs_reference")
-    return _with_spread(row, "flops_share", 0.01), "" if times is None else f"{times:.1f}"
+def _shares(figures: Figures) -> tuple[str, str]:
+    times = figures.get("vs_reference")
+    return _with_spread(figures, "flops_share", 0.01), "" if times is None else f"{times:.1f}"
 
 
-def _figure(row: Row, name: str, unit: float, digits: int = 0) -> tuple[str, str]:
-    low, high = row["spread"][name]
-    return f"{row[name] / unit:,.{digits}f}", f"{low / unit:,.{digits}f} to {high / unit:,.{digits}f}"
+def _figure(figures: Figures, name: str, unit: float, digits: int = 0) -> tuple[str, str]:
+    low, high = figures["spread"][name]
+    return f"{figures[name] / unit:,.{digits}f}", f"{low / unit:,.{digits}f} to {high / unit:,.{digits}f}"
 
 
-def _with_spread(row: Row, name: str, unit: float, digits: int = 0) -> str:
-    median, spread = _figure(row, name, unit, digits)
+def _with_spread(figures: Figures, name: str, unit: float, digits: int = 0) -> str:
+    median, spread = _figure(figures, name, unit, digits)
     return f"{median} ({spread})"
 
 

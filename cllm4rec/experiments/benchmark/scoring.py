@@ -1,4 +1,4 @@
-"""Scoring whole users, ours beside the reference: from histories to the 20 best items."""
+"""Speed of scoring, ours and the reference: from histories to the 20 best items."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged, no_values
 from cllm4rec.experiments.benchmark.corpora import Corpora
-from cllm4rec.experiments.benchmark.figures import Row, ratio, repeats, row, seconds_of
+from cllm4rec.experiments.benchmark.figures import Figures, ratio, repeats, seconds_of, summarize
 from cllm4rec.experiments.benchmark.reference import BATCH, Reference
 from cllm4rec.experiments.benchmark.training import Setting
 from cllm4rec.experiments.benchmark.work import Work
@@ -21,17 +21,17 @@ from cllm4rec.model.ranker import Ranker
 from cllm4rec.scoring.scorer import Scorer
 
 K = 20
-_FEW = 256
-"""Users of the go that tells how fast the machine is."""
+_NUM_PROBE_USERS = 256
+"""Users of the probe that estimates how fast the machine is."""
 
 
 def scoring(
     corpora: Corpora, backbone: Backbone, setting: Setting, rate: Callable[[], float], say: Callable[[str], None]
-) -> Row:
-    """Users a second of the Scorer and of the reference. `backbone` is in fp32 and stays so.
+) -> Figures:
+    """Users per second of the Scorer and of the reference. `backbone` is in fp32 and is not changed.
 
-    rate: tells the machine's rate of the moment in `setting.precision`, FLOP/s; asked after every go. A slow machine scores
-    fewer users a go than `setting.batch_users`.
+    rate: measures the machine's current rate in `setting.precision`, FLOP/s; called after each repetition. On a slow machine
+    a repetition has fewer users than `setting.batch_users`.
     """
     corpus = corpora.histories
     users = np.random.default_rng(setting.seed).permutation(corpus.num_users)[: setting.batch_users]
@@ -44,24 +44,25 @@ def scoring(
     scorer = Scorer(
         Ranker(model, corpora.prompts, setting.max_tokens), _catalog(corpus.num_users, corpus.num_items), ""
     )
-    few = users[:_FEW]
-    (probe,) = seconds_of(lambda: scorer.top_k(few, corpus.histories.take(few), K), 1)
-    users = users[: max(_FEW, int(_FEW * setting.seconds / setting.reference_steps / probe))]
+    probe_users = users[:_NUM_PROBE_USERS]
+    (probe_s,) = seconds_of(lambda: scorer.top_k(probe_users, corpus.histories.take(probe_users), K), 1)
+    affordable = int(_NUM_PROBE_USERS * setting.seconds / setting.reference_steps / probe_s)
+    users = users[: max(_NUM_PROBE_USERS, affordable)]
     histories = corpus.histories.take(users)
     seconds, rates = [], []
     for counts in repeats(setting.reference_steps, setting.seconds, warm_up=1):
-        took = seconds_of(lambda: scorer.top_k(users, histories, K), 1, warm_up=0)
+        (duration,) = seconds_of(lambda: scorer.top_k(users, histories, K), 1, warm_up=0)
         if counts:
-            seconds += took
+            seconds.append(duration)
             rates.append(rate())
     lengths = histories.lengths + corpora.prompts.overhead()
     flops = Work.of(model).scoring(lengths)
-    ours = row(
+    ours = summarize(
         {
-            "users_per_s": [len(users) / one for one in seconds],
-            "tokens_per_s": [float(lengths.sum()) / one for one in seconds],
-            "useful_flops_per_s": [flops / one for one in seconds],
-            "flops_share": [flops / one / fastest for one, fastest in zip(seconds, rates, strict=True)],
+            "users_per_s": [len(users) / duration for duration in seconds],
+            "tokens_per_s": [float(lengths.sum()) / duration for duration in seconds],
+            "useful_flops_per_s": [flops / duration for duration in seconds],
+            "flops_share": [flops / duration / peak for duration, peak in zip(seconds, rates, strict=True)],
         }
     )
     reference = _reference(corpora, backbone, users, setting)
@@ -76,22 +77,22 @@ def scoring(
 
 def _reference(
     corpora: Corpora, backbone: Backbone, users: np.ndarray[tuple[int], np.dtype[np.int64]], setting: Setting
-) -> Row:
+) -> Figures:
     token_space = corpora.histories.token_space
     reference = Reference(CLLM4Rec(backbone, token_space, seed=setting.seed).to(setting.device))
     rates = []
     for number, counts in enumerate(repeats(setting.reference_steps, setting.seconds, warm_up=1)):
-        some = users[number * BATCH : (number + 1) * BATCH]
-        seen = corpora.histories.histories.take(some)
+        batch = users[number * BATCH : (number + 1) * BATCH]
+        seen = corpora.histories.histories.take(batch)
 
-        def rank(some: Any = some, seen: Ragged = seen) -> None:
-            prompts = corpora.prompts.recommendation(token_space, some, seen, no_values(len(some)))
+        def rank(batch: Any = batch, seen: Ragged = seen) -> None:
+            prompts = corpora.prompts.recommendation(token_space, batch, seen, no_values(len(batch)))
             reference.top_k(prompts, seen, K).cpu()
 
-        (took,) = seconds_of(rank, 1, warm_up=0)
+        (duration,) = seconds_of(rank, 1, warm_up=0)
         if counts:
-            rates.append(len(some) / took)
-    return row({"users_per_s": rates})
+            rates.append(len(batch) / duration)
+    return summarize({"users_per_s": rates})
 
 
 def _catalog(num_users: int, num_items: int) -> Catalog:

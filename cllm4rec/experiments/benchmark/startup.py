@@ -1,4 +1,4 @@
-"""How long the first second takes: import, --help, a local Ray, a model from disk. Every time in a new process."""
+"""Start-up times: import, --help, a local Ray, loading a model. Each measurement is a new process."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import sys
 from cllm4rec import allocator
 from cllm4rec.config import Config
 from cllm4rec.errors import ResourceError
-from cllm4rec.experiments.benchmark.directories import fresh, random_histories, write_prepared, write_random_model
-from cllm4rec.experiments.benchmark.figures import Row, row, seconds_of
+from cllm4rec.experiments.benchmark.directories import (
+    empty_directory,
+    random_histories,
+    write_prepared,
+    write_random_model,
+)
+from cllm4rec.experiments.benchmark.figures import Figures, seconds_of, summarize
 from cllm4rec.storage import files
 
 _REPEATS = 3
@@ -20,9 +25,9 @@ _START_RAY = (
 )
 
 
-def startup(config: Config) -> Row:
-    """Seconds from starting Python to its end, for each of these; the model is the config's, with random weights."""
-    folder = fresh(files.join(config.output_dir, "startup"))
+def startup(config: Config) -> Figures:
+    """Seconds that a Python process takes for each task. The model is that of the configuration, with random weights."""
+    folder = empty_directory(files.join(config.output_dir, "startup"))
     histories = random_histories(_NUM_USERS, _NUM_ITEMS, config.seed)
     write_prepared(files.join(folder, "prepared"), histories, _NUM_ITEMS, _NUM_WORDS)
     write_random_model(folder, config.model, config.training.bf16, config.seed)
@@ -34,14 +39,14 @@ def startup(config: Config) -> Row:
         "start_ray_s": ["-c", _START_RAY],
         "load_model_s": ["-c", load],
     }
-    told = row({name: seconds_of(lambda: _python(words), _REPEATS) for name, words in commands.items()})  # noqa: B023
+    figures = summarize({name: seconds_of(lambda: _python(words), _REPEATS) for name, words in commands.items()})  # noqa: B023
     files.remove_directory(folder)
-    return told
+    return figures
 
 
 def _python(words: list[str]) -> None:
-    variables = allocator.without(os.environ)  # programs are not started with the workers' allocator
+    variables = allocator.without(os.environ)  # users start programs without the workers' allocator
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=variables)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ResourceError(f"python {' '.join(words)[:60]} failed while start-up was measured: {last}")
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise ResourceError(f"python {' '.join(words)[:60]} failed during the start-up measurement: {last}")

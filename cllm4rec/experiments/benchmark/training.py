@@ -1,4 +1,4 @@
-"""Training steps of each kind of document, ours beside the reference: the pieces of the real loop, one step at a time."""
+"""Speed of training steps for each kind of document, ours and the reference. Steps use the components of the training loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from cllm4rec.data.documents import Documents, Kind, Prompts
 from cllm4rec.experiments.benchmark.corpora import Corpora, Corpus
-from cllm4rec.experiments.benchmark.figures import Row, ratio, repeats, row
+from cllm4rec.experiments.benchmark.figures import Figures, ratio, repeats, summarize
 from cllm4rec.experiments.benchmark.reference import BATCH, Reference
 from cllm4rec.experiments.benchmark.work import Work
 from cllm4rec.model.backbone import Backbone
@@ -24,21 +24,22 @@ from cllm4rec.training.epochs import EpochBuilder
 from cllm4rec.training.loop import packer_for
 from cllm4rec.training.phases import COLLABORATIVE, CONTENT, Phase
 
-STAGES = (
+PHASES = (
     Phase("interaction", COLLABORATIVE, ("interactions",), 1, 1e-3, lambda_c=1.0),
     Phase("recommendation", COLLABORATIVE, ("recommendations",), 1, 1e-3, lambda_c=1.0),
     Phase("text", CONTENT, ("texts",), 1, 1e-3, lambda_c=1.0),
     Phase("mixed", COLLABORATIVE + CONTENT, ("interactions", "texts"), 1, 1e-3, lambda_c=1.0),
 )
-"""Whose steps are measured, by the name of their figures."""
-Thing = TypeVar("Thing")
+"""The phases whose steps are measured; figures have the names of the phases."""
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How steps are measured; the batch is that of `training.micro_batch_tokens`, `model.max_tokens` and `score.batch_users`.
+    """How steps are measured. Batch sizes are `training.micro_batch_tokens`, `model.max_tokens` and `score.batch_users`.
 
-    seconds: after which a slow machine takes fewer steps of a kind. precision: of ours; the reference is in fp32.
+    seconds: the time per kind of step, after which a slow machine takes no further steps.
+    precision: that of our implementation; the reference is in fp32.
     """
 
     micro_batch_tokens: int = 8192
@@ -54,27 +55,27 @@ class Setting:
 
 def training(
     corpora: Corpora, backbone: Backbone, setting: Setting, rate: Callable[[], float], say: Callable[[str], None]
-) -> Row:
-    """Figures of `interaction`, `recommendation`, `text` and `mixed` steps. `backbone` is in fp32 and stays so.
+) -> Figures:
+    """Figures of `interaction`, `recommendation`, `text` and `mixed` steps. `backbone` is in fp32 and is not changed.
 
-    rate: tells the machine's rate of the moment in that precision, FLOP/s; asked after every step.
+    rate: measures the machine's current rate in `setting.precision`, FLOP/s; called after each step.
     """
-    told: Row = {}
-    for phase in STAGES:
+    result: Figures = {}
+    for phase in PHASES:
         kind, corpus = phase.name, corpora.texts if "texts" in phase.reads else corpora.histories
         documents = epoch_of(phase, corpus, corpora.prompts, setting)
         ours = our_steps(documents, corpus, copy.deepcopy(backbone), phase, setting, rate)
-        told[kind] = ours | {"corpus": corpus.name}
+        result[kind] = ours | {"corpus": corpus.name}
         if kind != "mixed":
             reference = reference_steps(documents, corpus, backbone, phase, setting)
-            what = "tokens_per_s" if kind == "text" else "users_per_s"
-            told[kind] |= {"vs_reference": ratio(ours, reference, what), "reference": reference}
+            unit = "tokens_per_s" if kind == "text" else "users_per_s"
+            result[kind] |= {"vs_reference": ratio(ours, reference, unit), "reference": reference}
         say(f"training {kind}: {ours['tokens_per_s']:,.0f} tokens/s, {ours['useful_flops_per_s'] / 1e9:,.0f} GFLOP/s")
-    return told
+    return result
 
 
 def epoch_of(phase: Phase, corpus: Corpus, prompts: Prompts, setting: Setting) -> Documents:
-    """The documents of a stage's first epoch in its order."""
+    """The documents of the first epoch of a phase, in their order."""
     builder = EpochBuilder(prompts, corpus.token_space, setting.max_tokens, setting.seed)
     ((stream, _),) = phase.streams(builder, corpus.documents(prompts), 0)
     return Documents.concat(list(stream))
@@ -82,60 +83,65 @@ def epoch_of(phase: Phase, corpus: Corpus, prompts: Prompts, setting: Setting) -
 
 def our_steps(
     documents: Documents, corpus: Corpus, backbone: Backbone, phase: Phase, setting: Setting, rate: Callable[[], float]
-) -> Row:  # fmt: skip
-    """Packing, forward, backward and optimizer of each step. Two steps go first and are not counted."""
+) -> Figures:  # fmt: skip
+    """Packing, forward pass, backward pass and optimizer of each step, after two warm-up steps."""
     model = CLLM4Rec(backbone, corpus.token_space, seed=setting.seed)
     model.train_only(phase.trained)
     model.compute_in(setting.precision)
     model.to(setting.device)
     engine = make_engine(model, EngineSettings("torch", phase.learning_rate, 1, None, 0), np.arange(corpus.num_users))
     packer = packer_for(backbone, corpus.token_space, setting.micro_batch_tokens, setting.max_tokens)
-    counted, device, work = _Counted(corpus), torch.device(setting.device), Work.of(model)
+    meter, device, work = _StepMeter(corpus), torch.device(setting.device), Work.of(model)
     steps = repeats(setting.steps, setting.seconds, warm_up=2)
-    for counts, batch in zip(steps, _timed(packer.batches([documents]), counted), strict=False):
+    for counts, batch in zip(steps, _timed(packer.batches([documents]), meter), strict=False):
         losses = engine.forward(TensorBatch.of(batch, device), phase.lambda_c)
         engine.backward(losses.total / batch.num_documents)
-        float(losses.total.detach())  # the loop logs it, and a GPU has to finish for it
+        float(losses.total.detach())  # the training loop logs the loss, for which a GPU has to finish
         engine.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        counted.add(counts, batch.num_documents, batch.num_users, batch.num_tokens, work.training_step(batch), rate)
-        counted.fill.append(batch.num_tokens / batch.grids[0].segment_RT.size)
-    return counted.row() | {"fill": float(np.median(counted.fill))}
+        meter.add(counts, batch.num_documents, batch.num_users, batch.num_tokens, work.training_step(batch), rate)
+        meter.fill.append(batch.num_tokens / batch.grids[0].segment_RT.size)
+    return meter.figures() | {"fill": float(np.median(meter.fill))}
 
 
-def reference_steps(documents: Documents, corpus: Corpus, backbone: Backbone, phase: Phase, setting: Setting) -> Row:
+def reference_steps(
+    documents: Documents, corpus: Corpus, backbone: Backbone, phase: Phase, setting: Setting
+) -> Figures:
     model = CLLM4Rec(backbone, corpus.token_space, seed=setting.seed).to(setting.device)
     model.train_only(phase.trained)
-    reference, counted = Reference(model), _Counted(corpus)
+    reference, meter = Reference(model), _StepMeter(corpus)
     optimizer = reference.optimizer(phase.learning_rate)
     batches = (
         documents.take(np.arange(begin, min(begin + BATCH, len(documents))))
         for begin in range(0, len(documents), BATCH)
     )
     steps = repeats(setting.reference_steps, setting.seconds, warm_up=1)
-    for counts, batch in zip(steps, _timed(batches, counted), strict=False):
+    for counts, batch in zip(steps, _timed(batches, meter), strict=False):
         reference.step(batch, phase.lambda_c, optimizer)
         num_users = int(np.isin(batch.kind, [Kind.INTERACTIONS, Kind.RECOMMENDATION]).sum())
-        counted.add(counts, len(batch), num_users, int(batch.lengths.sum()))
-    return counted.row()
+        meter.add(counts, len(batch), num_users, int(batch.lengths.sum()))
+    return meter.figures()
 
 
-class _Counted:
-    """Rates of steps: one sample a step."""
+class _StepMeter:
+    """Rates of steps, one sample per step. `start_step` starts the clock of a step."""
 
     def __init__(self, corpus: Corpus) -> None:
-        self.began = 0.0
+        self._began = 0.0
         self.fill: list[float] = []
         self._samples: dict[str, list[float]] = {}
-        # A text is a part of its user: users/s is texts/s over texts a user.
+        # In text steps, users/s is texts/s divided by the average number of texts per user.
         self._texts_per_user = max(1.0, len(corpus.words) / corpus.num_users)
+
+    def start_step(self) -> None:
+        self._began = time.perf_counter()
 
     def add(
         self, counts: bool, num_documents: int, num_users: int, num_tokens: int, flops: float = 0.0,
         rate: Callable[[], float] | None = None,
     ) -> None:  # fmt: skip
-        seconds = time.perf_counter() - self.began
+        seconds = time.perf_counter() - self._began
         if not counts:
             return
         amounts = {
@@ -148,16 +154,16 @@ class _Counted:
         for name, amount in amounts.items():
             self._samples.setdefault(name, []).append(amount / seconds)
 
-    def row(self) -> Row:
-        return row(self._samples)
+    def figures(self) -> Figures:
+        return summarize(self._samples)
 
 
-def _timed(things: Iterator[Thing], counted: _Counted) -> Iterator[Thing]:
-    """Start the clock before each thing is made: packing is part of a step."""
+def _timed(batches: Iterator[T], meter: _StepMeter) -> Iterator[T]:
+    """Start the clock of a step before its batch is made, because packing is part of the step."""
     while True:
-        counted.began = time.perf_counter()
+        meter.start_step()
         try:
-            thing = next(things)
+            batch = next(batches)
         except StopIteration:
             return
-        yield thing
+        yield batch

@@ -1,13 +1,12 @@
-"""Useful floating-point operations: what the method needs, whatever the implementation spends.
+"""Useful floating-point operations: those that the method needs, independent of the implementation.
 
-A product of (a, b) and (b, c) is 2abc. Counted are, of real tokens only: the backbone's matrices, attention between tokens
-of the same document, and the heads where something is predicted. Not counted: padding, norms, activations, softmax,
-look-ups, the optimizer.
+A product of an (a, b) and a (b, c) matrix counts as 2abc. For real tokens, these are counted: the matrices of the backbone,
+attention between tokens of the same document, and the heads at positions that predict something. Padding, norms, activations,
+softmax, lookups and the optimizer are not counted.
 
-Training holds the backbone frozen, so its matrices cost the forward pass once and the gradient of their input once, never
-a gradient of themselves: twice the forward pass, not three times. Attention has two inputs to each of its products, so
-three times. The item head is three times (its table is trained), the vocabulary head twice (frozen); a head none of whose
-inputs need a gradient is counted once.
+In training the backbone is frozen. Its matrices need the forward pass and the gradient of their input, but no weight gradient:
+twice the forward pass instead of three times. Both inputs of the attention products need gradients: three times. The item head
+counts three times (its table is trained), the vocabulary head twice (it is frozen). In scoring, everything counts once.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from cllm4rec.model.packing import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Sizes of a model, to count with."""
+    """Counts the useful operations of a model from its sizes."""
 
     matrix_parameters: int
     layers: int
@@ -44,13 +43,13 @@ class Work:
         )
 
     def training_step(self, batch: Batch) -> float:
-        """Forward and backward of one packed batch around a frozen backbone."""
+        """Forward and backward pass of one packed batch, with a frozen backbone."""
         lengths = document_lengths(batch)
         heads = 3 * len(batch.item_slots) * self.num_items + 2 * len(batch.word_slots) * self.num_words
         return 2 * self._matrices(lengths) + 3 * self._attention(lengths) + 2.0 * self.width * heads
 
     def scoring(self, lengths: npt.NDArray[np.int64]) -> float:
-        """Prompts of these lengths, each ranked against the whole catalog from its last position."""
+        """Prompts of these lengths; the last position of each scores the whole catalog."""
         head = 2.0 * self.width * self.num_items * len(lengths)
         return self._matrices(lengths) + self._attention(lengths) + head
 
@@ -58,19 +57,19 @@ class Work:
         return 2.0 * self.matrix_parameters * float(lengths.sum())
 
     def _attention(self, lengths: npt.NDArray[np.int64]) -> float:
-        # Each token looks at itself and all before it: one product for the weights, one for the values.
+        # Each token attends to itself and all earlier tokens: one product for the weights, one for the values.
         pairs = float((lengths * (lengths + 1) // 2).sum())
         return 4.0 * self.layers * self.width * pairs
 
 
 def matrix_parameters(module: nn.Module) -> int:
-    """Entries of all matrices a token is multiplied with: look-up tables and vectors are none."""
+    """Number of entries of all matrices that tokens are multiplied with, without embedding tables and vectors."""
     tables = {id(inner.weight) for inner in module.modules() if isinstance(inner, nn.Embedding)}
     return sum(weight.numel() for weight in module.parameters() if weight.dim() == 2 and id(weight) not in tables)
 
 
 def document_lengths(batch: Batch) -> npt.NDArray[np.int64]:
-    """Tokens of every document of a packed batch."""
+    """Number of tokens of each document in a packed batch."""
     segment_RT: Any = batch.grids[0].segment_RT
     rows = np.arange(len(segment_RT))[:, None] * (int(segment_RT.max(initial=0)) + 1)
     lengths = np.bincount((rows + segment_RT)[segment_RT > 0])

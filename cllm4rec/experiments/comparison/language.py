@@ -35,8 +35,8 @@ _TEXTS_AT_ONCE = 32
 def backbone_directory(config: Config) -> str:
     """The directory name contains a digest of all settings of the language model, so that equal models share a directory."""
     size = config.model.backbone
-    what = f"{size.architecture}_{size.layers}x{size.width}" if isinstance(size, BackboneSize) else "stock"
-    return config.run.directory(f"backbone_{what}_{digest_of(_backbone_settings(config))[:8]}")
+    size_name = f"{size.architecture}_{size.layers}x{size.width}" if isinstance(size, BackboneSize) else "stock"
+    return config.run.directory(f"backbone_{size_name}_{digest_of(_backbone_settings(config))[:8]}")
 
 
 def _backbone_settings(config: Config) -> dict[str, Any]:

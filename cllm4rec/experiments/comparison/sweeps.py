@@ -1,6 +1,6 @@
 """Sensitivity: CLLM4Rec as configured with one setting changed, one method run per value and split.
 
-A run is stored in sweep_<name>_<value> beside the directories of the methods, and it is resumed and ranked like them. Values
+A run is stored in sweep_<name>_<value> next to the directories of the methods. It is resumed and ranked like them. Values
 that equal the configuration share one run, sweep_as_configured.
 """
 
