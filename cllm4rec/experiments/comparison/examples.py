@@ -50,7 +50,7 @@ def examples(config: Config, metrics: Mapping[str, Any]) -> str:
 
 
 def _introduction(config: Config, num_users: int, has_reviews: bool) -> str:
-    masked = config.evaluate.mask.replace("+", " and ")
+    masked = config.evaluate.mask.replace("train", "training").replace("+", " and ")
     sentences = [
         f"The {num_users} users are from the split with seed {config.compare.seeds[0]}. Users with test items were grouped by "
         f"history length into {num_users} groups, and one user was drawn from each group.",

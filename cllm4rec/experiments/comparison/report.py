@@ -90,8 +90,8 @@ def _sensitivity(metrics: Mapping[str, Any]) -> list[str]:
     return [
         "## Sensitivity",
         "CLLM4Rec as configured, with one setting changed. Each value was trained once and evaluated on the test split, as in "
-        "Figure 4 of the paper. These results choose no setting. Intervals are over users. All values are evaluated on the same "
-        "users, so a difference between two values can be significant although their intervals overlap. A ring marks the "
+        "Figure 4 of the paper. No setting is chosen from these results. Intervals are over users. All values are evaluated on the "
+        "same users, so a difference between two values can be significant although their intervals overlap. A ring marks the "
         "configured value. The axes do not start at 0.",
         *(part for name in sweeps for part in _sweep(name, sweeps[name], metrics["sensitivity"][name])),
     ]
@@ -194,15 +194,16 @@ _NEGATED = {"mean": "mean", "low": "high", "high": "low"}
 def _protocol(metrics: Mapping[str, Any]) -> list[str]:
     protocol, budget = metrics["protocol"], metrics["budget"]
     split = protocol["split"]
+    shares = f", {split['validation']:.0%} validation and {split['test']:.0%} test" * (split["kind"] != "leave_one_out")
     return [
-        f"Splits: {split['kind']}, {split['validation']:.0%} validation and {split['test']:.0%} test, seeds "
+        f"Splits: {split['kind']}{shares}, seeds "
         f"{', '.join(map(str, split['seed']))}; {protocol['users']:,} users, {protocol['items_ranked']:,} items, "
         f"{protocol['test_items']:,} test items over all splits. Items without a training interaction, by split: "
         f"{', '.join(map(str, protocol['cold_items']))}.",
         f"Each method is fitted on the training split. At test time it reads the {_splits(protocol['read'])} items, and the "
         f"{_splits(protocol['mask'])} items are masked. Ranking: {protocol['ranking']}.",
-        f"Each method has the same budget on each split: at most {budget['trials']} settings, and no setting is started after "
-        f"{budget['minutes']:g} minutes.",
+        f"Each method has the same budget on each split: at most {_count(budget['trials'], 'setting')}, and no setting is started "
+        f"after {_count(budget['minutes'], 'minute')}.",
         f"Settings and epochs are chosen by {protocol['chosen_by']}. The test split is ranked once, with the chosen setting.",
         *metrics_in_words(protocol["metrics"]),
         *(
@@ -211,6 +212,10 @@ def _protocol(metrics: Mapping[str, Any]) -> list[str]:
             if name in VARIANTS
         ),
     ]
+
+
+def _count(number: float, noun: str) -> str:
+    return f"{number:g} {noun}{'s' * (number != 1)}"
 
 
 def _splits(policy: str) -> str:
@@ -250,7 +255,7 @@ def _cost_table(metrics: Mapping[str, Any]) -> str:
 
 def _chosen_table(chosen: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
-        [name_of(method), seed, ", ".join(f"{key} {value}" for key, value in params.items()) or "as configured"]
+        [name_of(method), seed, ", ".join(f"{key} {value}" for key, value in params.items()) or "default"]
         for method in methods_of(chosen)
         for seed, params in chosen[method].items()
     ]

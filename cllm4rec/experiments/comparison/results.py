@@ -232,7 +232,7 @@ def _protocol(config: Config, splits: Splits, skipped: Mapping[str, str]) -> dic
         "users_evaluated": len(np.unique(splits.held_out.users)),
         "users_dropped": splits.held_out.num_dropped,
         "cold_items": cold,
-        "chosen_by": f"{VALIDATION_METRIC} of the validation split, separately for each split",
+        "chosen_by": f"{VALIDATION_METRIC} on the validation items, separately for each split",
         "test": {"kind": "paired randomization over users, two-sided", "draws": DRAWS, "correction": "Holm"},
         "interval": {**described["interval"], "unit": "users, each with all splits"},
         "skipped": dict(skipped),
