@@ -16,7 +16,7 @@ from torch import Tensor
 from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.model.ranker import FloatArray, IntArray, Ranker, merged
-from cllm4rec.model.saved_model import load_model
+from cllm4rec.model.saved_model import SavedModel
 from cllm4rec.scoring.rules import Rules
 
 _CANDIDATES = 4
@@ -41,7 +41,7 @@ class Scorer:
 
         Raises ArtifactError where a file is missing or damaged, or the backbone is not the one trained with.
         """
-        stored = load_model(model_dir, device=device)
+        stored = SavedModel.from_pretrained(model_dir, device=device)
         return cls(stored.ranker, stored.catalog, stored.manifest.digest[:12])
 
     def top_k(
@@ -70,7 +70,7 @@ class Scorer:
         scores = np.empty((len(rows), k), np.float32)
         is_cold = self.is_cold(rows, histories)
         cold, warm = np.flatnonzero(is_cold), np.flatnonzero(~is_cold)
-        hidden_BK = self.ranker.hidden(rows[warm], histories.take(warm))
+        hidden_BK = self.ranker.encode_users(rows[warm], histories.take(warm))
 
         def best(asked: IntArray, out: Ragged, num: int) -> tuple[IntArray, FloatArray]:
             return self.ranker.best_items(hidden_BK[asked], out, num, applied.bias_J)

@@ -26,7 +26,7 @@ from cllm4rec.data.documents import Documents, Kind, Prompts
 from cllm4rec.errors import TrainingError
 from cllm4rec.metrics.protocol import Validation
 from cllm4rec.model.backbone import Backbone
-from cllm4rec.model.batch import TensorBatch
+from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec, Losses
 from cllm4rec.model.packing import Batch, Packer, PairPacker
 from cllm4rec.model.precision import precision_on
@@ -35,6 +35,7 @@ from cllm4rec.model.sampling import ItemSampler
 from cllm4rec.training.checkpoints import Checkpoint, Progress
 from cllm4rec.training.engine import Engine, make_engine
 from cllm4rec.training.epochs import EpochBuilder
+from cllm4rec.training.estimate import seconds_per_epoch
 from cllm4rec.training.phases import Phase
 from cllm4rec.typing import IntArray
 
@@ -115,6 +116,8 @@ def train_phase(run: PhaseRun, number: int, checkpoint: Checkpoint, save: Callab
     is_partitioned = config.training.zero_stage == 3 and config.training.engine == "deepspeed"
     ranked = run.make_model() if is_partitioned else model
     best = dict(before)
+    if not is_partitioned:
+        _log_expected_time(run, model, steps, phase.epochs - progress.epoch)
 
     for epoch in range(progress.epoch, phase.epochs):
         started, totals = time.monotonic(), _Totals()
@@ -199,7 +202,7 @@ class _Steps:
         self.packer = packer_for(
             model.backbone, model.token_space, config.training.micro_batch_tokens, config.model.max_tokens
         )
-        self.blank = TensorBatch.of(self.packer.empty(), self.device)
+        self.blank = batch_to_device(self.packer.empty(), self.device)
         size = config.training.sampled_items if Kind.INTERACTIONS in phase.kinds else None
         self.sampler = ItemSampler.of(self.documents, model.token_space, size, config.seed)
 
@@ -227,7 +230,7 @@ class _Steps:
         for place in range(self.accumulation):
             inputs = self.blank
             if place < len(micro_batches):
-                inputs = TensorBatch.of(micro_batches[place], self.device, sample=sample)
+                inputs = batch_to_device(micro_batches[place], self.device, sample=sample)
             losses: Losses = self.engine.forward(inputs, self.phase.lambda_c)
             self.engine.backward(losses.total / num_documents)
             parts += [float(part.detach()) for part in losses]
@@ -244,6 +247,14 @@ class _Steps:
             | {name: value / num_documents for name, value in means.items()}
         )
         return total
+
+
+def _log_expected_time(run: PhaseRun, model: CLLM4Rec, steps: _Steps, epochs: int) -> None:
+    """Say before the first epoch how long the phase may take."""
+    documents, validation = run.shard.documents, run.shard.validation
+    seconds = seconds_per_epoch(model, run.phase, documents, validation, steps.builder, steps.packer)
+    if seconds is not None and epochs:
+        run.log({"event": "expected", "phase": run.phase.name, "epochs": epochs, "seconds": epochs * seconds})
 
 
 def packer_for(

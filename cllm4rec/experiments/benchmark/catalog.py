@@ -19,7 +19,7 @@ from cllm4rec.data.documents import Prompts
 from cllm4rec.experiments.benchmark.directories import random_histories
 from cllm4rec.experiments.benchmark.figures import seconds_of
 from cllm4rec.model.backbone import build_backbone
-from cllm4rec.model.batch import TensorBatch
+from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Packer
 from cllm4rec.model.ranker import Ranker
@@ -56,7 +56,7 @@ def catalog(num_items: int) -> dict[str, float]:
 
     def step(sampler: ItemSampler | None = None) -> None:
         sample = sampler.draw(0, 0) if sampler else None
-        losses = engine.forward(TensorBatch.of(batch, torch.device("cpu"), sample=sample), 1.0)
+        losses = engine.forward(batch_to_device(batch, torch.device("cpu"), sample=sample), 1.0)
         engine.backward(losses.total / batch.num_documents)
         engine.step()
 

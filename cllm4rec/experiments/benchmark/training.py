@@ -18,7 +18,7 @@ from cllm4rec.experiments.benchmark.figures import Row, ratio, repeats, row
 from cllm4rec.experiments.benchmark.reference import BATCH, Reference
 from cllm4rec.experiments.benchmark.work import Work
 from cllm4rec.model.backbone import Backbone
-from cllm4rec.model.batch import TensorBatch
+from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.training.engine import make_engine
 from cllm4rec.training.epochs import EpochBuilder
@@ -94,7 +94,7 @@ def our_steps(
     counted, device, work = _Counted(corpus), torch.device(setting.device), Work.of(model)
     steps = repeats(setting.steps, setting.seconds, warm_up=2)
     for counts, batch in zip(steps, _timed(packer.batches([documents]), counted), strict=False):
-        losses = engine.forward(TensorBatch.of(batch, device), phase.lambda_c)
+        losses = engine.forward(batch_to_device(batch, device), phase.lambda_c)
         engine.backward(losses.total / batch.num_documents)
         float(losses.total.detach())  # the loop logs it, and a GPU has to finish for it
         engine.step()

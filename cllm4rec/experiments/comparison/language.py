@@ -20,7 +20,7 @@ from cllm4rec.config import BackboneSize, Config
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.prepared import load_documents, load_token_space
 from cllm4rec.model.backbone import Backbone, load_backbone, new_backbone, save_backbone, save_reference
-from cllm4rec.model.batch import TensorBatch
+from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Packer
 from cllm4rec.staleness import settings_digest
@@ -108,7 +108,7 @@ def text_vectors(
         documents = Documents(kinds, none, none, part, no_values(len(rows)), no_values(len(rows)))
         batch = packer.layout(documents)
         with torch.inference_mode():
-            hidden_SK = model.hidden(TensorBatch.of(batch, torch.device("cpu")))
+            hidden_SK = model.hidden_states(batch_to_device(batch, torch.device("cpu")))
         for row, first, end in zip(rows.tolist(), part.offsets[:-1], part.offsets[1:], strict=True):
             vectors_DK[row] = hidden_SK[first:end].float().mean(dim=0).numpy()
     return vectors_DK
