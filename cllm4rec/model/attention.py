@@ -69,13 +69,13 @@ def attend(
     scale = size**-0.5 if scaling is None else scaling
     # Rotated queries and keys are float32 under autocast, values are not.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    shared = num_heads // key.shape[1]
+    if shared > 1:  # several heads share a key
+        key, value = (part.repeat_interleave(shared, dim=1) for part in (key, value))
     with torch.autocast(value.device.type, enabled=False):
         if gpu.runs_on(value):
             attended = gpu.attend_spans(_by_slot(query), _by_slot(key), _by_slot(value), layout.spans, scale)
         else:
-            shared = num_heads // key.shape[1]
-            if shared > 1:  # several heads share a key
-                key, value = (part.repeat_interleave(shared, dim=1) for part in (key, value))
             attended = attend_blocks(_by_slot(torch.cat([query, key, value], dim=1)), scale, layout.blocks)
     return attended.view(num_rows, num_columns, num_heads, size), None
 
