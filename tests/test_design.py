@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "metrics": {"errors", "typing", "arrays"},
     "model": BASE | {"data"},
     "training": BASE | {"cluster", "data", "metrics", "model"},
-    "scoring": BASE | {"data", "model", "serving"},
+    "scoring": BASE | {"data", "model"},
     "evaluation": BASE | {"reporting", "data", "metrics", "model", "scoring"},
     "nightly": BASE | {"cluster", "reporting", "data", "metrics", "model", "scoring"},
     "privacy": BASE | {"data", "nightly"},

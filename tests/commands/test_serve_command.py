@@ -81,12 +81,12 @@ def test_more_replicas_than_the_cluster_holds_are_refused(served, monkeypatch):
     )
 
 
-def test_why_a_replica_did_not_start_is_its_own_sentence():
-    told = (
+def test_the_reason_of_a_failed_replica_is_the_sentence_of_our_error():
+    messages = (
         "Deploying application cllm4rec failed: The deployment failed to start 3 times in a row. Error:\n"
         "ray::ServeReplica:cllm4rec:Recommend.initialize_and_get_metadata()\n  File x, line 3\n"
         "cllm4rec.errors.ArtifactError: model was not trained on prepared; serve a model with its directory\n"
         "The above exception was the direct cause of the following exception:\nRuntimeError: Traceback\n"
     )
-    assert serve._why(told) == "model was not trained on prepared; serve a model with its directory"
-    assert serve._why("first line\nlast line\n") == "last line"
+    assert serve.reason_of(messages) == "model was not trained on prepared; serve a model with its directory"
+    assert serve.reason_of("first line\nlast line\n") == "last line"

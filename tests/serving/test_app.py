@@ -19,12 +19,11 @@ from cllm4rec.errors import ArtifactError, ConfigError
 from cllm4rec.scoring.recommender import Recommender
 from cllm4rec.serving.app import RecommendReplica, ServeArgs, UserConfig, build, http_options
 from cllm4rec.serving.batching import Batcher
-from cllm4rec.serving.erased import LOOK_EVERY_S
 from cllm4rec.serving.schemas import Ready, RecommendRequest
 from cllm4rec.storage.artifacts import read_manifest, verify_files, write_directory
 from cllm4rec.storage.files import read_bytes, write_bytes
 from cllm4rec.storage.registry import promote_directory, rollback
-from cllm4rec.storage.tombstones import Tombstones
+from cllm4rec.storage.tombstones import CHECK_EVERY_S, Tombstones
 
 # Batches
 
@@ -354,7 +353,7 @@ def test_training_alone_does_not_reach_a_running_replica(run, monkeypatch):
 @pytest.mark.parametrize("harm", ["model", "pointer"])
 def test_bad_promotion_is_not_taken_is_logged_once_and_the_next_good_one_is_taken(run, monkeypatch, caplog, harm):
     train(run, "candidate")
-    monkeypatch.setattr("cllm4rec.serving.app._RETRY_S", 0.02)
+    monkeypatch.setattr("cllm4rec.serving.app.RETRY_S", 0.02)
 
     async def steps(replica, until) -> None:
         await until("candidate")
@@ -375,7 +374,7 @@ def test_bad_promotion_is_not_taken_is_logged_once_and_the_next_good_one_is_take
         await until("third")
 
     assert follow(run, monkeypatch, steps) == ["candidate", "first", "third"]
-    assert sum("is not taken, the old one stays" in record.getMessage() for record in caplog.records) == 1
+    assert sum("cannot be loaded; the old one stays" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_replica_that_is_given_directories_follows_no_longer(run, monkeypatch, tmp_path):
@@ -409,5 +408,5 @@ def test_erased_user_is_unknown_over_http_within_a_second(tmp_path):
         known, stranger = ask(user_id), ask("a stranger")
         assert known != stranger
         Tombstones.load(str(tmp_path)).with_users([user_id]).save(str(tmp_path))
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(CHECK_EVERY_S)
         assert ask(user_id) == stranger
