@@ -1,4 +1,4 @@
-"""Batches (cllm4rec.serving.batching), the replica, and what is handed to Serve (cllm4rec.serving.app); without Ray."""
+"""Batching (cllm4rec.serving.batching), replicas and the Serve application (cllm4rec.serving.app), without Ray."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from support.directories import write_prepared, write_random_model
 from support.serving import FakeScorer, recommender
@@ -100,7 +101,7 @@ def test_caller_who_gave_up_is_not_asked_for():
     assert asked == [2]
 
 
-# What is handed to Serve
+# The application
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,14 @@ def test_keys_of_the_submitter_must_exist_on_the_replica(paths, monkeypatch):
     monkeypatch.delenv("CLLM4REC_API_KEYS")
     with pytest.raises(ConfigError, match="CLLM4REC_API_KEYS"):
         RecommendReplica(*handed_over)
+
+
+def test_replica_computes_with_the_threads_it_is_given(paths, one_thread):
+    handed_over = build({**paths, "threads_per_replica": 3})._bound_deployment.init_args
+    RecommendReplica(*handed_over)
+    assert asyncio.run(asyncio.to_thread(torch.get_num_threads)) == 3, "batches are answered on another thread"
+    RecommendReplica(*build(paths)._bound_deployment.init_args)
+    assert torch.get_num_threads() == 3, "null leaves what Ray has set"
 
 
 def test_proxies_get_their_address_and_time_limit():
