@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -141,8 +142,8 @@ class Recommender:
     @classmethod
     def from_pretrained(
         cls,
-        directory: str,
-        prepared_dir: str | None = None,
+        directory: str | os.PathLike[str],
+        prepared_dir: str | os.PathLike[str] | None = None,
         *,
         rules: RulesConfig | None = None,
         device: str | None = None,
@@ -150,23 +151,23 @@ class Recommender:
         """Load a model and the histories of its users. Every file of the model is checked against its digest.
 
         directory: an output_dir, of which the current model and `prepared/` are loaded; or, together with `prepared_dir`,
-        a model directory. The two may be of different age: users and items are matched by id.
+        a model directory. The two may be of different age: users and items are matched by id. Paths or fsspec URIs.
         rules: what may be recommended; by default everything. The endpoint and the published table apply the run's
         `score.rules`: pass `rules=load_config(...).score.rules` for the same answers. Availability is that of today (UTC).
         device: by default the GPU if there is one.
 
-        Erased users are unknown. They are read from the output_dir that contains the prepared directory, again whenever
-        the list of them changes.
+        Erased users are unknown. They are read from the directory that contains the prepared directory (the output_dir of
+        its run), and again whenever the list of them changes.
 
         Raises ConfigError for a model directory without `prepared_dir`; ArtifactError if something is missing or damaged,
         or if model and histories have no user or no item in common; DataError if a rule file is wrong.
         """
-        model_dir, prepared_dir = _locate(directory, prepared_dir)
+        model_dir, histories_dir = _locate(os.fspath(directory), prepared_dir)
         scorer = Scorer.load(model_dir, device)
-        read_manifest(prepared_dir, "prepared")
-        watcher = TombstoneWatcher(prepared_dir.rstrip("/").rpartition("/")[0] or ".")
+        read_manifest(histories_dir, "prepared")
+        watcher = TombstoneWatcher(histories_dir.rstrip("/").rpartition("/")[0] or ".")
         book = RuleBook.read(rules or RulesConfig(), scorer.catalog)
-        return cls(scorer, UserHistories.load(prepared_dir, scorer.catalog), book, watcher.current)
+        return cls(scorer, UserHistories.load(histories_dir, scorer.catalog), book, watcher.current)
 
     @property
     def model_version(self) -> str:
@@ -271,10 +272,10 @@ class Recommender:
         return pa.RecordBatch.from_arrays(arrays, schema=LISTS_SCHEMA)
 
 
-def _locate(directory: str, prepared_dir: str | None) -> tuple[str, str]:
+def _locate(directory: str, prepared_dir: str | os.PathLike[str] | None) -> tuple[str, str]:
     """Model directory and prepared directory."""
     if prepared_dir is not None:
-        return directory, prepared_dir
+        return directory, os.fspath(prepared_dir)
     if exists(join(directory, MANIFEST)):
         raise ConfigError(
             f"{directory} is one directory of a run; give the output_dir that contains it, or a model directory together "
@@ -292,7 +293,7 @@ def _check_item_ids(name: str, item_ids: Any) -> None:
 
 
 def _check_k(k: Any) -> None:
-    if not isinstance(k, int | np.integer) or not 1 <= k <= MAX_K:
+    if not isinstance(k, int | np.integer) or isinstance(k, bool) or not 1 <= k <= MAX_K:
         raise ConfigError(f"k is {k!r}; give a whole number from 1 to {MAX_K}")
 
 

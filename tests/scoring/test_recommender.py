@@ -45,9 +45,9 @@ def test_items_given_twice_or_already_known_count_once():
     assert item_ids(ask(user_id="user1", history=["item12", "item04", "item12"])) == expected(1, [3, 4, 12], 10)
 
 
-@pytest.mark.parametrize("nobody", [{}, {"user_id": "a stranger"}])
-def test_stranger_with_a_history_is_answered_from_it(nobody):
-    answer = ask(history=["item07", "item03"], **nobody)
+@pytest.mark.parametrize("user", [{}, {"user_id": "a stranger"}])
+def test_stranger_with_a_history_is_answered_from_it(user):
+    answer = ask(history=["item07", "item03"], **user)
     assert item_ids(answer) == expected(-1, [7, 3], 10)
     assert not answer.cold_start
 
@@ -103,7 +103,10 @@ def test_no_query_has_no_answer():
         ({"history": ["item01", 2]}, "history holds a value of type int"),
         ({"user_id": "user0", "exclude": [None]}, "exclude holds a value of type NoneType"),
         ({"user_id": "user0", "exclude": None}, "exclude is of type NoneType"),
-        *(({"user_id": "user0", "k": k}, "k is .*; give a whole number from 1 to 1000") for k in (0, 1001, 2.5, "3")),
+        *(
+            ({"user_id": "user0", "k": k}, "k is .*; give a whole number from 1 to 1000")
+            for k in (0, 1001, 2.5, "3", True)
+        ),
     ],
 )
 def test_malformed_query_is_refused(wrong, message):
@@ -269,7 +272,7 @@ QUERIES = [
 
 
 def test_scorer_endpoint_and_recommender_have_the_same_answers_bit_for_bit(run_dir):
-    rec, k = Recommender.from_pretrained(str(run_dir)), 12
+    rec, k = Recommender.from_pretrained(run_dir), 12
     world, scorer = parity_world(), Scorer.load(str(run_dir / "model"))
     user_of, item_of = world.catalog.user_index, world.catalog.item_index
     stored = world.histories.together("train", "validation", "test")

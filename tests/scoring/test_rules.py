@@ -214,7 +214,7 @@ def test_a_file_that_cannot_be_opened_is_told_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "suffix", "told"),
+    ("content", "suffix", "message"),
     [
         ("item,boost\na,1\n", ".csv", "no column item_id (its columns: 'item', 'boost'); it needs item_id, boost"),
         ("item_id, boost\na,1\n", ".csv", "no column boost (its columns: 'item_id', ' boost')"),
@@ -226,12 +226,12 @@ def test_a_file_that_cannot_be_opened_is_told_with_the_reason(tmp_path):
         ("- {item_id: a, boost: [1]}\n", ".yaml", "the entry of line 1 has no boost"),
     ],
 )
-def test_a_missing_column_is_named_with_those_found(tmp_path, content, suffix, told):
-    assert told in refused(tmp_path, "boost", content, suffix)
+def test_a_missing_column_is_named_with_those_found(tmp_path, content, suffix, message):
+    assert message in refused(tmp_path, "boost", content, suffix)
 
 
 @pytest.mark.parametrize(
-    ("content", "suffix", "told"),
+    ("content", "suffix", "message"),
     [
         (b"item_id\nbook\n\xff\xfe\n", ".csv", "line 3 is not UTF-8"),
         (b"- book\n- \xe9t\xe9\n", ".yaml", "line 2 is not UTF-8"),
@@ -252,27 +252,27 @@ def test_a_missing_column_is_named_with_those_found(tmp_path, content, suffix, t
         ({"item_id": pa.array([b"book", b"\xff"])}, ".parquet", "its column item_id holds text that is not UTF-8"),
     ],
 )
-def test_a_damaged_file_is_refused_with_the_line(tmp_path, content, suffix, told):
-    assert told in refused(tmp_path, "deny", content, suffix)
+def test_a_damaged_file_is_refused_with_the_line(tmp_path, content, suffix, message):
+    assert message in refused(tmp_path, "deny", content, suffix)
 
 
 @pytest.mark.parametrize("boost", ["", "much", "nan", "inf", "-inf", "1e39", "0,5"])
 def test_a_boost_is_a_finite_number(tmp_path, boost):
-    told = refused(tmp_path, "boost", f'item_id,boost\nghost,1\n\napple,"{boost}"\n')
-    assert told.endswith(f"line 4 has the boost {boost!r}; write a finite number" if boost else "remove the row")
+    message = refused(tmp_path, "boost", f'item_id,boost\nghost,1\n\napple,"{boost}"\n')
+    assert message.endswith(f"line 4 has the boost {boost!r}; write a finite number" if boost else "remove the row")
 
 
 @pytest.mark.parametrize("day", ["soon", "2026-13-01", "20.11.2026", "2026-11-20T00:00:00"])
 @pytest.mark.parametrize("column", ["first_date", "last_date"])
 def test_a_date_is_a_date(tmp_path, day, column):
     other = {"first_date": "last_date", "last_date": "first_date"}[column]
-    told = refused(tmp_path, "availability", f"item_id,{column},{other}\napple,{day},\n")
-    assert f"line 2 has the {column} {day!r}; write a date as YYYY-MM-DD or leave it empty" in told
+    message = refused(tmp_path, "availability", f"item_id,{column},{other}\napple,{day},\n")
+    assert f"line 2 has the {column} {day!r}; write a date as YYYY-MM-DD or leave it empty" in message
 
 
 def test_dates_that_are_times_or_in_the_wrong_order_are_refused(tmp_path):
-    told = refused(tmp_path, "availability", "item_id,first_date,last_date\nghost,2026-11-21,2026-11-20\n")
-    assert "line 2 has a first_date after its last_date; swap them" in told
+    message = refused(tmp_path, "availability", "item_id,first_date,last_date\nghost,2026-11-21,2026-11-20\n")
+    assert "line 2 has a first_date after its last_date; swap them" in message
     times = {"item_id": ["book"], "first_date": [datetime.datetime(2026, 11, 20, 12)], "last_date": [DAY]}
     assert "row 1 has the first_date '2026-11-20 12:00:00.000000'; write a date" in refused(
         tmp_path, "availability", times, ".parquet"
@@ -287,8 +287,8 @@ def test_dates_that_are_times_or_in_the_wrong_order_are_refused(tmp_path):
     ],
 )
 def test_an_item_stands_once_where_two_rows_could_contradict(tmp_path, setting, content):
-    told = refused(tmp_path, setting, content)
-    assert "line 4 repeats the item 'ghost' of line 3; keep one" in told
+    message = refused(tmp_path, setting, content)
+    assert "line 4 repeats the item 'ghost' of line 3; keep one" in message
 
 
 def test_a_category_has_a_name(tmp_path):

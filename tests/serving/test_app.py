@@ -51,7 +51,7 @@ def test_requests_that_come_during_a_batch_are_the_next_one():
     assert batches == [[0], [1, 2, 3, 4], [5, 6, 7]]
 
 
-def test_batch_with_room_waits_for_company_and_a_full_one_does_not():
+def test_batch_that_is_not_full_waits_for_more_and_a_full_one_does_not():
     sizes: list[int] = []
 
     async def scenario() -> float:
@@ -87,14 +87,14 @@ def test_error_reaches_everyone_in_its_batch_and_the_next_batch_is_answered():
     assert later == 2
 
 
-def test_caller_who_gave_up_is_not_asked_for():
+def test_question_of_a_caller_who_gave_up_is_left_out():
     asked: list[int] = []
 
     async def scenario() -> int:
         batcher = Batcher(lambda questions: asked.extend(questions) or questions, max_batch_size=8, wait_s=0.02)
-        gone = asyncio.create_task(batcher(1))
+        given_up = asyncio.create_task(batcher(1))
         await asyncio.sleep(0)
-        gone.cancel()
+        given_up.cancel()
         return await batcher(2)
 
     assert asyncio.run(scenario()) == 2
