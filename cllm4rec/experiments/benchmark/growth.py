@@ -26,6 +26,7 @@ from cllm4rec.errors import ResourceError
 from cllm4rec.experiments.benchmark.directories import empty_directory
 from cllm4rec.experiments.benchmark.figures import Figures
 from cllm4rec.reporting import plain, png
+from cllm4rec.storage.artifacts import read_manifest
 
 STAGES = ("prepare", "backbone", "pretrain", "finetune", "score")
 _PARTS = ("prepare", "epoch", "score")
@@ -58,12 +59,11 @@ def _measure_users(output_dir: str, num_users: int) -> Figures:
     # Finetuning holds the content and collaborative tables, and Adam's two moments of the latter.
     figures: Figures = {"users": num_users, "tables_mb": 4 * (num_users + _NUM_ITEMS) * _WIDTH * 4 / 1e6}
     for stage in STAGES:
-        seconds, peak_mb, last = run_observed([sys.executable, "-m", "cllm4rec", stage, "--config", str(file)])
+        seconds, peak_mb, _ = run_observed([sys.executable, "-m", "cllm4rec", stage, "--config", str(file)])
         figures |= {f"{stage}_s": seconds, f"{stage}_peak_mb": peak_mb}
         if stage == "finetune":
             figures["epoch_s"] = _epoch_s(Path(folder) / "model" / "metrics.jsonl")
-        if stage == "prepare":
-            figures["kept_users"] = last["prepare"]["counts"]["users"]
+    figures["kept_users"] = read_manifest(os.path.join(folder, "prepared"), "prepared").counts["users"]
     for name in _PARTS:
         figures[f"{name}_ms_per_user"] = 1000 * figures[f"{name}_s"] / num_users
     empty_directory(folder)
