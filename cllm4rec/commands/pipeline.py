@@ -18,8 +18,8 @@ from cllm4rec.commands.cli import Command
 from cllm4rec.commands.console import say
 from cllm4rec.config import Config
 from cllm4rec.evaluation.report import table
+from cllm4rec.evaluation.results import EvaluationReport
 from cllm4rec.pipeline import PIPELINE, run_stage
-from cllm4rec.storage.files import read_json
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 def _show(config: Config, served: dict[str, Any]) -> None:
     say("")
-    say(table(read_json(f"{config.run.evaluation}/metrics.json")))
+    say(table(EvaluationReport.load(config.run.evaluation)))
     say("")
     for name, what in (
         ("model", "the trained model"),

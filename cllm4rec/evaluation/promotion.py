@@ -27,8 +27,9 @@ from cllm4rec.config import Config
 from cllm4rec.data.prepared import load_histories
 from cllm4rec.errors import ArtifactError, PromotionError
 from cllm4rec.evaluation.stage import MODEL, evaluate_inputs, rank_with_scorer
-from cllm4rec.metrics.protocol import HeldOut, interval
-from cllm4rec.metrics.ranking import FloatArray, compute
+from cllm4rec.metrics.intervals import interval
+from cllm4rec.metrics.protocol import HeldOut
+from cllm4rec.metrics.ranking import compute
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.scoring.user_histories import index_map, remap_items
 from cllm4rec.storage import artifacts, files
@@ -36,6 +37,7 @@ from cllm4rec.storage.artifacts import read_manifest
 from cllm4rec.storage.files import read_tables
 from cllm4rec.storage.lease import hold
 from cllm4rec.storage.registry import Pointer, current_model, promote_directory, read_pointer, rollback
+from cllm4rec.typing import FloatArray
 
 logger = logging.getLogger(__name__)
 

@@ -155,7 +155,7 @@ def test_without_implicit_one_is_told_what_to_install(monkeypatch: pytest.Monkey
         raise ImportError(name)
 
     monkeypatch.setattr(item_knn.importlib, "import_module", absent)
-    with pytest.raises(ConfigError, match=r"cllm4rec\[baselines\]"):
+    with pytest.raises(ConfigError, match=r"cllm4rec\[experiments\]"):
         ItemKNN().fit(parity_training())
 
 
