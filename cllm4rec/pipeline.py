@@ -15,6 +15,7 @@ from cllm4rec.evaluation.stage import evaluate, evaluate_inputs
 from cllm4rec.metrics.protocol import Validation
 from cllm4rec.nightly.plan import ScorePlan, is_published, plan_score
 from cllm4rec.nightly.ray_job import forget_staged, score
+from cllm4rec.nightly.report import NightReport
 from cllm4rec.progress import counted, watched
 from cllm4rec.storage.artifacts import Manifest, is_current
 from cllm4rec.training.fit import (
@@ -66,10 +67,10 @@ def _training(
 
 
 def _score(config: Config, force: bool) -> dict[str, Any]:
-    return run_score(plan_score(config, force), force)
+    return run_score(plan_score(config, force), force).to_json()
 
 
-def run_score(plan: ScorePlan, force: bool, accept_drift: bool = False) -> dict[str, Any]:
+def run_score(plan: ScorePlan, force: bool, accept_drift: bool = False) -> NightReport:
     """Wait for the actors' resources, then score; `force` drops what an interrupted run of this plan has staged."""
     config = plan.config
     if force:

@@ -102,7 +102,7 @@ class Rules:
         """
         return {"a blocked item": np.isin(items.values, self.blocked), **self._over_caps(items)}
 
-    def room(self, items: Ragged, seen: Ragged, num_items: int) -> IntArray:
+    def num_allowed(self, items: Ragged, seen: Ragged, num_items: int) -> IntArray:
         """How many further items each list could take: unseen, not blocked, not in it, and no category of theirs full.
 
         A list shorter than k is right if and only if its room is 0, with caps and without: nothing that a list passed

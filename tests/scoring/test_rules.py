@@ -364,7 +364,7 @@ def test_a_list_has_no_room_if_and_only_if_nothing_more_fits(candidates, rules, 
     seen_rows = Ragged.from_lists([sorted(seen)] * len(whole))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rules_module, "_ROOM_CELLS", cells)  # any number of users at a time
-        room = rules.room(Ragged.from_lists(whole), seen_rows, NUM_ITEMS)
+        room = rules.num_allowed(Ragged.from_lists(whole), seen_rows, NUM_ITEMS)
     for row, num in zip(whole, room.tolist(), strict=True):
         fits = [j for j in set(range(NUM_ITEMS)) - closed - set(row) if j in greedy([*row, j], lists, rules._most)]
         assert num == len(fits)
@@ -373,7 +373,7 @@ def test_a_list_has_no_room_if_and_only_if_nothing_more_fits(candidates, rules, 
 
 def test_without_caps_all_that_is_left_is_room():
     rules = Rules(np.array([0, 3]))
-    room = rules.room(Ragged.from_lists([[1], [], [1, 2, 4]]), Ragged.from_lists([[0, 2], [], [0]]), 5)
+    room = rules.num_allowed(Ragged.from_lists([[1], [], [1, 2, 4]]), Ragged.from_lists([[0, 2], [], [0]]), 5)
     assert room.tolist() == [1, 3, 0]
     assert rules.within_caps(np.array([[1, -1]])).tolist() == [[True, False]]
     assert list(rules.violations(Ragged.from_lists([[1]]))) == ["a blocked item"]
