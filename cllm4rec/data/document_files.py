@@ -13,10 +13,8 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -31,8 +29,7 @@ from cllm4rec.data.ingest import by_column, run_dataset
 from cllm4rec.data.prepared import bucket_name, bucket_of
 from cllm4rec.data.tokenizer import Encoder
 from cllm4rec.storage.files import filesystem, join, list_files, read_tables, write_table
-
-Array = npt.NDArray[Any]
+from cllm4rec.typing import Array
 
 LEAKS = ("pairs_in_two_splits", "held_out_texts", "held_out_items")
 """Counts of the audit that must be 0."""

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -25,8 +24,7 @@ from cllm4rec.data.formats import Layout
 from cllm4rec.data.records import Limits, parse_records, read_records
 from cllm4rec.errors import Cllm4RecError
 from cllm4rec.storage.files import join, write_table
-
-Array = npt.NDArray[Any]
+from cllm4rec.typing import Array
 
 BLOCK_BYTES = 8 << 20
 """Raw bytes that one task validates: small enough that a single file keeps many cores busy."""

@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from cllm4rec.arrays.histories import Histories
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.documents import Documents
 from cllm4rec.errors import ResourceError
+from cllm4rec.typing import Array
 
 Rows = TypeVar("Rows", Documents, Histories)
 
@@ -47,7 +47,7 @@ class _Column:
         self._files: list[_File] = []
         self._end = 0
 
-    def append(self, rows: npt.NDArray[Any] | Ragged) -> None:
+    def append(self, rows: Array | Ragged) -> None:
         if not self._files:
             self._files = [_File() for _ in range(2 if isinstance(rows, Ragged) else 1)]
             if isinstance(rows, Ragged):
@@ -59,7 +59,7 @@ class _Column:
         self._files[1].append(rows.offsets[1:] + self._end)
         self._end += len(rows.values)
 
-    def mapped(self) -> npt.NDArray[Any] | Ragged:
+    def mapped(self) -> Array | Ragged:
         arrays = [file.mapped() for file in self._files]
         return Ragged(*arrays) if len(arrays) == 2 else arrays[0]
 
@@ -69,7 +69,7 @@ class _File:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 - its map outlives it
         self._dtype: Any = None
 
-    def append(self, array: npt.NDArray[Any]) -> None:
+    def append(self, array: Array) -> None:
         assert self._dtype in (None, array.dtype), "parts differ in type"
         self._dtype = array.dtype
         try:
@@ -81,7 +81,7 @@ class _File:
                 "folder with more room on every node"
             ) from None
 
-    def mapped(self) -> npt.NDArray[Any]:
+    def mapped(self) -> Array:
         if not self._file.tell():  # nothing cannot be mapped
             return np.empty(0, self._dtype)
         return np.asarray(np.memmap(self._file, self._dtype, mode="r"))

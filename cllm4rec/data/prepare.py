@@ -17,7 +17,6 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -46,8 +45,7 @@ from cllm4rec.storage.files import (
     write_table,
 )
 from cllm4rec.storage.tombstones import Tombstones
-
-Array = npt.NDArray[Any]
+from cllm4rec.typing import Array
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.evaluation.baseline import Training
 from cllm4rec.metrics.protocol import interaction_matrix, means, rank_with
-from cllm4rec.metrics.ranking import IntArray, depth
+from cllm4rec.metrics.ranking import depth
+from cllm4rec.typing import IntArray
 
 GRID = tuple(float(value) for value in np.logspace(1, 4, 9).round(1))
 """Regularizations tried on the validation split."""

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.evaluation.baseline import Training
-from cllm4rec.metrics.ranking import IntArray
+from cllm4rec.typing import IntArray
 
 
 class Popularity:

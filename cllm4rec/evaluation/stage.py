@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cllm4rec.arrays.histories import Histories
 from cllm4rec.arrays.ids import Catalog
-from cllm4rec.arrays.ragged import offsets_of
+from cllm4rec.arrays.ragged import chunks, offsets_of
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import load_histories
 from cllm4rec.errors import ArtifactError, DataError
@@ -37,17 +37,17 @@ from cllm4rec.metrics.protocol import (
     HeldOut,
     Recommender,
     Stratum,
-    chunks,
     history_strata,
     interval,
     popularity_strata,
     rank_with,
     summarize,
 )
-from cllm4rec.metrics.ranking import METRICS, FloatArray, IntArray, compute, depth, parse_metric
+from cllm4rec.metrics.ranking import METRICS, compute, depth, parse_metric
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.storage.artifacts import Manifest, read_manifest, write_directory
 from cllm4rec.storage.files import digest_of, join, write_bytes, write_json, write_table
+from cllm4rec.typing import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 

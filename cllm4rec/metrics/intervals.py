@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cllm4rec.metrics.protocol import CHUNK_VALUES, CONFIDENCE, chunks
-from cllm4rec.metrics.ranking import FloatArray, IntArray
+from cllm4rec.arrays.ragged import chunks
+from cllm4rec.metrics.protocol import CHUNK_VALUES, CONFIDENCE
+from cllm4rec.typing import FloatArray, IntArray
 
 DRAWS = 10_000
 """Random exchanges of a paired test: the smallest p value is 1 / (DRAWS + 1)."""

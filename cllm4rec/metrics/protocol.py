@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -17,8 +17,9 @@ import numpy.typing as npt
 from scipy import sparse
 
 from cllm4rec.arrays.histories import Histories
-from cllm4rec.arrays.ragged import Ragged, no_values
-from cllm4rec.metrics.ranking import METRICS, FloatArray, IntArray, compute, rank_scores
+from cllm4rec.arrays.ragged import Ragged, chunks
+from cllm4rec.metrics.ranking import METRICS, compute, rank_scores
+from cllm4rec.typing import FloatArray, IntArray
 
 CONFIDENCE = 0.95
 CHUNK_VALUES = 1 << 22
@@ -80,7 +81,7 @@ class Validation:
     def __init__(self, histories: Histories, metrics: Sequence[str] = METRICS) -> None:
         rows = np.flatnonzero(histories.validation.lengths)
         self._rows = rows[np.argsort(histories.user[rows])]
-        self._histories = dataclasses.replace(histories, test=no_values(len(histories.user)))  # nobody tunes on it
+        self._histories = dataclasses.replace(histories, test=Ragged.empty(len(histories.user)))  # nobody tunes on it
         self._names = tuple(metrics)
 
     def take(self, rows: IntArray) -> Self:
@@ -133,12 +134,6 @@ def rank_with(
         for rows in chunks(len(read), max(1, CHUNK_VALUES // num_items))
     ]
     return np.concatenate([np.empty((0, k), np.int64), *ranked])
-
-
-def chunks(total: int, size: int) -> Iterator[IntArray]:
-    """0..total-1 in consecutive pieces."""
-    for start in range(0, total, size):
-        yield np.arange(start, min(start + size, total))
 
 
 def bootstrap_interval(values_B: FloatArray, samples: int, seed: int) -> tuple[float, float]:

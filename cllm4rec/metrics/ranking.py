@@ -13,10 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cllm4rec.arrays.ragged import Ragged
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
+from cllm4rec.typing import BoolArray, FloatArray, IntArray
 
 METRICS = ("recall@20", "recall@40", "ndcg@100")
 """The paper's measures. Another set, such as ("recall@10", "ndcg@10"), is another tuple of names."""
@@ -71,7 +68,7 @@ def hits(ranked_BK: npt.NDArray[Any], items: Ragged) -> BoolArray:
         return np.zeros(ranked_BK.shape, np.bool_)
     # One number for each (user, item) makes membership a search in one sorted array, without a loop over users.
     stride = int(max(ranked_BK.max(), items.values.max())) + 1
-    keys = np.sort(items.rows * stride + items.values)
+    keys = np.sort(items.keys(stride))
     wanted_BK = np.arange(len(ranked_BK))[:, None] * stride + ranked_BK
     found_BK = keys[np.minimum(np.searchsorted(keys, wanted_BK), len(keys) - 1)] == wanted_BK
     return np.asarray(found_BK & (ranked_BK >= 0))

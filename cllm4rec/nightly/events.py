@@ -16,11 +16,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cllm4rec.arrays.ids import read_ids
+from cllm4rec.arrays.ids import IdMap, read_ids
 from cllm4rec.config import Columns, Source
 from cllm4rec.data.formats import Layout
 from cllm4rec.data.ingest import by_column, records_of, run_dataset
@@ -30,8 +29,7 @@ from cllm4rec.data.sources import fingerprint, inspect, source_files
 from cllm4rec.data.split import hash_ids
 from cllm4rec.errors import ConfigError, DataError
 from cllm4rec.storage.files import digest_of, filesystem, join, write_table
-
-IntArray = npt.NDArray[np.int64]
+from cllm4rec.typing import IntArray
 
 EVENTS = pa.schema(
     [("user_id", pa.string()), ("item", pa.int64()), ("time", pa.int64()), ("file", pa.int32()), ("line", pa.int64())]
@@ -54,7 +52,7 @@ class Places:
     num_new: int
 
     def bucket_of(self, user_ids: pa.ChunkedArray | pa.Array) -> IntArray:
-        index = pc.index_in(user_ids, value_set=_ids(self.prepared_dir, "users")).fill_null(-1).to_numpy()
+        index = _id_map(self.prepared_dir, "users")(user_ids)
         known = bucket_of(index, self.num_users, self.num_files) // self.files_per_bucket
         num_known = -(-self.num_files // self.files_per_bucket)
         spread = (hash_ids(user_ids.to_numpy(zero_copy_only=False)) % np.uint64(self.num_new)).astype(np.int64)
@@ -62,16 +60,13 @@ class Places:
 
     def item_of(self, item_ids: pa.ChunkedArray | pa.Array) -> IntArray:
         """Index in the model's catalog, -1 where it does not know the item."""
-        indices: IntArray = (
-            pc.index_in(item_ids, value_set=_ids(self.model_dir, "items")).fill_null(-1).to_numpy().astype(np.int64)
-        )
-        return indices
+        return _id_map(self.model_dir, "items")(item_ids)
 
 
 @functools.lru_cache(maxsize=4)
-def _ids(directory: str, name: str) -> pa.Array:
+def _id_map(directory: str, name: str) -> IdMap:
     """Read once in each worker process."""
-    return read_ids(directory, name)
+    return IdMap(read_ids(directory, name))
 
 
 def inspect_events(source: Source, min_rating: float | None) -> Layout:

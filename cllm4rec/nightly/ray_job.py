@@ -24,7 +24,7 @@ import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
 from cllm4rec.arrays.ids import Catalog
-from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.arrays.ragged import Ragged, slices
 from cllm4rec.cluster import processes
 from cllm4rec.config import Source
 from cllm4rec.data.ingest import each, quiet_data_context
@@ -180,7 +180,7 @@ def merge_histories(plan: ScorePlan) -> Manifest:
         return read_manifest(plan.histories_dir, "histories")
     sources = bucket_paths(plan.prepared_dir, "histories")
     size = files_per_bucket(len(sources), plan.num_known_users)
-    groups = [tuple(sources[begin : begin + size]) for begin in range(0, len(sources), size)]
+    groups = [tuple(sources[part]) for part in slices(len(sources), size)]
     places = Places(
         files.absolute(plan.prepared_dir), plan.model_dir, plan.num_known_users, len(sources), size, _num_new(plan)
     )

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -28,9 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 from cllm4rec.errors import ArtifactError
 from cllm4rec.storage.files import copy_file, filesystem, join, list_files
 from cllm4rec.storage.tombstones import Tombstones
-
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
+from cllm4rec.typing import BoolArray, IntArray
 
 USERS = "users.parquet"
 TABLES = "tables.safetensors"

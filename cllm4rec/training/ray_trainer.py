@@ -34,7 +34,6 @@ from cllm4rec.data.prepared import bucket_paths, load_token_space
 from cllm4rec.errors import ResourceError, TrainingError
 from cllm4rec.model.backbone import load_backbone, new_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
-from cllm4rec.model.packing import nothing
 from cllm4rec.model.saved_model import load_tables
 from cllm4rec.storage import files
 from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpoint, write_checkpoint
@@ -223,7 +222,7 @@ def _shard(job: Job, cluster: ClusterConfig) -> Shard:
 
 
 def _documents(most_gb: float) -> Iterator[Documents]:
-    yield nothing()  # a worker whose users have no document of the stage's kinds gets no block
+    yield Documents.empty()  # a worker whose users have no document of the stage's kinds gets no block
     num_bytes = 0
     for documents in map(Documents.from_arrow, _blocks("documents")):
         num_bytes += documents.num_bytes

@@ -18,7 +18,7 @@ from cllm4rec.errors import DataError
 from cllm4rec.evaluation.baseline import Training, Vectors
 from cllm4rec.experiments.baselines.neural import bag, bag_of_items
 from cllm4rec.experiments.baselines.two_tower import Retrieval
-from cllm4rec.metrics.ranking import IntArray
+from cllm4rec.typing import IntArray
 
 
 class M6Retrieval(Retrieval):
