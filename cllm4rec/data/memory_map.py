@@ -1,8 +1,8 @@
-"""Rows that a process reads as if they were in memory, and that the kernel may keep on disk.
+"""Documents and histories whose arrays are memory-mapped files, so that they need not fit in memory.
 
-    documents = on_disk(parts)
+    documents = memory_mapped(parts)
 
-The files lie in TMPDIR without a name, so they are gone with the process however it ends.
+The files are unnamed files in TMPDIR: the system removes them when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from cllm4rec.typing import Array
 Rows = TypeVar("Rows", Documents, Histories)
 
 
-def on_disk(parts: Iterable[Rows]) -> Rows:
-    """All parts, one after another, as one whose arrays are maps of files. Only one part is in memory at a time.
+def memory_mapped(parts: Iterable[Rows]) -> Rows:
+    """Concatenate all parts into one object with memory-mapped arrays. One part is in memory at a time.
 
-    Raises ResourceError where TMPDIR is full, ValueError where there is no part.
+    Raises ResourceError if TMPDIR is full, and ValueError if there is no part.
     """
     columns: dict[str, _Column] = {}
     kind: type[Rows] | None = None
@@ -41,7 +41,7 @@ def on_disk(parts: Iterable[Rows]) -> Rows:
 
 
 class _Column:
-    """An array, or a Ragged's values and offsets."""
+    """One column: the file of an array, or the files of the values and offsets of a Ragged."""
 
     def __init__(self) -> None:
         self._files: list[_File] = []
@@ -66,7 +66,7 @@ class _Column:
 
 class _File:
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - its map outlives it
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - the memory map outlives it
         self._dtype: Any = None
 
     def append(self, array: Array) -> None:
@@ -77,11 +77,11 @@ class _File:
             self._file.flush()
         except OSError as error:
             raise ResourceError(
-                f"{tempfile.gettempdir()} cannot take what a worker keeps on disk ({error.strerror}); set TMPDIR to a "
-                "folder with more room on every node"
+                f"a worker cannot write its documents to {tempfile.gettempdir()} ({error.strerror}); set TMPDIR to a folder with "
+                "more space on every node"
             ) from None
 
     def mapped(self) -> Array:
-        if not self._file.tell():  # nothing cannot be mapped
+        if not self._file.tell():  # an empty file cannot be mapped
             return np.empty(0, self._dtype)
         return np.asarray(np.memmap(self._file, self._dtype, mode="r"))

@@ -1,7 +1,7 @@
 """What happened since training: raw interactions → small files of known items, parted by the bucket of their user.
 
     layout = inspect_events(source, min_rating)
-    counts = stage_events(layout, limits, min_rating, places, target)     # <target>/bucket-00003/*.parquet
+    counts = stage_events(layout, limits, min_rating, bucket_map, target)     # <target>/bucket-00003/*.parquet
 
 A user of `prepared/` belongs to the bucket that holds their history there; new users are spread over more buckets by a
 hash of their id. Nothing but counts comes to the driver.
@@ -22,8 +22,9 @@ import pyarrow.compute as pc
 from cllm4rec.arrays.ids import IdMap, read_ids
 from cllm4rec.config import Columns, Source
 from cllm4rec.data.formats import Layout
-from cllm4rec.data.ingest import by_column, records_of, run_dataset
+from cllm4rec.data.ingest import by_column, map_records
 from cllm4rec.data.prepared import bucket_of
+from cllm4rec.data.ray_data import RayExecutor
 from cllm4rec.data.records import DAMAGED_GZIP, Limits, parse_records
 from cllm4rec.data.sources import fingerprint, inspect, source_files
 from cllm4rec.data.split import hash_ids
@@ -39,9 +40,10 @@ _COUNTED = ("rows", "refused", "damaged", "below_threshold", "unknown_items", "k
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
-    """Where users live: a bucket is a group of `files_per_bucket` of the `num_files` history files of `prepared/`; users it
-    does not know have `num_new` buckets after those.
+class BucketMap:
+    """The bucket of each user. A bucket is `files_per_bucket` of the `num_files` history files of `prepared/`.
+
+    Users who are not in `prepared/` are in `num_new` further buckets.
     """
 
     prepared_dir: str
@@ -94,7 +96,12 @@ def num_bytes(source: Source) -> int:
 
 
 def stage_events(
-    layout: Layout, limits: Limits, min_rating: float | None, places: Places, target: str, max_bad_fraction: float
+    layout: Layout,
+    limits: Limits,
+    min_rating: float | None,
+    bucket_map: BucketMap,
+    target: str,
+    max_bad_fraction: float,
 ) -> dict[str, int]:
     """Read, validate and part every file; returns what was counted. Ray must be connected.
 
@@ -102,12 +109,11 @@ def stage_events(
     events would look like any other.
     """
     part = functools.partial(
-        _part_block, layout=layout, limits=limits, min_rating=min_rating, places=places, target=target
+        _part_block, layout=layout, limits=limits, min_rating=min_rating, bucket_map=bucket_map, target=target
     )
     counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
     with _named():
-        parted = records_of([layout], limits).map_batches(part, batch_size=None, batch_format="pyarrow")
-        for block in run_dataset(parted):
+        for block in map_records([layout], limits, part, RayExecutor()):
             counts.update({name: pc.sum(block[name]).as_py() or 0 for name in _COUNTED})
     if not counts["rows"]:
         raise DataError(
@@ -124,7 +130,7 @@ def stage_events(
 
 
 def _part_block(
-    records: pa.Table, layout: Layout, limits: Limits, min_rating: float | None, places: Places, target: str
+    records: pa.Table, layout: Layout, limits: Limits, min_rating: float | None, bucket_map: BucketMap, target: str
 ) -> Iterator[pa.Table]:
     """Ray Data task: one block of records → its events in a file a bucket, and a row of counts."""
     for part in by_column([records], "file"):
@@ -132,9 +138,9 @@ def _part_block(
         rows = parse_records(part, layout, limits)
         good = rows.filter(pc.is_null(rows["reason"]))
         liked = good if min_rating is None else good.filter(pc.greater(good["rating"], min_rating))
-        item = places.item_of(liked["item"])
+        item = bucket_map.item_of(liked["item"])
         known = liked.filter(pa.array(item >= 0))
-        _write_parts(known, item[item >= 0], number, places, target)
+        _write_parts(known, item[item >= 0], number, bucket_map, target)
         counted = {
             "rows": len(rows),
             "refused": len(rows) - len(good),
@@ -146,13 +152,13 @@ def _part_block(
         yield pa.table({name: [counted[name]] for name in _COUNTED})
 
 
-def _write_parts(rows: pa.Table, item: IntArray, number: int, places: Places, target: str) -> None:
+def _write_parts(rows: pa.Table, item: IntArray, number: int, bucket_map: BucketMap, target: str) -> None:
     if not len(rows):
         return
     events = pa.table(
         [rows["user"], pa.array(item), rows["time"], pa.array(np.full(len(rows), number, np.int32)), rows["line"]],
         schema=EVENTS,
-    ).append_column("bucket", pa.array(places.bucket_of(rows["user"])))
+    ).append_column("bucket", pa.array(bucket_map.bucket_of(rows["user"])))
     first_line = rows["line"][0].as_py()
     for part in by_column([events], "bucket"):
         bucket = part["bucket"][0].as_py()

@@ -3,7 +3,7 @@
     histories/
       bucket-00000.parquet      bucket, user (row of the model's user table, -1 where it knows none), user_id, items
                                 (indices in the model's catalog, oldest first, each once)
-Buckets come from `data.events.Places`. Erased users are not in it.
+Buckets come from `nightly.events.BucketMap`. Erased users are not in it.
 """
 
 from __future__ import annotations

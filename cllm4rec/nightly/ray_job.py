@@ -27,13 +27,13 @@ from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged, slices
 from cllm4rec.cluster import processes
 from cllm4rec.config import Source
-from cllm4rec.data.ingest import each, quiet_data_context
 from cllm4rec.data.prepared import bucket_name, bucket_paths
+from cllm4rec.data.ray_data import quiet_data_context, ray_map
 from cllm4rec.data.records import Limits
 from cllm4rec.errors import ArtifactError, AuditError, DataError
 from cllm4rec.nightly import drift
 from cllm4rec.nightly.audit import audit_files, hashed
-from cllm4rec.nightly.events import Places, events_digest, events_of, inspect_events, num_bytes, stage_events
+from cllm4rec.nightly.events import BucketMap, events_digest, events_of, inspect_events, num_bytes, stage_events
 from cllm4rec.nightly.histories import Bucket, files_per_bucket, write_bucket
 from cllm4rec.nightly.plan import ScorePlan
 from cllm4rec.nightly.report import DriftReport, write_report
@@ -181,7 +181,7 @@ def merge_histories(plan: ScorePlan) -> Manifest:
     sources = bucket_paths(plan.prepared_dir, "histories")
     size = files_per_bucket(len(sources), plan.num_known_users)
     groups = [tuple(sources[part]) for part in slices(len(sources), size)]
-    places = Places(
+    bucket_map = BucketMap(
         files.absolute(plan.prepared_dir), plan.model_dir, plan.num_known_users, len(sources), size, _num_new(plan)
     )
     with (
@@ -190,8 +190,8 @@ def merge_histories(plan: ScorePlan) -> Manifest:
     ):
         staged = files.absolute(draft.path("events"))
         if plan.events is not None:
-            draft.counts["events"] = _stage_events(plan, plan.events, places, staged)
-        groups += [()] * places.num_new
+            draft.counts["events"] = _stage_events(plan, plan.events, bucket_map, staged)
+        groups += [()] * bucket_map.num_new
         buckets = [Bucket(number, group, events_of(staged, number)) for number, group in enumerate(groups)]
         draft.counts |= _merge(plan, buckets, files.absolute(draft.uri))
         files.remove_directory(staged)
@@ -207,10 +207,10 @@ def _num_new(plan: ScorePlan) -> int:
     return 1 + num_bytes(plan.events) // _BYTES_PER_NEW_BUCKET
 
 
-def _stage_events(plan: ScorePlan, source: Source, places: Places, target: str) -> dict[str, int]:
+def _stage_events(plan: ScorePlan, source: Source, bucket_map: BucketMap, target: str) -> dict[str, int]:
     data = plan.config.data
     layout = inspect_events(source, data.min_rating)
-    counts = stage_events(layout, Limits.of(data), data.min_rating, places, target, data.max_bad_fraction)
+    counts = stage_events(layout, Limits.of(data), data.min_rating, bucket_map, target, data.max_bad_fraction)
     if events_digest(source, data.min_rating) != plan.inputs["events"]:
         raise DataError("the files of nightly.events changed while they were read; run the same command again")
     return counts
@@ -225,7 +225,7 @@ def _merge(plan: ScorePlan, buckets: Sequence[Bucket], target: str) -> dict[str,
         target=target,
     )
     counts: Counter[str] = Counter()
-    for row in each(buckets, merge):
+    for row in ray_map(buckets, merge):
         counts.update(row)
     return dict(counts)
 
@@ -327,7 +327,7 @@ def audit_staged(plan: ScorePlan, histories: Manifest, rules: Rules) -> tuple[di
     )
     counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
     sha256: dict[str, str] = {}
-    for found, digests in each(by_bucket.items(), audit):
+    for found, digests in ray_map(by_bucket.items(), audit):
         counts.update(found)
         sha256 |= digests
     if counts["users"] != histories.counts["users"]:
@@ -340,7 +340,7 @@ def audit_staged(plan: ScorePlan, histories: Manifest, rules: Rules) -> tuple[di
 
 def _sampled(files: Sequence[str], most: int, num_users: int) -> pa.Table:
     """The lists of the same users in any table of these files (`drift.sample`)."""
-    parts = each(files, functools.partial(drift.sample_file, most=most, num_users=num_users))
+    parts = ray_map(files, functools.partial(drift.sample_file, most=most, num_users=num_users))
     return drift.sample(parts, most, num_users)
 
 

@@ -29,7 +29,7 @@ from cllm4rec.arrays.histories import Histories
 from cllm4rec.cluster import processes, wait_for_resources
 from cllm4rec.config import ClusterConfig, ModelConfig
 from cllm4rec.data.documents import Documents, Kind
-from cllm4rec.data.memory_map import on_disk
+from cllm4rec.data.memory_map import memory_mapped
 from cllm4rec.data.prepared import bucket_paths, load_token_space
 from cllm4rec.errors import ResourceError, TrainingError
 from cllm4rec.model.backbone import load_backbone, new_backbone
@@ -216,8 +216,8 @@ def _model(job: Job) -> CLLM4Rec:
 
 def _shard(job: Job, cluster: ClusterConfig) -> Shard:
     """This worker's documents, fetched once through Ray Data and kept on its disk: an epoch then costs no fetching."""
-    documents = on_disk(_documents(cluster.shard_disk_gb))
-    histories = on_disk(map(Histories.from_arrow, _blocks("histories")))
+    documents = memory_mapped(_documents(cluster.shard_disk_gb))
+    histories = memory_mapped(map(Histories.from_arrow, _blocks("histories")))
     return Shard(documents, job.make_validation(histories))
 
 
