@@ -29,12 +29,11 @@ from cllm4rec.arrays.histories import Histories
 from cllm4rec.cluster import processes, wait_for_resources
 from cllm4rec.config import ClusterConfig, ModelConfig
 from cllm4rec.data.documents import Documents, Kind
-from cllm4rec.data.memory_map import on_disk
+from cllm4rec.data.memory_map import memory_mapped
 from cllm4rec.data.prepared import bucket_paths, load_token_space
 from cllm4rec.errors import ResourceError, TrainingError
 from cllm4rec.model.backbone import load_backbone, new_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
-from cllm4rec.model.packing import nothing
 from cllm4rec.model.saved_model import load_tables
 from cllm4rec.storage import files
 from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpoint, write_checkpoint
@@ -217,13 +216,13 @@ def _model(job: Job) -> CLLM4Rec:
 
 def _shard(job: Job, cluster: ClusterConfig) -> Shard:
     """This worker's documents, fetched once through Ray Data and kept on its disk: an epoch then costs no fetching."""
-    documents = on_disk(_documents(cluster.shard_disk_gb))
-    histories = on_disk(map(Histories.from_arrow, _blocks("histories")))
+    documents = memory_mapped(_documents(cluster.shard_disk_gb))
+    histories = memory_mapped(map(Histories.from_arrow, _blocks("histories")))
     return Shard(documents, job.make_validation(histories))
 
 
 def _documents(most_gb: float) -> Iterator[Documents]:
-    yield nothing()  # a worker whose users have no document of the stage's kinds gets no block
+    yield Documents.empty()  # a worker whose users have no document of the stage's kinds gets no block
     num_bytes = 0
     for documents in map(Documents.from_arrow, _blocks("documents")):
         num_bytes += documents.num_bytes

@@ -3,7 +3,7 @@
 import pytest
 from support.parity import parity
 
-from cllm4rec.data.memory_map import on_disk
+from cllm4rec.data.memory_map import memory_mapped
 from cllm4rec.errors import ResourceError
 from cllm4rec.storage.files import remove_directory
 from cllm4rec.training import ray_trainer as loop
@@ -35,11 +35,11 @@ def test_documents_are_kept_up_to_what_the_config_allows(monkeypatch):
     documents = parity().documents
     blocks = [documents.to_arrow()] * 3
     monkeypatch.setattr(loop, "_blocks", lambda table: iter(blocks))
-    assert len(on_disk(_documents(most_gb=3.1 * documents.num_bytes / 1e9))) == 3 * len(documents)
+    assert len(memory_mapped(_documents(most_gb=3.1 * documents.num_bytes / 1e9))) == 3 * len(documents)
     with pytest.raises(ResourceError, match=r"take more than cluster\.shard_disk_gb [\d.e-]+; add workers"):
-        on_disk(_documents(most_gb=2.5 * documents.num_bytes / 1e9))
+        memory_mapped(_documents(most_gb=2.5 * documents.num_bytes / 1e9))
 
 
 def test_a_worker_without_a_document_has_none(monkeypatch):
     monkeypatch.setattr(loop, "_blocks", lambda table: iter(()))
-    assert len(on_disk(_documents(most_gb=1.0))) == 0
+    assert len(memory_mapped(_documents(most_gb=1.0))) == 0
