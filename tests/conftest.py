@@ -63,12 +63,12 @@ def comparison_job(monkeypatch: pytest.MonkeyPatch, comparison: Config) -> Calla
 
     ran: list[str] = []
 
-    def each(inputs: Any, task: Any) -> Iterator[Any]:
+    def in_order(inputs: Any, task: Any) -> Iterator[Any]:
         for one in inputs:
             ran.append((one.label or one.name) if isinstance(one, Row) else "backbone")
             yield task(one)
 
-    monkeypatch.setattr(compare, "each", each)
+    monkeypatch.setattr(compare, "ray_map", in_order)
     monkeypatch.setattr(compare, "_prepare", lambda config, split, force: None)
 
     def run(**changes: Any) -> tuple[dict[str, Any], list[str]]:

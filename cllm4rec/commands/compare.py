@@ -18,8 +18,8 @@ from typing import Any
 from cllm4rec.commands.cli import Command
 from cllm4rec.commands.console import say
 from cllm4rec.config import Config
-from cllm4rec.data.ingest import each
 from cllm4rec.data.prepare import prepare, prepare_inputs
+from cllm4rec.data.ray_data import ray_map
 from cllm4rec.experiments.comparison.examples import examples
 from cllm4rec.experiments.comparison.language import backbone_inputs, run_backbone
 from cllm4rec.experiments.comparison.methods import AFTER, chosen_methods
@@ -92,7 +92,7 @@ def _train_backbones(rows: list[Row], force: bool) -> None:
         for directory, varied in wanted.items()
         if force or not is_current(directory, "backbone", backbone_inputs(varied))
     ]
-    for number, directory in enumerate(each(missing, run_backbone), 1):
+    for number, directory in enumerate(ray_map(missing, run_backbone), 1):
         say(f"language model {number} of {len(missing)}: {directory}")
 
 
@@ -100,7 +100,7 @@ def _train_rows(rows: list[Row], force: bool) -> None:
     missing = [row for row in rows if force or not row.is_done()]
     if len(rows) > len(missing):
         say(f"{len(rows) - len(missing)} of {len(rows)} rows are finished and not run again")
-    for number, directory in enumerate(each(missing, run_row), 1):
+    for number, directory in enumerate(ray_map(missing, run_row), 1):
         say(f"row {number} of {len(missing)}: {directory}")
 
 

@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cllm4rec.arrays.histories import SPLITS, Histories
 from cllm4rec.arrays.ids import TokenSpace, read_sizes
 from cllm4rec.data.documents import Documents, Prompts
 from cllm4rec.storage.files import filesystem, join, read_json, read_tables, write_json
+from cllm4rec.typing import Array, IntArray
 
 USERS_PER_BUCKET = 4096
 MIN_BUCKETS = 16
@@ -36,7 +35,7 @@ def num_buckets(num_users: int) -> int:
     return max(MIN_BUCKETS, -(-num_users // USERS_PER_BUCKET))
 
 
-def bucket_of(index: npt.NDArray[Any], total: int, buckets: int) -> npt.NDArray[np.int64]:
+def bucket_of(index: Array, total: int, buckets: int) -> IntArray:
     """Bucket of each user (or item) index out of `total`: contiguous ranges of nearly equal size."""
     return np.asarray(index, np.int64) * buckets // max(total, 1)
 

@@ -5,8 +5,6 @@ Lengths: E interactions. `user` and `item` are codes from 0; a row's place is it
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -14,14 +12,14 @@ import pandas as pd
 from cllm4rec.arrays.histories import SPLITS
 from cllm4rec.arrays.random import hash_uniform
 from cllm4rec.config import Split
+from cllm4rec.typing import Array, BoolArray, FloatArray
 
-Array = npt.NDArray[Any]
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 MIN_TO_SPLIT = 3
 """A user with fewer interactions stays in train: one for each split is not there."""
 
 
-def last_of_pairs(user_E: Array, item_E: Array, time_E: Array) -> npt.NDArray[np.bool_]:
+def last_of_pairs(user_E: Array, item_E: Array, time_E: Array) -> BoolArray:
     """True where a row is the last of its (user, item) pair by time; of equal times, the one that comes last."""
     order = np.lexsort((time_E, item_E, user_E))
     same_as_next = (np.diff(user_E[order]) == 0) & (np.diff(item_E[order]) == 0)
@@ -30,7 +28,7 @@ def last_of_pairs(user_E: Array, item_E: Array, time_E: Array) -> npt.NDArray[np
     return keep
 
 
-def k_core(user_E: Array, item_E: Array, core: int) -> npt.NDArray[np.bool_]:
+def k_core(user_E: Array, item_E: Array, core: int) -> BoolArray:
     """True for the rows of the largest subset in which every user and every item has `core` rows or more."""
     keep = np.ones(len(user_E), bool)
     while True:
@@ -84,7 +82,7 @@ def _share(count_I: Array, fraction: float) -> Array:
     return np.asarray(np.maximum(1, np.floor(count_I * fraction + 0.5)), count_I.dtype)
 
 
-def shuffle_keys(user_id_E: Array, item_id_E: Array, seed: int) -> npt.NDArray[np.float64]:
+def shuffle_keys(user_id_E: Array, item_id_E: Array, seed: int) -> FloatArray:
     """A pseudo-random number for each pair of ids, the same whatever else is in the data and in whatever order.
 
     Takes hashes of the ids (`hash_ids`), not indices: an index shifts when another user joins.

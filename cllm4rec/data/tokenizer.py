@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged, slices
 from cllm4rec.config import BackboneSize, ModelConfig
 from cllm4rec.data.documents import Prompts
 from cllm4rec.errors import ConfigError
@@ -56,8 +56,8 @@ class Encoder:
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Ragged:
         """Word tokens of each text, cut at `max_tokens`."""
         if not texts:
-            return no_values(0)
-        words = Ragged.concat([self._tokens(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)])
+            return Ragged.empty(0)
+        words = Ragged.concat([self._tokens(texts[part]) for part in slices(len(texts), BATCH)])
         # A SentencePiece vocabulary holds its special tokens as ordinary pieces too, so splitting alone is not enough.
         words = words.where(~np.isin(words.values, self.special_tokens))
         return words if max_tokens is None else words.where(words.places < max_tokens)

@@ -23,14 +23,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cllm4rec.arrays.histories import Histories
 from cllm4rec.arrays.ids import Catalog
-from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.arrays.ragged import Ragged, slices
 from cllm4rec.storage.files import filesystem, join, write_bytes
-
-Array = npt.NDArray[Any]
+from cllm4rec.typing import Array
 
 USERS_PER_CHUNK = 10_000
 FIRST_DAY = 1_356_998_400
@@ -247,7 +245,7 @@ def sample_world(directory: str, num_users: int = 2000, num_items: int = 600, se
     fans = _Fans.draw(items, first_topic, rng)
     _write_gzip(join(directory, "items.jsonl.gz"), [_item_lines(items, rng)])
     phrases = _Phrases.build()
-    chunks = [range(start, min(start + USERS_PER_CHUNK, num_users)) for start in range(0, num_users, USERS_PER_CHUNK)]
+    chunks = [range(part.start, part.stop) for part in slices(num_users, USERS_PER_CHUNK)]
 
     def user_lines() -> Iterator[str]:
         for number, users in enumerate(chunks):

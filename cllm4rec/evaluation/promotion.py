@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ids import Catalog, remap_items
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import load_histories
 from cllm4rec.errors import ArtifactError, PromotionError
@@ -31,7 +31,6 @@ from cllm4rec.metrics.intervals import interval
 from cllm4rec.metrics.protocol import HeldOut
 from cllm4rec.metrics.ranking import compute
 from cllm4rec.scoring.scorer import Scorer
-from cllm4rec.scoring.user_histories import index_map, remap_items
 from cllm4rec.storage import artifacts, files
 from cllm4rec.storage.artifacts import read_manifest
 from cllm4rec.storage.files import read_tables
@@ -150,16 +149,16 @@ def measure(config: Config, before: Pointer | None) -> tuple[Verdict, list[str]]
 def measure_with(scorer: Scorer, catalog: Catalog, held_out: HeldOut, config: Config) -> FloatArray:
     """`promote.metric` of a model for the users of `held_out`, whose indices are those of `catalog`."""
     theirs, metric = scorer.catalog, config.promote.metric
-    item_of = index_map(catalog.item_ids, theirs.item_ids)
+    item_of = theirs.item_map(catalog.item_ids)
     asked = dataclasses.replace(
         held_out,
-        users=index_map(catalog.user_ids, theirs.user_ids)[held_out.users],
+        users=theirs.user_map(catalog.user_ids)[held_out.users],
         read=remap_items(held_out.read, item_of),
         masked=remap_items(held_out.masked, item_of),
     )
     item_BK = rank_with_scorer(scorer, asked, config.score.batch_users)
     # -1, an empty place, reads the last entry, which is -1 as well.
-    ours = np.append(index_map(theirs.item_ids, catalog.item_ids), -1)
+    ours = np.append(catalog.item_map(theirs.item_ids), -1)
     return compute(ours[item_BK], held_out.relevant, [metric])[metric]
 
 

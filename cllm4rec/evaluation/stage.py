@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cllm4rec.arrays.histories import Histories
 from cllm4rec.arrays.ids import Catalog
-from cllm4rec.arrays.ragged import offsets_of
+from cllm4rec.arrays.ragged import chunks, offsets_of
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import load_histories
 from cllm4rec.errors import ArtifactError, DataError
@@ -34,7 +34,7 @@ from cllm4rec.evaluation.popularity import Popularity
 from cllm4rec.evaluation.report import render
 from cllm4rec.evaluation.results import EvaluationProtocol, EvaluationReport, PairedComparison, StratumResult
 from cllm4rec.metrics.intervals import CONFIDENCE, interval, summarize
-from cllm4rec.metrics.protocol import HeldOut, Recommender, chunks, rank_with
+from cllm4rec.metrics.protocol import HeldOut, Recommender, rank_with
 from cllm4rec.metrics.ranking import METRICS, compute, depth, parse_metric
 from cllm4rec.metrics.strata import Stratum, history_strata, popularity_strata
 from cllm4rec.scoring.scorer import Scorer

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cllm4rec.metrics.protocol import CHUNK_VALUES, chunks
+from cllm4rec.arrays.ragged import chunks
+from cllm4rec.metrics.protocol import CHUNK_VALUES
 from cllm4rec.typing import FloatArray, IntArray
 
 CONFIDENCE = 0.95

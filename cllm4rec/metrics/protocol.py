@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, Self
 
 import numpy as np
 from scipy import sparse
 
 from cllm4rec.arrays.histories import Histories
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged, chunks
 from cllm4rec.metrics.ranking import METRICS, compute, rank_scores
 from cllm4rec.typing import Array, Float32Array, IntArray
 
@@ -79,7 +79,7 @@ class Validation:
     def __init__(self, histories: Histories, metrics: Sequence[str] = METRICS) -> None:
         rows = np.flatnonzero(histories.validation.lengths)
         self._rows = rows[np.argsort(histories.user[rows])]
-        self._histories = dataclasses.replace(histories, test=no_values(len(histories.user)))  # never tuned on
+        self._histories = dataclasses.replace(histories, test=Ragged.empty(len(histories.user)))  # never tuned on
         self._names = tuple(metrics)
 
     def take(self, rows: IntArray) -> Self:
@@ -132,9 +132,3 @@ def rank_with(
         for rows in chunks(len(read), max(1, CHUNK_VALUES // num_items))
     ]
     return np.concatenate([np.empty((0, k), np.int64), *ranked])
-
-
-def chunks(total: int, size: int) -> Iterator[IntArray]:
-    """0..total-1 as consecutive arrays of at most `size`."""
-    for start in range(0, total, size):
-        yield np.arange(start, min(start + size, total))

@@ -66,7 +66,7 @@ def hits(ranked_BK: Array, items: Ragged) -> BoolArray:
         return np.zeros(ranked_BK.shape, np.bool_)
     # (user, item) as one integer: membership becomes a search in one sorted array, without a loop over users.
     stride = int(max(ranked_BK.max(), items.values.max())) + 1
-    keys = np.sort(items.rows * stride + items.values)
+    keys = np.sort(items.keys(stride))
     wanted_BK = np.arange(len(ranked_BK))[:, None] * stride + ranked_BK
     found_BK = keys[np.minimum(np.searchsorted(keys, wanted_BK), len(keys) - 1)] == wanted_BK
     return np.asarray(found_BK & (ranked_BK >= 0))

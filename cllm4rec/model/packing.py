@@ -93,7 +93,7 @@ class Packer:
 
         Raises ValueError for a document longer than `max_tokens`.
         """
-        held = nothing()
+        held = Documents.empty()
         for part in parts:
             self._refuse_long(part)
             held = Documents.concat([held, part])
@@ -120,7 +120,7 @@ class Packer:
 
     def empty(self) -> Batch:
         """Padding only: what a worker runs when its documents are used up and the others still step."""
-        return self.layout(nothing())
+        return self.layout(Documents.empty())
 
     def _refuse_long(self, documents: Documents) -> None:
         longest = _longest(documents.lengths)
@@ -176,7 +176,7 @@ class PairPacker:
         return _batch((encoder, decoder), documents, predicted, every * decoder_columns, self.token_space)
 
     def empty(self) -> Batch:
-        return self.layout(nothing(), (1, 1, 1))
+        return self.layout(Documents.empty(), (1, 1, 1))
 
     def _groups(self, documents: Documents, rows: Array) -> Iterator[Array]:
         begin = 0
@@ -219,11 +219,6 @@ def fill(lengths: Array, num_slots: int, more: bool = False) -> tuple[list[Array
         waiting.extend(reversed(too_long))
         batches.append(np.array(placed, np.int64))
     return batches, np.empty(0, np.int64)
-
-
-def nothing() -> Documents:
-    empty, zero = np.empty(0, np.int64), Ragged(np.empty(0, np.int32), np.zeros(1, np.int64))
-    return Documents(empty.astype(np.int8), empty, empty, zero, zero, zero)
 
 
 def _longest(lengths: Array) -> int:

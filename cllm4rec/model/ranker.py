@@ -14,7 +14,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cllm4rec.arrays.ids import TokenSpace
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.documents import Documents, Prompts
 from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
@@ -117,7 +117,7 @@ class Ranker:
         items = self._canonical(histories)
         if self.prompt == "interactions":
             return self.prompts.interactions(self.token_space, users, items)
-        return self.prompts.recommendation(self.token_space, users, items, no_values(len(users)))
+        return self.prompts.recommendation(self.token_space, users, items, Ragged.empty(len(users)))
 
     def _canonical(self, histories: Ragged) -> Ragged:
         """The last items that fit the prompt, without repeats, ascending: training shuffles, so order carries nothing."""
@@ -225,11 +225,3 @@ def _threads(count: int) -> ThreadPoolExecutor:
     started.wait()
     torch.set_num_threads(count)  # what later threads begin with is the last number anyone set
     return threads
-
-
-def merged(*parts: Ragged) -> Ragged:
-    """The items of several lists a user, ascending and without repeats."""
-    together = Ragged.interleave(*parts)
-    span = int(together.values.max(initial=0)) + 1
-    distinct: Any = np.unique(together.rows * span + together.values.astype(np.int64))
-    return Ragged.from_rows(distinct % span, distinct // span, len(together))

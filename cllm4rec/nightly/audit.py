@@ -14,12 +14,12 @@ import io
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cllm4rec.arrays.ids import Catalog
-from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.arrays.ids import Catalog, IdMap
+from cllm4rec.arrays.ragged import Ragged, offsets_of
 from cllm4rec.errors import AuditError
 from cllm4rec.scoring.rules import Rules
 from cllm4rec.storage.files import join, read_bytes, read_tables
@@ -27,19 +27,17 @@ from cllm4rec.storage.table import SCHEMA
 from cllm4rec.typing import BoolArray, ObjectArray
 
 
-def audit_bucket(
-    expected: pa.Table, staged: Iterable[pa.Table], items: pd.Index, rules: Rules, k: int
-) -> dict[str, int]:
+def audit_bucket(expected: pa.Table, staged: Iterable[pa.Table], items: IdMap, rules: Rules, k: int) -> dict[str, int]:
     """Check the lists of one bucket: every user has one list of k distinct, allowed, unseen items with finite, descending
     scores.
 
     expected: user_id and items (indices of the items that each user has seen). staged: tables of user_id, item_ids,
-    scores. items: the item ids of the catalog by index. A list may be shorter than `k` only if the rules allow no further
+    scores. items: the items of the catalog by id. A list may be shorter than `k` only if the rules allow no further
     item; such lists are counted, as are lists with a full category. Raises AuditError with the failed check, the number
     of users concerned, and three of them by hash.
     """
     audit = _Audit(
-        pd.Index(expected["user_id"].to_numpy(zero_copy_only=False)),
+        expected["user_id"],
         Ragged.from_arrow(expected["items"]),
         items,
         rules,
@@ -68,8 +66,7 @@ def audit_files(
             yield _read_staged(content, join(staging, name))
 
     expected = read_tables([join(histories_dir, file)], ["user_id", "items"])
-    items = pd.Index(Catalog.load_items(model_dir).item_ids)
-    return audit_bucket(expected, tables(), items, rules, k), sha256
+    return audit_bucket(expected, tables(), Catalog.load_items(model_dir).item_map, rules, k), sha256
 
 
 def _read_staged(content: bytes, uri: str) -> pa.Table:
@@ -84,48 +81,46 @@ def _read_staged(content: bytes, uri: str) -> pa.Table:
 
 @dataclasses.dataclass
 class _Audit:
-    user_ids: pd.Index
+    user_ids: pa.ChunkedArray
     seen: Ragged
-    items: pd.Index
+    items: IdMap
     rules: Rules
     k: int
 
     def __post_init__(self) -> None:
+        self._users = IdMap(self.user_ids)
         self._times = np.zeros(len(self.user_ids), np.int64)
         self._num_short = self._num_capped = 0
 
     def add(self, table: pa.Table) -> None:
         """Check the B lists of a table."""
         user_ids = table["user_id"].to_numpy(zero_copy_only=False)
-        users = self.user_ids.get_indexer(user_ids)
+        users = self._users(table["user_id"])
         _refuse(users < 0, user_ids, "is not a user of this run or of this bucket")
         np.add.at(self._times, users, 1)
 
-        lists, scores = _ragged(table["item_ids"]), Ragged.from_arrow(table["scores"])
+        lists, scores = _entries(table["item_ids"], self.items), Ragged.from_arrow(table["scores"])
         _refuse(lists.lengths != scores.lengths, user_ids, "has different numbers of items and scores")
-        index_E = self.items.get_indexer(pd.Index(lists.values))
-        _refuse_entries(index_E < 0, lists, user_ids, "is recommended an item outside the catalog")
-        entries, seen = Ragged(index_E.astype(np.int64), lists.offsets), self.seen.take(users)
-        self._check_items(entries, seen, user_ids)
+        _refuse_entries(lists.values < 0, lists, user_ids, "is recommended an item outside the catalog")
+        seen = self.seen.take(users)
+        self._check_items(lists, seen, user_ids)
         _check_scores(scores, user_ids)
-        self._check_lengths(entries, seen, user_ids)
+        self._check_lengths(lists, seen, user_ids)
 
     def finish(self) -> dict[str, int]:
         """After the last table, check that every expected user has one list; returns the counts."""
-        user_ids = np.asarray(self.user_ids, object)
+        user_ids = self.user_ids.to_numpy(zero_copy_only=False)
         _refuse(self._times == 0, user_ids, "has no list")
         _refuse(self._times > 1, user_ids, "has more than one list")
         return {"users": len(user_ids), "short_lists": self._num_short, "capped_lists": self._num_capped}
 
     def _check_items(self, entries: Ragged, seen: Ragged, user_ids: ObjectArray) -> None:
-        num_items = len(self.items)
-        keys = entries.rows * num_items + entries.values
+        keys = entries.keys(len(self.items))
         order = np.argsort(keys, kind="stable")
         repeated = np.zeros(len(keys), bool)
         repeated[order[1:]] = keys[order[1:]] == keys[order[:-1]]
         _refuse_entries(repeated, entries, user_ids, "is recommended an item twice")
-        is_seen = np.isin(keys, seen.rows * num_items + seen.values)
-        _refuse_entries(is_seen, entries, user_ids, "is recommended an item of their history")
+        _refuse_entries(entries.isin(seen), entries, user_ids, "is recommended an item of their history")
         for breach, caught in self.rules.violations(entries).items():
             _refuse_entries(caught, entries, user_ids, f"is recommended {breach}")
         self._num_capped += int((self.rules.full_categories(entries).lengths > 0).sum())
@@ -168,8 +163,6 @@ def hashed(user_id: object) -> str:
     return hashlib.sha256(str(user_id).encode()).hexdigest()[:12]
 
 
-def _ragged(column: pa.ChunkedArray) -> Ragged:
-    array = column.combine_chunks()
-    values = array.values.to_numpy(zero_copy_only=False)
-    offsets = np.asarray(array.offsets, np.int64)
-    return Ragged(values[offsets[0] : offsets[-1]], offsets - offsets[0])
+def _entries(column: pa.ChunkedArray, items: IdMap) -> Ragged:
+    """Lists of item ids as lists of item indices, -1 for an id outside the catalog."""
+    return Ragged(items(pc.list_flatten(column)), offsets_of(pc.list_value_length(column).fill_null(0).to_numpy()))

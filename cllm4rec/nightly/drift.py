@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
+from cllm4rec.arrays.ids import IdMap
 from cllm4rec.arrays.ragged import Ragged, offsets_of
 from cllm4rec.config import DriftLimits
 from cllm4rec.metrics.lists import num_distinct, popularity_lift
@@ -175,9 +176,8 @@ def _share_lost(before: int, left: int) -> float:
 
 def _shared_rows(old: pa.Table, new: pa.Table) -> tuple[IntArray, IntArray]:
     """The rows of the users in both tables, in the same order."""
-    old_index = pd.Index(old["user_id"].to_numpy(zero_copy_only=False), dtype=object)
-    place = old_index.get_indexer(pd.Index(new["user_id"].to_numpy(zero_copy_only=False), dtype=object))
-    return place[place >= 0].astype(np.int64), np.flatnonzero(place >= 0)
+    old_row = IdMap(old["user_id"])(new["user_id"])
+    return old_row[old_row >= 0], np.flatnonzero(old_row >= 0)
 
 
 def _item_codes(old: pa.Table, new: pa.Table) -> tuple[list[str], tuple[IntArray, IntArray]]:
@@ -201,19 +201,15 @@ def _scores(table: pa.Table) -> FloatArray:
 
 def _counts_of(items: list[str], popularity: Popularity) -> FloatArray:
     item_ids, counts = popularity
-    row_J = pd.Index(item_ids, dtype=object).get_indexer(pd.Index(items, dtype=object))
+    row_J = IdMap(item_ids)(items)
     return np.append(np.asarray(counts, np.float64), 0.0)[row_J]  # row -1, of an unknown item, is the 0 at the end
 
 
 def _top_overlap(old: Ragged, new: Ragged) -> FloatArray:
     """For every row, the share of the first ten entries that both lists have."""
-    num_items = int(max(old.values.max(initial=0), new.values.max(initial=0))) + 1
-    tops = [lists.where(lists.places < TOP) for lists in (old, new)]
-    keys = [np.unique(top.rows * num_items + top.values) for top in tops]
-    both = np.intersect1d(keys[0], keys[1], assume_unique=True)
-    sizes = [np.bincount(distinct // num_items, minlength=len(old)) for distinct in keys]
-    longer = np.maximum(*sizes)
-    common = np.bincount(both // num_items, minlength=len(old))
+    old, new = (lists.where(lists.places < TOP).unique() for lists in (old, new))
+    longer = np.maximum(old.lengths, new.lengths)
+    common = np.bincount(old.rows[old.isin(new)], minlength=len(old))
     return np.where(longer > 0, common / np.maximum(longer, 1), 1.0)
 
 

@@ -1,7 +1,7 @@
 """New interactions since `prepare`: raw files → small files of known items, divided by the bucket of the user.
 
     layout = inspect_events(source, min_rating)
-    counts = stage_events(layout, limits, min_rating, buckets, target, max_bad_fraction)  # <target>/bucket-00003/*.parquet
+    counts = stage_events(layout, limits, min_rating, bucket_map, target, max_bad_fraction)  # <target>/bucket-00003/*.parquet
 
 A user of `prepared/` belongs to the bucket of their history there; new users are spread over additional buckets by a hash
 of the id. Only counts reach the driver.
@@ -19,11 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cllm4rec.arrays.ids import read_ids
+from cllm4rec.arrays.ids import IdMap, read_ids
 from cllm4rec.config import Columns, Source
 from cllm4rec.data.formats import Layout
-from cllm4rec.data.ingest import by_column, records_of, run_dataset
+from cllm4rec.data.ingest import by_column, map_records
 from cllm4rec.data.prepared import bucket_of
+from cllm4rec.data.ray_data import RayExecutor
 from cllm4rec.data.records import DAMAGED_GZIP, Limits, parse_records
 from cllm4rec.data.sources import fingerprint, inspect, source_files
 from cllm4rec.data.split import hash_ids
@@ -52,7 +53,7 @@ class BucketMap:
     num_new: int
 
     def bucket_of(self, user_ids: pa.ChunkedArray | pa.Array) -> IntArray:
-        index = pc.index_in(user_ids, value_set=_ids(self.prepared_dir, "users")).fill_null(-1).to_numpy()
+        index = _id_map(self.prepared_dir, "users")(user_ids)
         known = bucket_of(index, self.num_users, self.num_files) // self.files_per_bucket
         num_known = -(-self.num_files // self.files_per_bucket)
         spread = (hash_ids(user_ids.to_numpy(zero_copy_only=False)) % np.uint64(self.num_new)).astype(np.int64)
@@ -60,16 +61,13 @@ class BucketMap:
 
     def item_of(self, item_ids: pa.ChunkedArray | pa.Array) -> IntArray:
         """The index in the model's catalog, -1 for an unknown item."""
-        indices: IntArray = (
-            pc.index_in(item_ids, value_set=_ids(self.model_dir, "items")).fill_null(-1).to_numpy().astype(np.int64)
-        )
-        return indices
+        return _id_map(self.model_dir, "items")(item_ids)
 
 
 @functools.lru_cache(maxsize=4)
-def _ids(directory: str, name: str) -> pa.Array:
+def _id_map(directory: str, name: str) -> IdMap:
     """Each worker process reads them once."""
-    return read_ids(directory, name)
+    return IdMap(read_ids(directory, name))
 
 
 def inspect_events(source: Source, min_rating: float | None) -> Layout:
@@ -97,7 +95,12 @@ def num_bytes(source: Source) -> int:
 
 
 def stage_events(
-    layout: Layout, limits: Limits, min_rating: float | None, buckets: BucketMap, target: str, max_bad_fraction: float
+    layout: Layout,
+    limits: Limits,
+    min_rating: float | None,
+    bucket_map: BucketMap,
+    target: str,
+    max_bad_fraction: float,
 ) -> dict[str, int]:
     """Read, validate and divide every file; returns counts. Ray must be connected.
 
@@ -105,12 +108,11 @@ def stage_events(
     would look like any others.
     """
     divide = functools.partial(
-        _divide_block, layout=layout, limits=limits, min_rating=min_rating, buckets=buckets, target=target
+        _divide_block, layout=layout, limits=limits, min_rating=min_rating, bucket_map=bucket_map, target=target
     )
     counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
     with _naming_events():
-        divided = records_of([layout], limits).map_batches(divide, batch_size=None, batch_format="pyarrow")
-        for block in run_dataset(divided):
+        for block in map_records([layout], limits, divide, RayExecutor()):
             counts.update({name: pc.sum(block[name]).as_py() or 0 for name in _COUNTED})
     if not counts["rows"]:
         raise DataError(
@@ -129,7 +131,7 @@ def stage_events(
 
 
 def _divide_block(
-    records: pa.Table, layout: Layout, limits: Limits, min_rating: float | None, buckets: BucketMap, target: str
+    records: pa.Table, layout: Layout, limits: Limits, min_rating: float | None, bucket_map: BucketMap, target: str
 ) -> Iterator[pa.Table]:
     """Ray Data task: writes the events of one block of records, one file per bucket; yields one row of counts."""
     for part in by_column([records], "file"):
@@ -137,9 +139,9 @@ def _divide_block(
         rows = parse_records(part, layout, limits)
         good = rows.filter(pc.is_null(rows["reason"]))
         liked = good if min_rating is None else good.filter(pc.greater(good["rating"], min_rating))
-        item = buckets.item_of(liked["item"])
+        item = bucket_map.item_of(liked["item"])
         known = liked.filter(pa.array(item >= 0))
-        _write_events(known, item[item >= 0], number, buckets, target)
+        _write_events(known, item[item >= 0], number, bucket_map, target)
         counted = {
             "rows": len(rows),
             "refused": len(rows) - len(good),
@@ -151,13 +153,13 @@ def _divide_block(
         yield pa.table({name: [counted[name]] for name in _COUNTED})
 
 
-def _write_events(rows: pa.Table, item: IntArray, number: int, buckets: BucketMap, target: str) -> None:
+def _write_events(rows: pa.Table, item: IntArray, number: int, bucket_map: BucketMap, target: str) -> None:
     if not len(rows):
         return
     events = pa.table(
         [rows["user"], pa.array(item), rows["time"], pa.array(np.full(len(rows), number, np.int32)), rows["line"]],
         schema=EVENTS,
-    ).append_column("bucket", pa.array(buckets.bucket_of(rows["user"])))
+    ).append_column("bucket", pa.array(bucket_map.bucket_of(rows["user"])))
     first_line = rows["line"][0].as_py()
     for part in by_column([events], "bucket"):
         bucket = part["bucket"][0].as_py()

@@ -14,17 +14,14 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cllm4rec.arrays.histories import SPLITS
-from cllm4rec.arrays.ids import read_ids
+from cllm4rec.arrays.ids import IdMap, read_ids, remap_items
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.prepared import bucket_name
 from cllm4rec.nightly.events import EVENTS
-from cllm4rec.scoring.user_histories import index_map, remap_items
 from cllm4rec.storage.files import exists, join, list_files, read_tables, write_table
 from cllm4rec.storage.tombstones import Tombstones
-from cllm4rec.typing import ObjectArray
 
 HISTORIES = pa.schema(
     [("bucket", pa.int32()), ("user", pa.int64()), ("user_id", pa.string()), ("items", pa.large_list(pa.int64()))]
@@ -83,27 +80,27 @@ def with_events(known: pa.Table, events: pa.Table) -> tuple[pa.Table, dict[str, 
 
     An item that a history contains already keeps its position. Users with events alone come last, sorted by id.
     """
-    user_ids = pd.Index(known["user_id"].to_numpy(zero_copy_only=False))
-    event_ids = events["user_id"].to_numpy(zero_copy_only=False)
-    new_ids = np.unique(event_ids[user_ids.get_indexer(event_ids) < 0].astype(object))
-    everyone = user_ids.append(pd.Index(new_ids)) if len(new_ids) else user_ids
+    user_of_event = IdMap(known["user_id"])(events["user_id"])
+    is_new = user_of_event < 0
+    new_ids, number = np.unique(events["user_id"].to_numpy(zero_copy_only=False)[is_new], return_inverse=True)
+    user_of_event[is_new] = len(known) + number
     order = np.lexsort([events[name].to_numpy() for name in ("line", "file", "time")])
     old = Ragged.from_arrow(known["items"])
-    row_E = np.concatenate([old.rows, everyone.get_indexer(event_ids)[order]])
+    row_E = np.concatenate([old.rows, user_of_event[order]])
     item_E = np.concatenate([old.values.astype(np.int64), events["item"].to_numpy()[order]])
     is_event = np.arange(len(row_E)) >= len(old.values)
     by_row = np.argsort(row_E, kind="stable")
     is_first = ~pd.DataFrame({"row": row_E[by_row], "item": item_E[by_row]}).duplicated().to_numpy()
     kept = by_row[is_first]
-    items = Ragged.from_rows(item_E[kept], row_E[kept], len(everyone))
+    items = Ragged.from_rows(item_E[kept], row_E[kept], len(known) + len(new_ids))
     added = np.unique(row_E[kept][is_event[kept]])
     counts = {
         "new_users": len(new_ids),
-        "users_with_news": int((added < len(user_ids)).sum()),
+        "users_with_news": int((added < len(known)).sum()),
         "new_interactions": int(is_event[kept].sum()),
     }
     user = np.concatenate([known["user"].to_numpy(), np.full(len(new_ids), -1)])
-    ids = pa.array(np.asarray(everyone, object), pa.string())
+    ids = pa.chunked_array([*known["user_id"].cast(pa.string()).chunks, pa.array(new_ids, pa.string())])
     return pa.table({"user": pa.array(user, pa.int64()), "user_id": ids, "items": items.to_arrow()}), counts
 
 
@@ -113,16 +110,9 @@ def _known(bucket: Bucket, prepared_dir: str, model_dir: str) -> pa.Table:
         return HISTORIES.empty_table().drop(["bucket"])
     rows = read_tables(list(bucket.files), ["user", "user_id", *SPLITS])
     items = Ragged.interleave(*(Ragged.from_arrow(rows[split]) for split in SPLITS))
-    items = remap_items(items, index_map(_ids(prepared_dir, "items"), _ids(model_dir, "items")))
-    user = pc.index_in(rows["user_id"], value_set=read_ids(model_dir, "users")).fill_null(-1)
-    return pa.table(
-        {"user": user.cast(pa.int64()), "user_id": rows["user_id"].cast(pa.string()), "items": items.to_arrow()}
-    )
-
-
-def _ids(directory: str, name: str) -> ObjectArray:
-    ids: ObjectArray = read_ids(directory, name).to_numpy(zero_copy_only=False)
-    return ids
+    items = remap_items(items, IdMap(read_ids(model_dir, "items"))(read_ids(prepared_dir, "items")))
+    user = IdMap(read_ids(model_dir, "users"))(rows["user_id"])
+    return pa.table({"user": user, "user_id": rows["user_id"].cast(pa.string()), "items": items.to_arrow()})
 
 
 def _events(bucket: Bucket) -> pa.Table:

@@ -28,11 +28,11 @@ import ray.data
 from ray.data.checkpoint import CheckpointConfig
 
 from cllm4rec.arrays.ids import Catalog
-from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.arrays.ragged import Ragged, slices
 from cllm4rec.cluster import processes
 from cllm4rec.config import Source
-from cllm4rec.data.ingest import each, quiet_data_context
 from cllm4rec.data.prepared import bucket_name, bucket_paths
+from cllm4rec.data.ray_data import quiet_data_context, ray_map
 from cllm4rec.data.records import Limits
 from cllm4rec.errors import ArtifactError, AuditError, DataError
 from cllm4rec.nightly import drift
@@ -193,7 +193,7 @@ def merge_histories(plan: ScorePlan) -> Manifest:
         return read_manifest(plan.histories_dir, "histories")
     sources = bucket_paths(plan.prepared_dir, "histories")
     size = files_per_bucket(len(sources), plan.num_known_users)
-    groups = [tuple(sources[begin : begin + size]) for begin in range(0, len(sources), size)]
+    groups = [tuple(sources[part]) for part in slices(len(sources), size)]
     bucket_map = BucketMap(
         files.absolute(plan.prepared_dir), plan.model_dir, plan.num_known_users, len(sources), size, _num_new(plan)
     )
@@ -238,7 +238,7 @@ def _merge(plan: ScorePlan, buckets: Sequence[Bucket], target: str) -> dict[str,
         target=target,
     )
     counts: Counter[str] = Counter()
-    for row in each(buckets, merge):
+    for row in ray_map(buckets, merge):
         counts.update(row)
     return dict(counts)
 
@@ -377,7 +377,7 @@ def audit_staged(plan: ScorePlan, histories: Manifest, rules: Rules) -> tuple[di
     )
     counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
     sha256: dict[str, str] = {}
-    for found, digests in each(by_bucket.items(), audit):
+    for found, digests in ray_map(by_bucket.items(), audit):
         counts.update(found)
         sha256 |= digests
     if counts["users"] != histories.counts["users"]:
@@ -390,7 +390,7 @@ def audit_staged(plan: ScorePlan, histories: Manifest, rules: Rules) -> tuple[di
 
 def _sampled(files: Sequence[str], most: int, num_users: int) -> pa.Table:
     """The sample of the table with these files (`drift.sample`)."""
-    parts = each(files, functools.partial(drift.sample_file, most=most, num_users=num_users))
+    parts = ray_map(files, functools.partial(drift.sample_file, most=most, num_users=num_users))
     return drift.sample(parts, most, num_users)
 
 

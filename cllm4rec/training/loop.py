@@ -30,7 +30,7 @@ from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec, Losses
 from cllm4rec.model.packing import Batch, Packer, PairPacker
 from cllm4rec.model.precision import precision_on
-from cllm4rec.model.ranker import Ranker, merged
+from cllm4rec.model.ranker import Ranker
 from cllm4rec.model.sampling import ItemSampler
 from cllm4rec.training.checkpoints import Checkpoint, Progress
 from cllm4rec.training.engine import Engine, make_engine
@@ -309,7 +309,7 @@ def _validate(ranker: Ranker, shard: Shard, engine: Engine) -> dict[str, float]:
     sums: Counter[str] = Counter()
     for begin in range(0, max(1, len(validation.users)), _VALIDATED_AT_ONCE):
         some = validation.take(np.arange(begin, min(begin + _VALIDATED_AT_ONCE, len(validation.users))))
-        ranked_BK, _ = ranker.top_k(some.users, some.read, merged(some.read), VALIDATION_DEPTH)
+        ranked_BK, _ = ranker.top_k(some.users, some.read, some.read.unique(), VALIDATION_DEPTH)
         sums.update(some.metrics(ranked_BK))
     names = sorted(sums)
     totals = dict(zip(names, engine.sum(*(sums[name] for name in names)), strict=True))

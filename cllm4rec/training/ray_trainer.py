@@ -29,11 +29,10 @@ from torch import Tensor
 from cllm4rec.arrays.histories import Histories
 from cllm4rec.cluster import processes, wait_for_resources
 from cllm4rec.data.documents import Documents, Kind
-from cllm4rec.data.memory_map import on_disk
+from cllm4rec.data.memory_map import memory_mapped
 from cllm4rec.data.prepared import bucket_paths, load_token_space
 from cllm4rec.errors import Cllm4RecError, ResourceError, TrainingError, causes
 from cllm4rec.metrics.protocol import Validation
-from cllm4rec.model.packing import nothing
 from cllm4rec.progress import FAILURES, watched
 from cllm4rec.storage import files
 from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpoint, write_checkpoint
@@ -208,14 +207,14 @@ def _read(paths: list[str]) -> Any:
 
 def _shard(shard_disk_gb: float) -> Shard:
     """This worker's documents, fetched once through Ray Data and kept on its disk: an epoch then fetches nothing."""
-    documents = on_disk(bounded(map(Documents.from_arrow, _blocks("documents")), shard_disk_gb))
-    histories = on_disk(map(Histories.from_arrow, _blocks("histories")))
+    documents = memory_mapped(bounded(map(Documents.from_arrow, _blocks("documents")), shard_disk_gb))
+    histories = memory_mapped(map(Histories.from_arrow, _blocks("histories")))
     return Shard(documents, Validation(histories))
 
 
 def bounded(parts: Iterator[Documents], most_gb: float) -> Iterator[Documents]:
     """The parts, at least an empty one. Raises ResourceError where they take more than `most_gb` together."""
-    yield nothing()  # a worker whose users have no document of the phases' kinds gets no block
+    yield Documents.empty()  # a worker whose users have no document of the phases' kinds gets no block
     num_bytes = 0
     for documents in parts:
         num_bytes += documents.num_bytes

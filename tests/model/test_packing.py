@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.parity import MAX_TOKENS, all_kinds, parity
 
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.model.packing import Batch, Packer, PairPacker, Table, fill
 
@@ -59,7 +59,7 @@ def of_lengths(lengths: list[int]) -> Documents:
         all_kinds().take(np.zeros(len(lengths), int)),
         item=np.arange(len(lengths)),
         prompt=Ragged.from_lists([[0] * length for length in lengths], np.int32),
-        main=no_values(len(lengths)),
+        main=Ragged.empty(len(lengths)),
     )
 
 

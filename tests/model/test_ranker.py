@@ -10,12 +10,7 @@ from cllm4rec.config import BackboneSize
 from cllm4rec.data.documents import Prompts
 from cllm4rec.model.backbone import build_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
-from cllm4rec.model.ranker import Ranker, _threads, merged
-
-
-def test_merged_lists_are_ascending_and_distinct():
-    one, other = Ragged.from_lists([[5, 1, 5], [], [2]]), Ragged.from_lists([[1, 0], [], [3]])
-    assert merged(one, other).tolist() == [[0, 1, 5], [], [2, 3]]
+from cllm4rec.model.ranker import Ranker, _threads
 
 
 def hidden_with(num_threads, precision, width):

@@ -163,7 +163,7 @@ def test_facts_of_another_code_are_refused(model):
 def test_a_pickle_in_place_of_the_tables_is_never_loaded(model, tmp_path, load):
     (model / "tables.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "trace")))
     seal(model)
-    with pytest.raises(ArtifactError, match="is no safetensors file"):
+    with pytest.raises(ArtifactError, match="is not a safetensors file"):
         load(str(model))
     assert not (tmp_path / "trace").exists()
 
@@ -182,5 +182,5 @@ def test_a_pickle_in_the_backbone_is_never_loaded(model, tmp_path, instead):
 def test_a_pretrained_directory_is_no_model(model):
     raw = json.loads((model / MANIFEST).read_text()) | {"kind": "pretrained"}
     (model / MANIFEST).write_text(json.dumps(raw))
-    with pytest.raises(ArtifactError, match="is a pretrained directory where a model directory is needed"):
+    with pytest.raises(ArtifactError, match="is a pretrained directory, but a model directory is needed"):
         SavedModel.from_pretrained(str(model))

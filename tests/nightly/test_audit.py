@@ -3,11 +3,10 @@
 import hashlib
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 
-from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ids import Catalog, IdMap
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.prepared import bucket_name
 from cllm4rec.errors import AuditError
@@ -33,7 +32,7 @@ def table(lists):
 
 def audit(*tables, k=3, seen=SEEN, rules=RULES):
     expected = pa.table({"user_id": list(CATALOG.user_ids), "items": seen.to_arrow()})
-    return audit_bucket(expected, tables, pd.Index(CATALOG.item_ids), rules, k)
+    return audit_bucket(expected, tables, CATALOG.item_map, rules, k)
 
 
 def changed(user, items=None, scores=None):
@@ -103,7 +102,7 @@ def test_users_are_named_by_hash_only():
 def test_many_caught_users_are_counted_and_three_named():
     expected = pa.table({"user_id": [f"u{user}" for user in range(50)], "items": [[0]] * 50})
     with pytest.raises(AuditError, match=r"50 users .* \(hashed ids: \w+, \w+, \w+\); "):
-        audit_bucket(expected, [], pd.Index(["i0", "i1"]), Rules(), 1)
+        audit_bucket(expected, [], IdMap(["i0", "i1"]), Rules(), 1)
 
 
 def test_seen_and_blocked_items_are_counted_once():

@@ -5,7 +5,7 @@ import json
 import pytest
 from support.parity import parity
 
-from cllm4rec.data.memory_map import on_disk
+from cllm4rec.data.memory_map import memory_mapped
 from cllm4rec.errors import ResourceError
 from cllm4rec.progress import FAILURES
 from cllm4rec.storage.files import read_json, remove_directory
@@ -36,13 +36,13 @@ def test_only_the_first_worker_writes(tmp_path):
 def test_documents_are_kept_up_to_what_the_config_allows():
     documents = parity().documents
     blocks = [documents] * 3
-    assert len(on_disk(bounded(iter(blocks), most_gb=3.1 * documents.num_bytes / 1e9))) == 3 * len(documents)
+    assert len(memory_mapped(bounded(iter(blocks), most_gb=3.1 * documents.num_bytes / 1e9))) == 3 * len(documents)
     with pytest.raises(ResourceError, match=r"take more than cluster\.shard_disk_gb [\d.e-]+; add workers"):
-        on_disk(bounded(iter(blocks), most_gb=2.5 * documents.num_bytes / 1e9))
+        memory_mapped(bounded(iter(blocks), most_gb=2.5 * documents.num_bytes / 1e9))
 
 
 def test_a_worker_without_a_document_has_none():
-    assert len(on_disk(bounded(iter(()), most_gb=1.0))) == 0
+    assert len(memory_mapped(bounded(iter(()), most_gb=1.0))) == 0
 
 
 def failures(folder):

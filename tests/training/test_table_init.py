@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cllm4rec.arrays.ids import TokenSpace
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.config import BackboneSize
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.model.backbone import build_backbone
@@ -26,7 +26,7 @@ def texts(words_of: dict[int, list[int]], kind: Kind = Kind.ITEM_TEXT) -> Docume
     item = np.array(list(words_of), np.int64)
     main = Ragged.from_lists([[5, *words] for words in words_of.values()], np.int32)
     kinds, nobody = np.full(len(item), int(kind), np.int8), np.full(len(item), -1, np.int64)
-    return Documents(kinds, nobody, item, no_values(len(item)), main, no_values(len(item)))
+    return Documents(kinds, nobody, item, Ragged.empty(len(item)), main, Ragged.empty(len(item)))
 
 
 GROUPS = texts({0: WOOD, 1: [*WOOD, 4], 2: WOOD[:2], 3: TIN, 4: [*TIN, 4]})

@@ -18,7 +18,7 @@ from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.arrays.ragged import Ragged, slices
 from cllm4rec.errors import DataError, TrainingError
 from cllm4rec.evaluation.baseline import Training
 from cllm4rec.metrics.protocol import means, rank_with
@@ -107,8 +107,8 @@ class Neural:
     ) -> None:
         self.network.train()
         users = random.permutation(np.flatnonzero(training.histories.lengths))
-        for start in range(0, len(users), self.batch_users):
-            batch = users[start : start + self.batch_users]
+        for part in slices(len(users), self.batch_users):
+            batch = users[part]
             loss = loss_of(batch, training.histories.take(batch), random)
             if not torch.isfinite(loss):
                 raise TrainingError(

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from cllm4rec.arrays.histories import Histories
+from cllm4rec.arrays.ragged import chunks
 from cllm4rec.config import BackboneSize, Config
 from cllm4rec.data.documents import Documents
 from cllm4rec.data.prepared import load_documents, load_token_space
@@ -133,7 +133,6 @@ def _bare_scoring(config: Config, histories: Histories) -> float:
     began = time.monotonic()
     scorer, size = Scorer.load(config.run.model), config.score.batch_users
     read = histories.together("train", "validation", "test")
-    for begin in range(0, len(histories.user), size):
-        rows = np.arange(begin, min(begin + size, len(histories.user)))
+    for rows in chunks(len(histories.user), size):
         scorer.top_k(histories.user[rows], read.take(rows), config.score.k)
     return time.monotonic() - began

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cllm4rec.arrays.ids import Catalog
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.experiments.benchmark.corpora import Corpora
 from cllm4rec.experiments.benchmark.figures import Row, ratio, repeats, row, seconds_of
 from cllm4rec.experiments.benchmark.reference import BATCH, Reference
@@ -85,7 +85,7 @@ def _reference(
         seen = corpora.histories.histories.take(some)
 
         def rank(some: Any = some, seen: Ragged = seen) -> None:
-            prompts = corpora.prompts.recommendation(token_space, some, seen, no_values(len(some)))
+            prompts = corpora.prompts.recommendation(token_space, some, seen, Ragged.empty(len(some)))
             reference.top_k(prompts, seen, K).cpu()
 
         (took,) = seconds_of(rank, 1, warm_up=0)

@@ -15,7 +15,7 @@ import tokenizers
 import torch
 
 from cllm4rec.arrays.ids import TokenSpace
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged, chunks
 from cllm4rec.config import BackboneSize, Config
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.prepared import load_documents, load_token_space
@@ -98,14 +98,13 @@ def text_vectors(
     words = Ragged.from_lists([one.ids[:most] for one in encoded], np.int32)
     vectors_DK = np.zeros((len(texts), backbone.width), np.float32)
     packer = Packer(token_space, _TEXTS_AT_ONCE * most, most)
-    for begin in range(0, len(texts), _TEXTS_AT_ONCE):
-        rows = np.arange(begin, min(begin + _TEXTS_AT_ONCE, len(texts)))
+    for rows in chunks(len(texts), _TEXTS_AT_ONCE):
         rows = rows[words.lengths[rows] > 0]
         part = words.take(rows)
         none = np.full(len(rows), -1, np.int64)
         kinds = np.full(len(rows), int(Kind.ITEM_TEXT), np.int8)
         # As a prompt: words of a main text would be predicted, too, for nothing.
-        documents = Documents(kinds, none, none, part, no_values(len(rows)), no_values(len(rows)))
+        documents = Documents(kinds, none, none, part, Ragged.empty(len(rows)), Ragged.empty(len(rows)))
         batch = packer.layout(documents)
         with torch.inference_mode():
             hidden_SK = model.hidden_states(batch_to_device(batch, torch.device("cpu")))

@@ -85,18 +85,12 @@ class Splits:
             part = dataclasses.replace(self.held_out, relevant=relevant.take(rows))
             for stratum in popularity_strata(part, catalog.item_counts):
                 keys = named.setdefault(stratum.label.partition(" (")[0], np.zeros(len(relevant.values), np.bool_))
-                keys |= _are_in(relevant, rows[stratum.rows], stratum.relevant)
+                keys |= relevant.isin(stratum.relevant.scatter(rows[stratum.rows], len(relevant)))
             is_cold = (catalog.item_counts == 0)[relevant.values] & (self.split_B == split)[relevant.rows]
             named["cold"] = named.get("cold", np.zeros(len(relevant.values), np.bool_)) | is_cold
         labels = [label for label in ("head", "middle", "tail", "cold") if label in named]
         strata = [Stratum.of(label, relevant.where(named[label])) for label in labels]
         return [stratum for stratum in strata if len(stratum.rows)]
-
-
-def _are_in(relevant: Ragged, rows: IntArray, part: Ragged) -> npt.NDArray[np.bool_]:
-    """Which values of `relevant` stand in `part`, whose rows are these of it."""
-    span = int(relevant.values.max()) + 1
-    return np.isin(relevant.rows * span + relevant.values, rows[part.rows] * span + part.values)
 
 
 def _joined(parts: Sequence[HeldOut]) -> HeldOut:
