@@ -1,7 +1,7 @@
 """The schema of a run's configuration: every section, every setting, its range and its meaning.
 
 Sections are frozen and refuse unknown keys. Values that follow from others (accumulation, directories) are properties,
-not settings. docs/config.md is generated from the descriptions here (`make config-page`).
+not settings. `python -m cllm4rec.config.reference` writes docs/config.md from the descriptions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class _Section(BaseModel):
 
 
 class Columns(_Section):
-    """The names of a source's columns. A name given here also replaces that of a format that knows its columns."""
+    """The names of the columns. A name that is given here also replaces that of a format that knows its columns."""
 
     user: str | None = Field(None, description="Column of the user id. null: the format's own, or no such column.")
     item: str | None = Field(None, description="Column of the item id. null: the format's own, or no such column.")
@@ -60,7 +60,7 @@ class Source(_Section):
         description="How the files are written. jsonl, csv, tsv, parquet and delta need `columns`; the others know "
         "theirs.",
     )
-    columns: Columns = Field(Columns(), description="The names of the columns.")
+    columns: Columns = Columns()
 
 
 class Split(_Section):
@@ -72,10 +72,11 @@ class Split(_Section):
         "test and the one before it for validation (leave_one_out).",
     )
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.1, description="Share of each user's items for validation, at least one item. Not used by leave_one_out."
+        0.1,
+        description="Share of each user's items for validation, at least one item; 0: none. Not used by leave_one_out.",
     )
     test: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.1, description="Share of each user's items for test, at least one item. Not used by leave_one_out."
+        0.1, description="Share of each user's items for test, at least one item; 0: none. Not used by leave_one_out."
     )
     seed: int = Field(0, description="Seed of the random split.")
 
@@ -100,7 +101,9 @@ class ExpectedCounts(_Section):
 class DataConfig(_Section):
     """The raw files, and which of their rows are kept."""
 
-    interactions: Source = Field(description="Who interacted with which item, with ratings, reviews and times if known.")
+    interactions: Source = Field(
+        description="Who interacted with which item, with ratings, reviews and times if known."
+    )
     items: Source | None = Field(None, description="Texts about items. null: none.")
     users: Source | None = Field(None, description="Texts about users. null: none.")
     min_rating: float | None = Field(
@@ -112,7 +115,7 @@ class DataConfig(_Section):
     expected: ExpectedCounts | None = Field(
         None, description="Prepare fails if it keeps other counts than these. null: no check."
     )
-    split: Split = Field(Split(), description="How interactions are divided into train, validation and test.")
+    split: Split = Split()
     max_bad_fraction: Fraction = Field(
         0.01, description="Prepare stops if a larger share of a source's rows is unreadable."
     )
@@ -386,7 +389,7 @@ class CompareConfig(_Section):
 
 
 class RulesConfig(_Section):
-    """What may be recommended beside the scores. Files are CSV, Parquet or YAML, local or at an fsspec URI."""
+    """What may be recommended, in the table and by the endpoint. Files are CSV, Parquet or YAML, local or at an fsspec URI."""
 
     deny: str | None = Field(
         None, description="File with the column item_id: these items are never recommended. null: no such list."
@@ -425,7 +428,7 @@ class ScoreConfig(_Section):
     k: Positive = Field(20, description="Items per list.")
     num_actors: Positive = Field(1, description="Processes that score.")
     batch_users: Positive = Field(4096, description="Users that an actor receives at once.")
-    rules: RulesConfig = Field(RulesConfig(), description="What may be recommended. The endpoint applies them too.")
+    rules: RulesConfig = RulesConfig()
 
 
 class DriftLimits(_Section):
@@ -457,7 +460,7 @@ class NightlyConfig(_Section):
     events: Source | None = Field(
         None, description="Interactions since training, in the shape of data.interactions. null: none."
     )
-    drift: DriftLimits = Field(DriftLimits(), description="Limits of the difference from the table published last.")
+    drift: DriftLimits = DriftLimits()
 
 
 class PromoteConfig(_Section):
@@ -543,19 +546,19 @@ class Config(_Section):
     run_date: datetime.date | None = Field(
         None, description="Date written to every row of the published table. null: today (UTC)."
     )
-    data: DataConfig = Field(description="The raw files, and which of their rows are kept.")
-    model: ModelConfig = Field(ModelConfig(), description="The language model and the embeddings.")
-    backbone: BackboneConfig = Field(BackboneConfig(), description="Training of the language model.")
-    pretrain: PretrainConfig = Field(PretrainConfig(), description="Warm-up and pretraining of the embeddings.")
-    finetune: FinetuneConfig = Field(FinetuneConfig(), description="Training for recommendation.")
-    training: TrainingConfig = Field(TrainingConfig(), description="How training steps are taken.")
-    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="The report on a trained model.")
-    compare: CompareConfig = Field(CompareConfig(), description="The comparison of methods.")
-    score: ScoreConfig = Field(ScoreConfig(), description="The list of every user.")
-    nightly: NightlyConfig = Field(NightlyConfig(), description="The nightly run.")
-    promote: PromoteConfig = Field(PromoteConfig(), description="When a new model replaces the current one.")
-    serve: ServeConfig = Field(ServeConfig(), description="The HTTP endpoint.")
-    cluster: ClusterConfig = Field(ClusterConfig(), description="CPUs, GPUs and limits.")
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    compare: CompareConfig = CompareConfig()
+    score: ScoreConfig = ScoreConfig()
+    nightly: NightlyConfig = NightlyConfig()
+    promote: PromoteConfig = PromoteConfig()
+    serve: ServeConfig = ServeConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
