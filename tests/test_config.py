@@ -216,7 +216,10 @@ def test_values_of_a_sweep_keep_their_types(load):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("compare={seeds: [0, 1], sweep_seeds: [2]}", "compare.sweep_seeds [2] should be a subset of compare.seeds [0, 1]"),
+        (
+            "compare={seeds: [0, 1], sweep_seeds: [2]}",
+            "compare.sweep_seeds [2] should be a subset of compare.seeds [0, 1]",
+        ),
         ("compare={sweep_seeds: [0, 0]}", "compare.sweep_seeds [0, 0] names a seed twice"),
         (
             "compare.sweeps=[{name: a b, settings: [x], values: [1, 2]}, {name: a_b, settings: [y], values: [1, 2]}]",
