@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from cllm4rec.config import BackboneSize, load_config, parse_config
+from cllm4rec.config import BackboneSize, load_config, parse_config, schema
 from cllm4rec.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
@@ -34,6 +34,27 @@ def refused(load, *overrides, **sections):
 def test_every_config_of_the_repository_loads(path):
     config = load_config(path)
     assert parse_config(config.model_dump()) == config
+
+
+def test_a_bare_word_names_a_shipped_config():
+    assert load_config("demo", ["seed=3"]) == load_config(CONFIGS[0].parent / "demo.yaml", ["seed=3"])
+    with pytest.raises(
+        ConfigError, match=r"no shipped config of that name; the shipped configs are .*\bdemo, my_data\b"
+    ):
+        load_config("nowhere")
+
+
+def test_every_setting_is_described():
+    sections = [thing for thing in vars(schema).values() if is_section(thing) and thing is not BaseModel]
+    assert schema.Config in sections
+    for section in sections:
+        for name, field in section.model_fields.items():
+            # The docstring of a section describes it wherever it is a setting.
+            assert field.description or (is_section(field.annotation) and field.annotation.__doc__), (section, name)
+
+
+def is_section(thing):
+    return isinstance(thing, type) and issubclass(thing, BaseModel)
 
 
 PAPER = {
