@@ -12,61 +12,66 @@ from cllm4rec.cluster import processes, wait_for_resources
 from cllm4rec.config import Config
 from cllm4rec.data.prepare import prepare, prepare_inputs
 from cllm4rec.evaluation.stage import evaluate, evaluate_inputs
-from cllm4rec.metrics.protocol import Validation
 from cllm4rec.nightly.plan import ScorePlan, is_published, plan_score
 from cllm4rec.nightly.ray_job import forget_staged, score
-from cllm4rec.progress import counted, watched
+from cllm4rec.progress import counted
 from cllm4rec.storage.artifacts import Manifest, is_current
+from cllm4rec.storage.files import join, remove_directory
 from cllm4rec.training.fit import (
+    Trainer,
     backbone_inputs,
+    finetune,
     finetune_inputs,
-    fit_backbone,
-    fit_finetuned,
-    fit_pretrained,
+    pretrain,
     pretrain_inputs,
+    train_backbone,
 )
+from cllm4rec.training.ray_trainer import train_on_ray
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """`run` writes what `directory` names and returns what to tell; `is_done`: it would write the same again."""
+    """`run` writes what `directory` names and returns counts; `is_done`: it would write the same again.
+
+    report: a file below the directory that a person reads first.
+    """
 
     name: str
     directory: str
     is_done: Callable[[Config], bool]
     run: Callable[[Config, bool], dict[str, Any]]
+    report: str | None = None
 
 
-def _artifact(
-    name: str, directory: str, inputs: Callable[[Config], dict[str, str]], make: Callable[[Config, bool], Manifest]
+def _artifact_stage(
+    name: str,
+    directory: str,
+    inputs: Callable[[Config], dict[str, str]],
+    make: Callable[[Config], Manifest],
+    report: str | None = None,
 ) -> Stage:
-    """A stage whose directory carries a manifest."""
+    """A stage whose directory has a manifest."""
 
     def is_done(config: Config) -> bool:
         return is_current(config.run.directory(directory), directory, inputs(config))
 
     def run(config: Config, force: bool) -> dict[str, Any]:
-        return make(config, force).counts
+        if force:
+            remove_directory(config.run.unfinished(name))  # an interrupted run is not resumed
+        return make(config).counts
 
-    return Stage(name, directory, is_done, run)
-
-
-def _training(
-    name: str, directory: str, inputs: Callable[[Config], dict[str, str]], fit: Callable[..., Manifest]
-) -> Stage:
-    """A stage whose epochs are shown while it runs."""
-
-    def make(config: Config, force: bool) -> Manifest:
-        with watched(config.run.unfinished(name), config.run.directory(directory), forget=force):
-            return fit(config, Validation)
-
-    return _artifact(name, directory, inputs, make)
+    return Stage(name, directory, is_done, run, report)
 
 
-def _score(config: Config, force: bool) -> dict[str, Any]:
-    return run_score(plan_score(config, force), force)
+def training_stages(trainer: Trainer) -> tuple[Stage, Stage, Stage]:
+    """backbone, pretrain and finetune, whose loop `trainer` runs."""
+    return (
+        _artifact_stage("backbone", "backbone", backbone_inputs, lambda config: train_backbone(config, trainer)),
+        _artifact_stage("pretrain", "pretrained", pretrain_inputs, lambda config: pretrain(config, trainer)),
+        _artifact_stage("finetune", "model", finetune_inputs, lambda config: finetune(config, trainer)),
+    )
 
 
 def run_score(plan: ScorePlan, force: bool, accept_drift: bool = False) -> dict[str, Any]:
@@ -81,26 +86,28 @@ def run_score(plan: ScorePlan, force: bool, accept_drift: bool = False) -> dict[
     return score(plan, counted, accept_drift)
 
 
-PREPARE = _artifact("prepare", "prepared", prepare_inputs, lambda config, _: prepare(config))
-BACKBONE = _training("backbone", "backbone", backbone_inputs, fit_backbone)
-PRETRAIN = _training("pretrain", "pretrained", pretrain_inputs, fit_pretrained)
-FINETUNE = _training("finetune", "model", finetune_inputs, fit_finetuned)
-EVALUATE = _artifact("evaluate", "evaluation", evaluate_inputs, lambda config, _: evaluate(config))
+def _score(config: Config, force: bool) -> dict[str, Any]:
+    return run_score(plan_score(config, force), force)
+
+
+PREPARE = _artifact_stage("prepare", "prepared", prepare_inputs, prepare)
+EVALUATE = _artifact_stage("evaluate", "evaluation", evaluate_inputs, evaluate, "report.md")
 SCORE = Stage("score", "dump", is_published, _score)
 
-PIPELINE = (PREPARE, BACKBONE, PRETRAIN, FINETUNE, EVALUATE, SCORE)
+PIPELINE = (PREPARE, *training_stages(train_on_ray), EVALUATE, SCORE)
 STAGES = {stage.name: stage for stage in PIPELINE}
 
 
 def run_stage(stage: Stage, config: Config, force: bool) -> dict[str, Any]:
-    """Run a stage unless its output is up to date; what is returned ends up in the last line of JSON."""
+    """Run a stage unless its output is up to date; returns what `run.json` keeps of it."""
     directory = config.run.directory(stage.directory)
+    result = {"directory": directory, "report": join(directory, stage.report) if stage.report else None}
     if not force and stage.is_done(config):
-        logger.info(f"{stage.name}: up to date, skipped ({directory}); --force runs it")
-        return {"directory": directory, "skipped": True}
-    logger.info(f"{stage.name}: writing {directory}")
+        logger.info("%s: up to date, skipped (%s); --force runs it", stage.name, directory)
+        return {**result, "skipped": True}
+    logger.info("%s: writing %s", stage.name, directory)
     started = time.monotonic()
-    told = stage.run(config, force)
+    counts = stage.run(config, force)
     seconds = round(time.monotonic() - started, 1)
-    logger.info(f"{stage.name}: done in {seconds:g} s")
-    return {"directory": directory, "skipped": False, "seconds": seconds, "counts": told}
+    logger.info("%s: done in %g s", stage.name, seconds)
+    return {**result, "skipped": False, "seconds": seconds, "counts": counts}

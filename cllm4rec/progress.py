@@ -22,23 +22,19 @@ from cllm4rec.storage import files
 logger = logging.getLogger(__name__)
 
 _METRICS = "metrics.jsonl"
+FAILURES = "failures.jsonl"
+"""Beside the metrics of a run: one line for every worker that failed, written by whoever starts it again."""
 _POLL_S = 0.5
 _COUNT_S = 5.0
 
 
 @contextlib.contextmanager
-def watched(run_dir: str, final_dir: str, forget: bool) -> Iterator[None]:
-    """Show the epochs of a training run in `run_dir` until the block ends; `forget` drops an interrupted run first.
-
-    `final_dir` is where the file lies once the stage is done: the last epochs are read there.
-    """
-    if forget:
-        files.remove_directory(run_dir)
-    follower = _Follower(files.join(run_dir, _METRICS))
+def watched(run_dir: str) -> Iterator[None]:
+    """Show the epochs of the training run in `run_dir`, and the failures of its workers, until the block ends."""
+    follower = RunFollower(run_dir)
     follower.start()
     try:
         yield
-        follower.stop(files.join(final_dir, _METRICS))
     finally:
         follower.stop()
 
@@ -69,56 +65,59 @@ def _show_count(count: Callable[[], int], total: int, unit: str, done: threading
                 )
 
 
-class _Follower(threading.Thread):
-    """Shows what is added to a file of JSON lines from now on; a run that is resumed cuts the file and goes on."""
+class RunFollower(threading.Thread):
+    """Shows what is added to a run's files of JSON lines from now on."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, run_dir: str) -> None:
         super().__init__(daemon=True)
-        self._uri = uri
+        self._metrics = _Lines(files.join(run_dir, _METRICS))
+        self._failures = _Lines(files.join(run_dir, FAILURES))
         self._done = threading.Event()
         self._bar: Any = None
-        lines = self._read(uri)
-        self._num_read, self._last = len(lines), lines[-1] if lines else b""
 
-    def stop(self, final_uri: str | None = None) -> None:
-        """End; with `final_uri`, show first what came last and was moved there."""
+    def stop(self) -> None:
+        """End, after what came last is shown."""
         self._done.set()
         if self.is_alive():
             self.join()
-        if final_uri is not None:
-            self._show_new(final_uri)
+        self.show_new()
         self._close()
 
     def run(self) -> None:
         while not self._done.wait(_POLL_S):
-            self._show_new(self._uri)
+            self.show_new()
 
-    @staticmethod
-    def _read(uri: str) -> list[bytes]:
-        """Whole lines: the last may be half written."""
-        content = files.read_bytes(uri) if files.exists(uri) else b""
-        return content[: content.rfind(b"\n") + 1].splitlines()
-
-    def _show_new(self, uri: str) -> None:
-        lines: list[bytes] = []
-        with contextlib.suppress(OSError, ArtifactError):  # the file is moved away when the stage is done
-            lines = self._read(uri)
-        if not lines:
-            return
-        is_cut = self._num_read > 0 and lines[self._num_read - 1 : self._num_read] != [self._last]
-        if is_cut:
-            self._num_read = max((n for n, line in enumerate(lines) if b'"resumed"' in line), default=0)
-        for line in lines[self._num_read :]:
-            self._show(json.loads(line))
-        self._num_read, self._last = len(lines), lines[-1]
+    def show_new(self) -> None:
+        for entry in self._failures.new():
+            self._show_failure(entry)
+        for entry in self._metrics.new():
+            self._show(entry)
 
     def _show(self, entry: dict[str, Any]) -> None:
         if entry["event"] == "resumed":
-            logger.info("  going on from the last checkpoint of an interrupted run")
+            logger.info("  resuming from the checkpoint after %s", entry["after"])
         if entry["event"] == "warning":
-            logger.info(f"  warning: {entry['message']}")
+            logger.warning("%s", entry["message"])
+        if entry["event"] == "expected":
+            self._show_expected(entry)
         if entry["event"] == "epoch":
             self._show_epoch(entry)
+
+    @staticmethod
+    def _show_failure(entry: dict[str, Any]) -> None:
+        is_last = entry["failure"] > entry["max_failures"]
+        next_step = "no further start is allowed" if is_last else "it is started again"
+        logger.warning(
+            "worker %d failed (failure %d, cluster.max_failures %d): %s; %s",
+            entry["worker"], entry["failure"], entry["max_failures"], entry["cause"], next_step,
+        )  # fmt: skip
+
+    @staticmethod
+    def _show_expected(entry: dict[str, Any]) -> None:
+        logger.info(
+            "  %s: about %s for at most %d epochs of %s",
+            entry["phase"], duration(entry["seconds"]), entry["epochs"], duration(entry["seconds"] / entry["epochs"]),
+        )  # fmt: skip
 
     def _show_epoch(self, entry: dict[str, Any]) -> None:
         left_s = entry["seconds"] * (entry["epochs"] - entry["epoch"])
@@ -146,3 +145,36 @@ class _Follower(threading.Thread):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class _Lines:
+    """What is new in a file of JSON lines. A run that is resumed cuts the file, and what follows is new again."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        lines = self._whole_lines()
+        self._num_read, self._last = len(lines), lines[-1] if lines else b""
+
+    def new(self) -> list[dict[str, Any]]:
+        lines: list[bytes] = []
+        with contextlib.suppress(OSError, ArtifactError):  # the file is removed when the stage is done
+            lines = self._whole_lines()
+        if not lines:
+            return []
+        is_cut = self._num_read > 0 and lines[self._num_read - 1 : self._num_read] != [self._last]
+        if is_cut:
+            self._num_read = max((n for n, line in enumerate(lines) if b'"resumed"' in line), default=0)
+        new, self._num_read, self._last = lines[self._num_read :], len(lines), lines[-1]
+        return [json.loads(line) for line in new]
+
+    def _whole_lines(self) -> list[bytes]:
+        """The last line may be half written."""
+        content = files.read_bytes(self._uri) if files.exists(self._uri) else b""
+        return content[: content.rfind(b"\n") + 1].splitlines()
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 48 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -35,7 +35,7 @@ CONFIG = parse_config(MINIMAL)
 def test_a_stage_that_is_done_is_skipped_with_a_line_that_says_so(capsys):
     recorded = Recorded(is_done=True)
     told = run_stage(recorded.stage, CONFIG, force=False)
-    assert (told, recorded.runs) == ({"directory": "runs/x/model", "skipped": True}, [])
+    assert (told, recorded.runs) == ({"directory": "runs/x/model", "report": None, "skipped": True}, [])
     assert capsys.readouterr().out == "finetune: up to date, skipped (runs/x/model); --force runs it\n"
 
 

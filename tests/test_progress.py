@@ -9,8 +9,6 @@ import pytest
 from cllm4rec import progress
 from cllm4rec.commands.cli import shown_log
 from cllm4rec.commands.console import say
-from cllm4rec.errors import TrainingError
-from cllm4rec.storage import files
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +50,7 @@ def test_epochs_are_shown_as_plain_lines_where_there_is_no_terminal(run_dir, tmp
     with (run_dir / "metrics.jsonl").open("w") as file:
         file.write(epoch(1) + epoch(2))  # an earlier, interrupted run: shown then
         file.flush()
-        with progress.watched(str(run_dir), str(tmp_path / "final"), forget=False):
+        with progress.watched(str(run_dir)):
             file.write(STEP + epoch(3, **{"validation_recall@20": 0.5}))
             file.flush()
             shown = []
@@ -63,42 +61,66 @@ def test_epochs_are_shown_as_plain_lines_where_there_is_no_terminal(run_dir, tmp
 
 
 def test_a_half_written_line_is_shown_once_when_it_is_whole(run_dir, capsys):
-    follower = progress._Follower(str(run_dir / "metrics.jsonl"))
+    follower = progress.RunFollower(str(run_dir))
     whole = epoch(1).encode()
     (run_dir / "metrics.jsonl").write_bytes(whole[:40])
-    follower._show_new(str(run_dir / "metrics.jsonl"))
+    follower.show_new()
     assert lines_shown(capsys) == []
     (run_dir / "metrics.jsonl").write_bytes(whole)
     for _ in range(2):
-        follower._show_new(str(run_dir / "metrics.jsonl"))
+        follower.show_new()
     assert len(lines_shown(capsys)) == 1
 
 
-def test_the_last_epochs_are_shown_where_the_stage_was_faster_than_the_follower(run_dir, tmp_path, monkeypatch, capsys):
+def test_the_last_epochs_are_shown_where_the_run_was_faster_than_the_follower(run_dir, monkeypatch, capsys):
     monkeypatch.setattr(progress, "_POLL_S", 60.0)
-    with progress.watched(str(run_dir), str(tmp_path / "final"), forget=False):
-        files.remove_directory(str(run_dir))
-        files.write_bytes(str(tmp_path / "final" / "metrics.jsonl"), (epoch(1) + epoch(2) + epoch(3)).encode())
+    with progress.watched(str(run_dir)):
+        (run_dir / "metrics.jsonl").write_text(epoch(1) + epoch(2) + epoch(3))
     assert [line[:12] for line in lines_shown(capsys)] == ["pretrain 1/3", "pretrain 2/3", "pretrain 3/3"]
 
 
-def test_a_failed_run_does_not_show_an_older_runs_epochs(run_dir, tmp_path, capsys):
-    files.write_bytes(str(tmp_path / "final" / "metrics.jsonl"), epoch(1).encode())
-    with pytest.raises(TrainingError), progress.watched(str(run_dir), str(tmp_path / "final"), forget=False):
-        raise TrainingError("nan")
-    assert lines_shown(capsys) == []
+def test_a_worker_that_fails_is_named_with_its_cause_and_what_happens_next(run_dir, capsys):
+    entry = {"worker": 3, "cause": "the disk is full", "failure": 1, "max_failures": 1}
+    with progress.watched(str(run_dir)):
+        (run_dir / "failures.jsonl").write_text(json.dumps(entry) + "\n" + json.dumps(entry | {"failure": 2}) + "\n")
+    assert lines_shown(capsys) == [
+        "warning: worker 3 failed (failure 1, cluster.max_failures 1): the disk is full; it is started again",
+        "warning: worker 3 failed (failure 2, cluster.max_failures 1): the disk is full; no further start is allowed",
+    ]
+
+
+def test_the_expected_time_is_shown_before_the_first_epoch(run_dir, capsys):
+    entry = {"event": "expected", "phase": "pretrain", "epochs": 40, "seconds": 600.0}
+    with progress.watched(str(run_dir)):
+        (run_dir / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
+    assert lines_shown(capsys) == ["pretrain: about 10 min for at most 40 epochs of 15 s"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.31, "0.31 s"), (48.2, "48 s"), (125, "2 min"), (4000, "67 min"), (7300, "2.0 h")]
+)
+def test_times_are_told_as_people_say_them(seconds, words):
+    assert progress.duration(seconds) == words
 
 
 def test_a_resumed_run_goes_on_after_its_checkpoint_and_says_so(run_dir, capsys):
     path = run_dir / "metrics.jsonl"
     path.write_text(epoch(1) + epoch(2))
-    follower = progress._Follower(str(path))
-    path.write_text(epoch(1) + json.dumps({"event": "resumed"}) + "\n")  # cut back to the checkpoint of epoch 1
-    follower._show_new(str(path))
-    path.write_text(epoch(1) + json.dumps({"event": "resumed"}) + "\n" + epoch(2) + epoch(3, stopped=True))
-    follower._show_new(str(path))
+    follower = progress.RunFollower(str(run_dir))
+    path.write_text(
+        epoch(1) + json.dumps({"event": "resumed", "after": "pretrain epoch 1"}) + "\n"
+    )  # cut back to the checkpoint of epoch 1
+    follower.show_new()
+    path.write_text(
+        epoch(1)
+        + json.dumps({"event": "resumed", "after": "pretrain epoch 1"})
+        + "\n"
+        + epoch(2)
+        + epoch(3, stopped=True)
+    )
+    follower.show_new()
     shown = lines_shown(capsys)
-    assert shown[0] == "going on from the last checkpoint of an interrupted run"
+    assert shown[0] == "resuming from the checkpoint after pretrain epoch 1"
     assert [line[:12] for line in shown[1:3]] == ["pretrain 2/3", "pretrain 3/3"]
     assert shown[3:] == ["pretrain: stopped, no better validation since epoch 1"]
 
@@ -106,32 +128,26 @@ def test_a_resumed_run_goes_on_after_its_checkpoint_and_says_so(run_dir, capsys)
 def test_a_file_that_goes_away_and_comes_back_shows_nothing_twice(run_dir, capsys):
     path = run_dir / "metrics.jsonl"
     path.write_text(epoch(1))
-    follower = progress._Follower(str(path))
+    follower = progress.RunFollower(str(run_dir))
     path.unlink()
-    follower._show_new(str(path))
+    follower.show_new()
     path.write_text(epoch(1) + epoch(2))
-    follower._show_new(str(path))
+    follower.show_new()
     assert [line[:12] for line in lines_shown(capsys)] == ["pretrain 2/3"]
-
-
-def test_a_run_is_forgotten_where_it_is_forced(run_dir, tmp_path):
-    (run_dir / "metrics.jsonl").write_text(epoch(1))
-    with progress.watched(str(run_dir), str(tmp_path / "final"), forget=True):
-        assert not run_dir.exists()
 
 
 def test_on_a_terminal_a_line_does_not_tear_the_bar(run_dir, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     path = run_dir / "metrics.jsonl"
-    follower = progress._Follower(str(path))
+    follower = progress.RunFollower(str(run_dir))
     path.write_text(epoch(1))
-    follower._show_new(str(path))
+    follower.show_new()
     say("a line of the stage")
     path.write_text(epoch(1) + json.dumps({"event": "warning", "message": "checkpoint 2 is damaged"}) + "\n")
-    follower._show_new(str(path))
+    follower.show_new()
     follower.stop()
     told = capsys.readouterr()
-    assert told.out == "a line of the stage\n  warning: checkpoint 2 is damaged\n"
+    assert told.out == "a line of the stage\nwarning: checkpoint 2 is damaged\n"
     assert "pretrain:" in told.err  # the bar
 
 

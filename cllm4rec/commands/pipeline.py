@@ -1,10 +1,10 @@
-"""The whole chain from one config: prepare → backbone → pretrain → finetune → evaluate → score → serve.
+"""Every stage from one config: prepare → backbone → pretrain → finetune → evaluate → score → serve.
 
     cllm4rec pipeline --config demo
     ray job submit --working-dir . -- cllm4rec pipeline --config my.yaml pretrain.epochs=20
 
-Stages whose inputs and settings did not change are skipped. It ends with the table of results, a list of the nightly
-table and the endpoint's answer to one real request; --serve keeps the endpoint up after that.
+Stages whose inputs and settings did not change are skipped. The command ends with the table of results, the directories
+of the run and the endpoint's answer to one request. --serve keeps the endpoint running after that.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ from cllm4rec.storage.files import read_json
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--serve", action="store_true", help="keep the endpoint up at the end, until interrupted")
+    parser.add_argument("--serve", action="store_true", help="keep the endpoint running at the end, until interrupted")
 
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
-    told = {stage.name: run_stage(stage, config, args.force) for stage in PIPELINE}
+    result = {stage.name: run_stage(stage, config, args.force) for stage in PIPELINE}
     say("serve: starting the endpoint")
-    told["serve"] = serve.check(config)
-    _show(config, told["serve"])
+    checked = serve.check(config)
+    result["serve"] = checked.summary
+    _show(config, checked)
     say(f"pipeline: done in {time.monotonic() - started:.0f} s")
     if args.serve:
         args.check = False
-        told |= serve.run(config, args)
-    return told
+        result |= serve.run(config, args)
+    return result
 
 
-def _show(config: Config, served: dict[str, Any]) -> None:
+def _show(config: Config, checked: serve.Check) -> None:
     say("")
     say(table(read_json(f"{config.run.evaluation}/metrics.json")))
     say("")
@@ -50,11 +51,7 @@ def _show(config: Config, served: dict[str, Any]) -> None:
     ):
         say(f"{config.run.directory(name):<32} {what}")
     say("")
-    say(f"POST {served['url']} {served['question']}")
-    answer = served["answer"]
-    say(f"model {answer['model_version']}, cold_start {answer['cold_start']}")
-    for item in answer["items"]:
-        say(f"  {item['score']:8.3f}  {item['item_id']:<12} {item['text'][:90]}")
+    checked.show()
     say("")
 
 

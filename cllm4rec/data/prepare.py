@@ -34,6 +34,7 @@ from cllm4rec.data.sources import fingerprint, inspect, source_files
 from cllm4rec.data.split import TEST, TRAIN, hash_ids, k_core, last_of_pairs, shuffle_keys, split_rows
 from cllm4rec.data.tokenizer import Encoder, save_tokenizer, tokenize_prompts
 from cllm4rec.errors import DataError
+from cllm4rec.staleness import settings_digest
 from cllm4rec.storage.artifacts import Draft, Manifest, read_manifest, write_directory
 from cllm4rec.storage.files import (
     absolute,
@@ -89,7 +90,7 @@ def prepare_inputs(config: Config) -> dict[str, str]:
     tombstones = Tombstones.load(config.output_dir)
     expected = config.data.expected
     return {
-        "data": digest_of(config.data.model_dump(mode="json", exclude={"expected"})),
+        "data": settings_digest(config, "prepare"),
         "files": digest_of([fingerprint(file) for file in files]),
         "tokenizer": digest_of(tokenizer),
         **({"erased": tombstones.digest} if len(tombstones) else {}),

@@ -46,8 +46,9 @@ from cllm4rec.metrics.protocol import (
 )
 from cllm4rec.metrics.ranking import METRICS, FloatArray, IntArray, compute, depth, parse_metric
 from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.staleness import settings_digest
 from cllm4rec.storage.artifacts import Manifest, read_manifest, write_directory
-from cllm4rec.storage.files import digest_of, join, write_bytes, write_json, write_table
+from cllm4rec.storage.files import join, write_bytes, write_json, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def evaluate_inputs(config: Config) -> dict[str, str]:
     return {
         "prepared": read_manifest(config.run.prepared, "prepared").digest,
         "model": read_manifest(config.run.model, "model").digest,
-        "evaluate": digest_of({"evaluate": config.evaluate.model_dump(exclude_none=True), "seed": config.seed}),
+        "settings": settings_digest(config, "evaluate"),
     }
 
 

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from cllm4rec.config import BackboneSize, ModelConfig
 from cllm4rec.errors import ArtifactError, ConfigError
+from cllm4rec.model import attention
 from cllm4rec.model.batch import TensorGrid
-from cllm4rec.model.cpu import attention
-from cllm4rec.model.cpu.fused import FrozenGPT2Layer, FrozenLinear
 from cllm4rec.storage import files
 
 _REFERENCE = "reference.json"
@@ -78,31 +77,6 @@ class Backbone(nn.Module, abc.ABC):
     def forward(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> Tensor:
         """Vectors of shape (R, T, K) for each grid in, hidden states (R, T, K) of the last grid out, in the model's dtype."""
 
-    def freeze(self, precision: torch.dtype) -> None:
-        """Convert to `precision` for good, with layers that are faster because their weights stay as they are."""
-        self.to(precision)
-        self.use_gelu_for(precision)
-        head = self.model.get_output_embeddings()
-        self._replace(lambda layer: None if layer is head else FrozenLinear.of(layer))
-        self._replace(FrozenGPT2Layer.of)
-
-    def use_gelu_for(self, precision: torch.dtype) -> None:
-        """torch's own GELU in the place of transformers', and in bfloat16 erf in the place of its approximation by tanh: there
-        both are 0.0011 off the approximation's true value (root mean square, normal inputs), and on a CPU the exact one takes
-        a fifth of the time."""
-        from transformers.activations import GELUTanh
-
-        approximate = "none" if precision == torch.bfloat16 else "tanh"
-        self._replace(lambda layer: nn.GELU(approximate) if isinstance(layer, GELUTanh) else None)
-
-    def _replace(self, other: Callable[[nn.Module], nn.Module | None]) -> None:
-        """Put `other(layer)` in the place of every layer for which it is not None."""
-        for module in list(self.model.modules()):
-            for name, layer in list(module.named_children()):
-                replacement = other(layer)
-                if replacement is not None:
-                    setattr(module, name, replacement)
-
     def digest(self) -> str:
         """sha256 over names, shapes and float32 bytes of all weights: equal before and after means frozen."""
         sha = hashlib.sha256()
@@ -135,7 +109,7 @@ class Decoder(Backbone):
             position_ids=grid.position_RT,
             attention_mask=unused,
             use_cache=False,
-            blocks=grid.blocks,
+            layout=grid.layout,
         )
         hidden: Tensor = output.last_hidden_state
         return hidden

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cllm4rec.model.cpu.attention import Blocks, build_blocks
+from cllm4rec.model.attention import DocumentLayout
 from cllm4rec.model.packing import USER_TABLES, Batch, Grid, Table
 from cllm4rec.model.sampling import ItemSample
 
@@ -20,12 +20,12 @@ _SAMPLED_STEP = 256
 
 @dataclasses.dataclass(frozen=True)
 class TensorGrid:
-    """`Grid` on a device, but that `reads` of users tables name places in the batch's `distinct_users` in place of rows."""
+    """`Grid` on a device, but that `lookups` of users tables name places in the batch's `distinct_users` in place of rows."""
 
     segment_RT: Tensor
     position_RT: Tensor
-    reads: dict[Table, tuple[Tensor, Tensor]]
-    blocks: Blocks
+    lookups: dict[Table, tuple[Tensor, Tensor]]
+    layout: DocumentLayout
     """Which slots may look at which."""
 
     def is_token(self) -> Tensor:
@@ -64,33 +64,33 @@ class TensorBatch:
     distinct_item_counts: Tensor
     sampled: SampledItems | None = None
 
-    @classmethod
-    def of(
-        cls, batch: Batch, device: torch.device, alone: bool = False, sample: ItemSample | None = None
-    ) -> TensorBatch:
-        """alone: attention gives each document the same bits in any company (`attention.build_blocks`).
 
-        sample: the items to predict among, by default all.
-        """
-        flat = {
-            field.name: _tensor(getattr(batch, field.name), device)
-            for field in dataclasses.fields(cls)
-            if field.name not in ("grids", "sampled")
-        }
-        return cls(
-            grids=tuple(_grid(grid, batch.distinct_users, device, alone) for grid in batch.grids),
-            sampled=None if sample is None else _sampled(sample, batch.item_targets, device),
-            **flat,
-        )
+def batch_to_device(
+    batch: Batch, device: torch.device, batch_invariant: bool = False, sample: ItemSample | None = None
+) -> TensorBatch:
+    """batch_invariant: attention gives each document the same bits whatever else is in the batch (`DocumentLayout`).
+
+    sample: the items to predict among, by default all.
+    """
+    flat = {
+        field.name: _tensor(getattr(batch, field.name), device)
+        for field in dataclasses.fields(TensorBatch)
+        if field.name not in ("grids", "sampled")
+    }
+    return TensorBatch(
+        grids=tuple(_grid(grid, batch.distinct_users, device, batch_invariant) for grid in batch.grids),
+        sampled=None if sample is None else _sampled(sample, batch.item_targets, device),
+        **flat,
+    )
 
 
-def _grid(grid: Grid, users: np.ndarray, device: torch.device, alone: bool) -> TensorGrid:
+def _grid(grid: Grid, users: np.ndarray, device: torch.device, batch_invariant: bool) -> TensorGrid:
     reads = {
         table: (_tensor(slots, device), _tensor(np.searchsorted(users, rows) if table in USER_TABLES else rows, device))
-        for table, (slots, rows) in grid.reads.items()
+        for table, (slots, rows) in grid.lookups.items()
     }
-    blocks = build_blocks(grid.segment_RT, device, alone)
-    return TensorGrid(_tensor(grid.segment_RT, device), _tensor(grid.position_RT, device), reads, blocks)
+    layout = DocumentLayout(grid.segment_RT, device, batch_invariant)
+    return TensorGrid(_tensor(grid.segment_RT, device), _tensor(grid.position_RT, device), reads, layout)
 
 
 def _sampled(sample: ItemSample, targets: np.ndarray, device: torch.device) -> SampledItems:

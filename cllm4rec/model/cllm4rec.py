@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.config import ModelConfig
+from cllm4rec.model.accelerate import accelerate
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.batch import TensorBatch, TensorGrid
 from cllm4rec.model.losses import squared_distance, tied_cross_entropy
@@ -82,18 +83,14 @@ class CLLM4Rec(nn.Module):
         self.backbone.requires_grad_("backbone" in wanted)
 
     def compute_in(self, precision: torch.dtype) -> None:
-        """Run backbone and heads in bfloat16 or float32: what is frozen is converted and made faster, a backbone that is
-        being trained stays float32 and runs in bfloat16 by autocast."""
+        """Run backbone and heads in bfloat16 or float32, by the fastest layers there are (`accelerate`)."""
         self.precision = precision
-        if any(weight.requires_grad for weight in self.backbone.parameters()):
-            self.backbone.use_gelu_for(precision)
-        else:
-            self.backbone.freeze(precision)
+        accelerate(self.backbone, precision)
 
     def forward(self, batch: TensorBatch, lambda_c: float, user_rows: Mapping[str, Tensor] | None = None) -> Losses:
         """user_rows: rows `batch.distinct_users` of users tables, (U, K) each; those not given are read from the tables."""
         users = {**self._user_rows(batch), **(user_rows or {})}
-        hidden_SK = self._hidden(batch, users)
+        hidden_SK = self._hidden_states(batch, users)
         queries_PK, sampled = self.queries(hidden_SK[batch.item_slots]), batch.sampled
         if sampled is None:
             items = tied_cross_entropy(
@@ -120,11 +117,11 @@ class CLLM4Rec(nn.Module):
         )
         return Losses(items + words + 0.5 * lambda_c * penalty, items, words, penalty)
 
-    def hidden(self, batch: TensorBatch) -> Tensor:
+    def hidden_states(self, batch: TensorBatch) -> Tensor:
         """Hidden states of every slot of the last grid, (S, K), in the backbone's precision."""
-        return self._hidden(batch, self._user_rows(batch))
+        return self._hidden_states(batch, self._user_rows(batch))
 
-    def _hidden(self, batch: TensorBatch, users: Mapping[str, Tensor]) -> Tensor:
+    def _hidden_states(self, batch: TensorBatch, users: Mapping[str, Tensor]) -> Tensor:
         embeddings = tuple(self._embed(grid, users) for grid in batch.grids)
         is_converted = self.precision == self.backbone.dtype
         device = embeddings[0].device.type
@@ -144,11 +141,11 @@ class CLLM4Rec(nn.Module):
     def _embed(self, grid: TensorGrid, users: Mapping[str, Tensor]) -> Tensor:
         """Look every slot up in its table; slots of nobody and padding stay zero."""
         words = self.backbone.word_embeddings
-        slots, rows = grid.reads[Table.WORDS]
+        slots, rows = grid.lookups[Table.WORDS]
         vectors_SK = torch.zeros(grid.segment_RT.numel(), self.backbone.width, dtype=words.dtype, device=words.device)
         vectors_SK = vectors_SK.index_copy(0, slots, words.index_select(0, rows))
         for table, name in TABLES.items():
-            slots, rows = grid.reads[table]
+            slots, rows = grid.lookups[table]
             if len(slots):
                 read = users[name] if name in users else getattr(self, name)
                 looked_up = read.index_select(0, rows).to(words.dtype)

@@ -43,12 +43,12 @@ USER_TABLES = (Table.COLLABORATIVE_USERS, Table.CONTENT_USERS)
 class Grid:
     """R × T slots. `segment_RT` numbers the documents of a row from 1 (0 is padding), `position_RT` restarts in each.
 
-    `reads[table]` says which slots take which rows of which table; slots read nowhere hold the zero vector.
+    `lookups[table]` says which slots take which rows of which table; slots read nowhere hold the zero vector.
     """
 
     segment_RT: Array
     position_RT: Array
-    reads: dict[Table, tuple[Array, Array]]
+    lookups: dict[Table, tuple[Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,10 +241,10 @@ def _grid(
     segment, position = np.zeros(shape[0] * shape[1], np.int32), np.zeros(shape[0] * shape[1], np.int64)
     segment[slots], position[slots] = segments, sequence.places
     is_text = np.isin(documents.kind, [int(kind) for kind in TEXT_KINDS])[sequence.rows]
-    return Grid(segment.reshape(shape), position.reshape(shape), _reads(sequence.values, slots, is_text, token_space))
+    return Grid(segment.reshape(shape), position.reshape(shape), _lookups(sequence.values, slots, is_text, token_space))
 
 
-def _reads(token: Array, slots: Array, is_text: Array, token_space: TokenSpace) -> dict[Table, tuple[Array, Array]]:
+def _lookups(token: Array, slots: Array, is_text: Array, token_space: TokenSpace) -> dict[Table, tuple[Array, Array]]:
     """Which slots read which rows: text documents read IDs through the content tables, the others the collaborative."""
     is_user, is_item = token_space.is_user(token), token_space.is_item(token)
     user_rows, item_rows = token_space.user_index(token), token_space.item_index(token)

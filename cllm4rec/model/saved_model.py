@@ -57,20 +57,50 @@ class SavedModel:
     prompt_tokens: PromptTokens
     manifest: Manifest
 
+    @classmethod
+    def from_pretrained(cls, directory: str, kind: str = "model", device: str | None = None) -> SavedModel:
+        """Check every digest, then load. Raises ArtifactError for a damaged or foreign directory.
+
+        device: by default the GPU where there is one.
+        """
+        manifest = artifacts.read_manifest(directory, kind)
+        artifacts.verify_files(directory, manifest)
+        metadata = _read_metadata(directory)
+        catalog, prompt_tokens = Catalog.load_without_user_texts(directory), PromptTokens.load(directory)
+        _check_sizes(directory, metadata, catalog, prompt_tokens)
+        _refuse_pickles(directory)
+        backbone = load_backbone(files.join(directory, "backbone"), metadata.max_tokens)
+        model = CLLM4Rec(backbone, catalog.token_space(metadata.num_words), std=0.0, temperature=metadata.temperature)
+        tables = map_tensors(files.join(directory, "tables.safetensors"))
+        for name, table in model.tables().items():
+            if name not in tables or tables[name].shape != table.shape:
+                raise ArtifactError(
+                    f"{directory}/tables.safetensors has no {name} of shape {tuple(table.shape)}; train again"
+                )
+            table.data.copy_(tables[name])
+        model.train_only(())
+        model.eval()
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model.compute_in(precision_on(device, metadata.bf16))
+        model.to(device)
+        return cls(
+            Ranker(model, prompt_tokens.prompts, metadata.max_tokens, metadata.prompt), catalog, prompt_tokens, manifest
+        )
+
 
 def save_pretrained(
-    draft: Draft, tables: dict[str, Tensor], facts: ModelMetadata, *, prepared_dir: str, backbone_dir: str
+    draft: Draft, tables: dict[str, Tensor], metadata: ModelMetadata, *, prepared_dir: str, backbone_dir: str
 ) -> None:
     """Fill a draft with everything but `metrics.jsonl`."""
     save_tensors({name: tables[name] for name in TABLES.values()}, draft.path("tables.safetensors"))
-    files.write_json(draft.path("model.json"), dataclasses.asdict(facts))
+    files.write_json(draft.path("model.json"), dataclasses.asdict(metadata))
     shared = [name for name in files.list_files(prepared_dir) if name.startswith("tokenizer/")]
     for name in ["users.parquet", "items.parquet", "prompts.json", *shared]:
         files.copy_file(files.join(prepared_dir, name), draft.path(name))
     for name in files.list_files(backbone_dir):
         if name not in (artifacts.MANIFEST, "metrics.jsonl"):
             files.copy_file(files.join(backbone_dir, name), draft.path("backbone", name))
-    draft.counts |= {"users": facts.num_users, "items": facts.num_items, "width": facts.width}
+    draft.counts |= {"users": metadata.num_users, "items": metadata.num_items, "width": metadata.width}
 
 
 def load_tables(directory: str, kind: str) -> dict[str, Tensor]:
@@ -79,37 +109,7 @@ def load_tables(directory: str, kind: str) -> dict[str, Tensor]:
     return map_tensors(files.join(directory, "tables.safetensors"))
 
 
-def load_model(directory: str, kind: str = "model", device: str | None = None) -> SavedModel:
-    """Check every digest, then load. Raises ArtifactError for a damaged or foreign directory.
-
-    device: by default the GPU where there is one.
-    """
-    manifest = artifacts.read_manifest(directory, kind)
-    artifacts.verify_files(directory, manifest)
-    facts = _read_facts(directory)
-    catalog, prompt_tokens = Catalog.load_without_user_texts(directory), PromptTokens.load(directory)
-    _check_sizes(directory, facts, catalog, prompt_tokens)
-    _refuse_pickles(directory)
-    backbone = load_backbone(files.join(directory, "backbone"), facts.max_tokens)
-    model = CLLM4Rec(backbone, catalog.token_space(facts.num_words), std=0.0, temperature=facts.temperature)
-    tables = map_tensors(files.join(directory, "tables.safetensors"))
-    for name, table in model.tables().items():
-        if name not in tables or tables[name].shape != table.shape:
-            raise ArtifactError(
-                f"{directory}/tables.safetensors has no {name} of shape {tuple(table.shape)}; train again"
-            )
-        table.data.copy_(tables[name])
-    model.train_only(())
-    model.eval()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model.compute_in(precision_on(device, facts.bf16))
-    model.to(device)
-    return SavedModel(
-        Ranker(model, prompt_tokens.prompts, facts.max_tokens, facts.prompt), catalog, prompt_tokens, manifest
-    )
-
-
-def _read_facts(directory: str) -> ModelMetadata:
+def _read_metadata(directory: str) -> ModelMetadata:
     try:
         return ModelMetadata(**files.read_json(files.join(directory, "model.json")))
     except TypeError:
@@ -125,9 +125,9 @@ def _refuse_pickles(directory: str) -> None:
             )
 
 
-def _check_sizes(directory: str, facts: ModelMetadata, catalog: Catalog, prompt_tokens: PromptTokens) -> None:
+def _check_sizes(directory: str, metadata: ModelMetadata, catalog: Catalog, prompt_tokens: PromptTokens) -> None:
     found = (prompt_tokens.num_words, catalog.num_users, catalog.num_items)
-    expected = (facts.num_words, facts.num_users, facts.num_items)
+    expected = (metadata.num_words, metadata.num_users, metadata.num_items)
     if found != expected:
         raise ArtifactError(
             f"{directory} was trained for (words, users, items) = {expected} and its catalog has {found}; "

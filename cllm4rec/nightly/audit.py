@@ -138,7 +138,7 @@ class _Audit:
         short = np.flatnonzero(lengths < self.k)
         room = np.zeros(len(lengths), np.int64)
         if len(short):
-            room[short] = self.rules.room(entries.take(short), seen.take(short), len(self.items))
+            room[short] = self.rules.num_allowed(entries.take(short), seen.take(short), len(self.items))
         _refuse(room > 0, user_ids, f"has a list shorter than {self.k} though more items are allowed")
         self._num_short += len(short)
 

@@ -15,6 +15,7 @@ from cllm4rec.config import Config, Source
 from cllm4rec.errors import ArtifactError
 from cllm4rec.nightly.events import events_digest
 from cllm4rec.scoring.rules import rules_digest
+from cllm4rec.staleness import settings_digest
 from cllm4rec.storage import files
 from cllm4rec.storage.artifacts import read_manifest
 from cllm4rec.storage.files import digest_of, join
@@ -93,7 +94,7 @@ def plan_score(config: Config, force: bool = False, nightly: bool = False) -> Sc
         "erased": Tombstones.load(config.output_dir).digest,
     }
     run_date = config.run_date or datetime.datetime.now(UTC).date()
-    named: list[Any] = [inputs, config.score.k, rules_digest(config.score.rules), str(run_date)]
+    named: list[Any] = [inputs, settings_digest(config, "score"), rules_digest(config.score.rules), str(run_date)]
     run_id = digest_of(named)[:16]
     attempt = published_attempt(config.run.dump, run_id)
     if force or current_run(config.run.dump) != run_id:

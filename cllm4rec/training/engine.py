@@ -11,32 +11,22 @@ Lengths: I users, K hidden size.
 from __future__ import annotations
 
 import abc
-import dataclasses
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cllm4rec.config import TrainingConfig
 from cllm4rec.model.batch import TensorBatch
 from cllm4rec.model.cllm4rec import TABLES
 from cllm4rec.model.packing import USER_TABLES
 from cllm4rec.training.row_adam import BETAS, EPS, MOMENTS, RowAdam
+from cllm4rec.typing import IntArray
 
 Moments = dict[str, Tensor]
 """`<parameter>` → value, `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` → Adam's moments, `step` → steps taken."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineSettings:
-    name: Literal["deepspeed", "torch"]
-    learning_rate: float
-    accumulation: int
-    gradient_clipping: float | None
-    zero_stage: int
 
 
 class Engine(abc.ABC):
@@ -45,8 +35,9 @@ class Engine(abc.ABC):
     gradient_scale = 1.0
     """What `backward` multiplies gradients with before they are averaged over workers."""
 
-    def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
-        self.settings = settings
+    def __init__(self, module: nn.Module, training: TrainingConfig, learning_rate: float, accumulation: int) -> None:
+        """accumulation: micro batches of one worker's optimizer step."""
+        self.training, self.learning_rate, self.accumulation = training, learning_rate, accumulation
         self.trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.num_workers = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
@@ -74,7 +65,7 @@ class Engine(abc.ABC):
         `blank` are inputs of `forward` without a document in them. Every worker must call it.
         """
 
-    def flush(self) -> None:  # noqa: B027 - most engines have nothing to do
+    def sync_lazy_rows(self) -> None:  # noqa: B027 - most engines have nothing to do
         """Bring the module's parameters up to date with all steps, before the module is read. Every worker must call it."""
 
     def weights(self) -> dict[str, Tensor]:
@@ -93,10 +84,10 @@ class Engine(abc.ABC):
 class TorchEngine(Engine):
     """Plain torch: one process, or several with gradients added by all-reduce."""
 
-    def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
-        super().__init__(module, settings)
+    def __init__(self, module: nn.Module, training: TrainingConfig, learning_rate: float, accumulation: int) -> None:
+        super().__init__(module, training, learning_rate, accumulation)
         self.module = module
-        self.optimizer = _adam(self.trained.values(), settings.learning_rate)
+        self.optimizer = _adam(self.trained.values(), learning_rate)
 
     def forward(self, *inputs: Any) -> Any:
         return self.module(*inputs)
@@ -109,8 +100,8 @@ class TorchEngine(Engine):
             for weight in self.trained.values():
                 if weight.grad is not None:
                     dist.all_reduce(weight.grad)
-        if self.settings.gradient_clipping is not None:
-            torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.settings.gradient_clipping)
+        if self.training.gradient_clipping is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.training.gradient_clipping)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -127,8 +118,8 @@ class DeepSpeedEngine(Engine):
     The backbone's bfloat16 is the module's own affair, so DeepSpeed's bf16 mode, which would round the tables, stays off.
     """
 
-    def __init__(self, module: nn.Module, settings: EngineSettings) -> None:
-        super().__init__(module, settings)
+    def __init__(self, module: nn.Module, training: TrainingConfig, learning_rate: float, accumulation: int) -> None:
+        super().__init__(module, training, learning_rate, accumulation)
         self.gradient_scale = float(self.num_workers)
         import deepspeed
 
@@ -138,12 +129,12 @@ class DeepSpeedEngine(Engine):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._shapes = {name: weight.shape for name, weight in self.trained.items()}
         self.engine, _, _, _ = deepspeed.initialize(
-            model=SingleBackwardNode(module) if settings.zero_stage == 2 else module,
-            optimizer=_adam(self.trained.values(), settings.learning_rate),
+            model=SingleBackwardNode(module) if training.zero_stage == 2 else module,
+            optimizer=_adam(self.trained.values(), learning_rate),
             config=self._config(),
             dist_init_required=False,
         )
-        if settings.zero_stage == 3:
+        if training.zero_stage == 3:
             self._share_word_embeddings(module)
 
     def forward(self, *inputs: Any) -> Any:
@@ -151,7 +142,7 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over workers and micro batches; the loop has already divided by what it should.
-        self.engine.backward(loss * (self.num_workers * self.settings.accumulation))
+        self.engine.backward(loss * (self.num_workers * self.accumulation))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
@@ -159,7 +150,7 @@ class DeepSpeedEngine(Engine):
         self.engine.step()
 
     def weights(self) -> dict[str, Tensor]:
-        if self.settings.zero_stage == 0:
+        if self.training.zero_stage == 0:
             return super().weights()
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -169,7 +160,7 @@ class DeepSpeedEngine(Engine):
         }
 
     def state(self) -> Moments:
-        if self.settings.zero_stage == 0:
+        if self.training.zero_stage == 0:
             return _adam_state(self.engine.optimizer, self.trained)
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -181,11 +172,11 @@ class DeepSpeedEngine(Engine):
         return state
 
     def load_moments(self, state: Moments, blank: tuple[Any, ...]) -> None:
-        if self.settings.zero_stage == 0:
+        if self.training.zero_stage == 0:
             _load_adam(self.engine.optimizer, self.trained, state)
             return
         # ZeRO makes its moments at the first step. A step of zero gradients moves nothing and makes them.
-        for _ in range(self.settings.accumulation):
+        for _ in range(self.accumulation):
             self.backward(self.forward(*blank).total)
         self.step()
         for name, weight in self.trained.items():
@@ -197,7 +188,7 @@ class DeepSpeedEngine(Engine):
     def _set_moment(self, weight: nn.Parameter, value: Tensor, moment: str) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        if self.settings.zero_stage < 3:
+        if self.training.zero_stage < 3:
             safe_set_full_optimizer_state(weight, value.to(weight.device), moment)
             return
         # ZeRO-3 pads the flat tensor to equal shards; its own setter takes whole tensors only where they divide.
@@ -217,13 +208,12 @@ class DeepSpeedEngine(Engine):
             self._deepspeed.zero.register_external_parameter(module, weight)
 
     def _config(self) -> dict[str, Any]:
-        settings = self.settings
         return {
             # One unit of work, so that train_batch_size is accumulation × workers; documents are counted by the loop.
             "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": settings.accumulation,
-            "gradient_clipping": settings.gradient_clipping or 0.0,
-            "zero_optimization": {"stage": settings.zero_stage},
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.training.gradient_clipping or 0.0,
+            "zero_optimization": {"stage": self.training.zero_stage},
             "zero_allow_untested_optimizer": True,
         }
 
@@ -231,19 +221,21 @@ class DeepSpeedEngine(Engine):
 class RowWiseEngine(Engine):
     """Another engine for all but the users tables, of which each worker steps the rows of its own users (`row_adam`).
 
-    No gradient of a user crosses the network. Tables are put together over workers when they are read: by `flush`,
+    No gradient of a user crosses the network. Tables are put together over workers when they are read: by `sync_lazy_rows`,
     `weights` and `state`.
     """
 
-    def __init__(self, module: nn.Module, settings: EngineSettings, users: npt.NDArray[np.int64]) -> None:
-        super().__init__(module, settings)
-        assert settings.gradient_clipping is None, "the norm to clip by is that of all gradients"
+    def __init__(
+        self, module: nn.Module, training: TrainingConfig, learning_rate: float, accumulation: int, users: IntArray
+    ) -> None:
+        super().__init__(module, training, learning_rate, accumulation)
+        assert training.gradient_clipping is None, "the norm to clip by is that of all gradients"
         self.tables = {name: weight for name, weight in self.trained.items() if name in _USER_TABLES}
         for table in self.tables.values():
             table.requires_grad_(False)
-        self.rest = _dense_engine(module, settings)
+        self.rest = _dense_engine(module, training, learning_rate, accumulation)
         self._owned_I = self._owned(users)
-        self.rows = RowAdam(self.tables, self._owned_I.nonzero().flatten(), settings.learning_rate)
+        self.rows = RowAdam(self.tables, self._owned_I.nonzero().flatten(), learning_rate)
         self._is_whole = True
 
     def forward(self, *inputs: Any) -> Any:
@@ -258,15 +250,15 @@ class RowWiseEngine(Engine):
         self.rows.step(self.rest.gradient_scale)
         self._is_whole = False
 
-    def flush(self) -> None:
+    def sync_lazy_rows(self) -> None:
         if not self._is_whole:
             self.rows.flush()
             for table in self.tables.values():
-                self._put_together(table)
+                self._gather_rows(table)
         self._is_whole = True
 
     def weights(self) -> dict[str, Tensor]:
-        self.flush()
+        self.sync_lazy_rows()
         return {**self.rest.weights(), **{name: table.detach().cpu().clone() for name, table in self.tables.items()}}
 
     def state(self) -> Moments:
@@ -275,7 +267,7 @@ class RowWiseEngine(Engine):
             for moment in MOMENTS:
                 whole_IK = torch.zeros_like(table)
                 whole_IK.index_copy_(0, self.rows.owned_V, self.rows.moments_VK[name][moment])
-                state[f"{name}.{moment}"] = self._put_together(whole_IK).cpu()
+                state[f"{name}.{moment}"] = self._gather_rows(whole_IK).cpu()
         return state
 
     def load_moments(self, state: Moments, blank: tuple[Any, ...]) -> None:
@@ -283,7 +275,7 @@ class RowWiseEngine(Engine):
         moments = {name: {moment: state[f"{name}.{moment}"] for moment in MOMENTS} for name in self.tables}
         self.rows.load(moments, int(state["step"]))
 
-    def _owned(self, users: npt.NDArray[np.int64]) -> Tensor:
+    def _owned(self, users: IntArray) -> Tensor:
         """(I,) which rows are this worker's. Those of users without a document are the first worker's."""
         table = next(iter(self.tables.values()))
         mine_I = torch.zeros(len(table), dtype=torch.int32, device=table.device)
@@ -295,7 +287,7 @@ class RowWiseEngine(Engine):
         return (mine_I == 1) | ((owners_I == 0) & (self.rank == 0))
 
     @torch.no_grad()
-    def _put_together(self, rows_IK: Tensor) -> Tensor:
+    def _gather_rows(self, rows_IK: Tensor) -> Tensor:
         """Take every row from its owner, in place."""
         if self.num_workers > 1:
             rows_IK[~self._owned_I] = 0.0
@@ -335,19 +327,26 @@ class _HandOn(torch.autograd.Function):
 _USER_TABLES = [TABLES[table] for table in USER_TABLES]
 
 
-def make_engine(module: nn.Module, settings: EngineSettings, users: npt.NDArray[np.int64] | None = None) -> Engine:
+def make_engine(
+    module: nn.Module,
+    training: TrainingConfig,
+    learning_rate: float,
+    accumulation: int = 1,
+    users: IntArray | None = None,
+) -> Engine:
     """users: whose rows of the users tables this worker's batches read, and no other worker's; they are stepped row by row.
 
-    With None, and where nothing else is trained, the users tables are stepped with the rest, whole.
+    With None, and if nothing else is trained, the users tables are stepped with the rest, whole.
     """
     trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
     if users is None or trained.isdisjoint(_USER_TABLES) or trained <= set(_USER_TABLES):
-        return _dense_engine(module, settings)
-    return RowWiseEngine(module, settings, users)
+        return _dense_engine(module, training, learning_rate, accumulation)
+    return RowWiseEngine(module, training, learning_rate, accumulation, users)
 
 
-def _dense_engine(module: nn.Module, settings: EngineSettings) -> Engine:
-    return (DeepSpeedEngine if settings.name == "deepspeed" else TorchEngine)(module, settings)
+def _dense_engine(module: nn.Module, training: TrainingConfig, learning_rate: float, accumulation: int) -> Engine:
+    engine = DeepSpeedEngine if training.engine == "deepspeed" else TorchEngine
+    return engine(module, training, learning_rate, accumulation)
 
 
 def _adam(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Adam:

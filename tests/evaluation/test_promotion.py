@@ -24,7 +24,7 @@ from cllm4rec.evaluation.stage import evaluate
 from cllm4rec.metrics.protocol import HeldOut
 from cllm4rec.metrics.ranking import compute, rank_scores
 from cllm4rec.scoring.scorer import Scorer
-from cllm4rec.scoring.user_histories import histories_of
+from cllm4rec.scoring.user_histories import UserHistories
 from cllm4rec.storage import files
 from cllm4rec.storage.artifacts import read_manifest, write_directory
 from cllm4rec.storage.files import write_table
@@ -321,7 +321,7 @@ def test_no_user_or_item_is_named_in_reports_and_logs(config: Config, caplog: py
 
 def test_histories_in_the_terms_of_an_older_model_are_matched_by_id(config: Config) -> None:
     older = other_catalog()
-    known = histories_of(config.run.prepared, older)
+    known = UserHistories.load(config.run.prepared, older)
     assert known.new_users == {f"reader-{row:02d}": older.num_users + row for row in range(5)}
     assert len(known.items) == older.num_users + 5
     places = {user_id: known.new_users.get(user_id, older.user_index(user_id)) for user_id in CATALOG.user_ids}
@@ -333,7 +333,7 @@ def test_histories_in_the_terms_of_an_older_model_are_matched_by_id(config: Conf
 
 
 def test_histories_of_the_same_catalog_are_as_prepared(config: Config) -> None:
-    known = histories_of(config.run.prepared, CATALOG)
+    known = UserHistories.load(config.run.prepared, CATALOG)
     assert known.items.tolist() == HISTORIES.together("train", "validation", "test").tolist()
     assert known.new_users == {}
 
@@ -341,7 +341,7 @@ def test_histories_of_the_same_catalog_are_as_prepared(config: Config) -> None:
 @pytest.mark.parametrize("foreign", [Catalog(["someone"], ["book-001"]), Catalog(["reader-01"], ["something"])])
 def test_histories_of_other_data_are_refused(config: Config, foreign: Catalog) -> None:
     with pytest.raises(ArtifactError, match="no user or no item in common"):
-        histories_of(config.run.prepared, foreign)
+        UserHistories.load(config.run.prepared, foreign)
 
 
 # The job

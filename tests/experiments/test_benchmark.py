@@ -26,7 +26,7 @@ from cllm4rec.experiments.benchmark.report import report
 from cllm4rec.experiments.benchmark.training import STAGES, Setting, epoch_of, our_steps, reference_steps
 from cllm4rec.experiments.benchmark.work import Work, document_lengths
 from cllm4rec.model.backbone import build_backbone
-from cllm4rec.model.batch import TensorBatch
+from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Packer
 from cllm4rec.model.ranker import Ranker
@@ -62,7 +62,7 @@ def test_the_references_loss_and_gradients_are_the_projects(kind):
     asked, some = model(), documents_of(kind)
     asked.train_only(COLLABORATIVE + CONTENT)
     batch = next(iter(Packer(asked.token_space, 40 * MAX_TOKENS, MAX_TOKENS).batches([some])))
-    ours, our_gradients = total_and_gradients(asked, asked(TensorBatch.of(batch, torch.device("cpu")), 0.7).total)
+    ours, our_gradients = total_and_gradients(asked, asked(batch_to_device(batch, torch.device("cpu")), 0.7).total)
     plain, plain_gradients = total_and_gradients(asked, Reference(asked).loss(some, 0.7))
     assert plain == pytest.approx(ours, rel=1e-4)
     for name, gradient in plain_gradients.items():

@@ -11,7 +11,7 @@ from support.parity import MAX_TOKENS
 from cllm4rec.data.documents import Documents
 from cllm4rec.errors import ConfigError
 from cllm4rec.experiments.baselines.registry import BASELINES
-from cllm4rec.experiments.comparison.language import backbone_directory, bare_settings, run_backbone, starting_backbone
+from cllm4rec.experiments.comparison.language import backbone_directory, run_backbone, starting_backbone
 from cllm4rec.experiments.comparison.methods import (
     ALL,
     GRID,
@@ -28,6 +28,7 @@ from cllm4rec.experiments.comparison.trial import Data, Row, fit, fit_variant, o
 from cllm4rec.metrics.protocol import HeldOut
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.training.epochs import EpochBuilder
+from cllm4rec.training.local_trainer import alone
 from cllm4rec.training.phases import CONTENT
 
 
@@ -179,6 +180,6 @@ def test_rows_share_a_language_model_only_where_it_is_the_same(split):
 
 def test_rows_are_trained_by_plain_torch_whatever_the_engine(split):
     training = split.training.model_copy(update={"engine": "deepspeed", "zero_stage": 3})
-    settings = bare_settings(split.model_copy(update={"training": training}))
-    assert (settings.engine, settings.zero_stage) == ("torch", 0)
-    assert settings.micro_batch_tokens == split.training.micro_batch_tokens
+    settings = alone(split.model_copy(update={"training": training}))
+    assert (settings.training.engine, settings.training.zero_stage) == ("torch", 0)
+    assert settings.training.micro_batch_tokens == split.training.micro_batch_tokens

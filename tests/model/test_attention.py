@@ -1,12 +1,16 @@
 """Attention in blocks equals attention under a mask over whole rows, with its gradients."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm4rec.model.cpu.attention import attend, build_blocks
+from cllm4rec.model.attention import DocumentLayout, attend
+from cllm4rec.model.cpu.attention import build_blocks
+from cllm4rec.model.gpu.attention import build_spans
 
 CPU = torch.device("cpu")
 
@@ -61,7 +65,7 @@ def test_alone_the_shapes_of_a_group_follow_from_its_documents_length():
     shapes = {
         group.bias_BLL.shape
         for lengths in ([3] * 50, [20, 30, 3], [17], [24] * 6, [21, 3] * 4)
-        for group in build_blocks(grid_of(lengths, 1, 160), CPU, alone=True).groups
+        for group in build_blocks(grid_of(lengths, 1, 160), CPU, batch_invariant=True).groups
     }
     assert len({shape[1] for shape in shapes}) == len(shapes)
 
@@ -76,8 +80,48 @@ def test_blocks_give_what_a_mask_gives(lengths, key_heads, alone):
     weight *= torch.from_numpy(segment_RT > 0)[:, :, None, None]  # nothing is promised of padding
     expected = masked(*inputs, segment_RT)
     expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
-    found, _ = attend(None, *inputs, None, blocks=build_blocks(segment_RT, CPU, alone))
+    found, _ = attend(None, *inputs, None, layout=DocumentLayout(segment_RT, CPU, alone))
     found_grads = torch.autograd.grad((found * weight).sum(), inputs)
     assert torch.allclose(found * weight, expected * weight, atol=1e-5)
     for one, other in zip(found_grads, expected_grads, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[3, 5, 1, 7] * 8, [100, 20, 40], [160], [1]])
+def test_attention_inside_spans_is_attention_inside_documents(lengths):
+    """What a GPU's kernel is asked for, by a plain loop over the spans."""
+    segment_RT = grid_of(lengths, 1, 160)
+    query, key, value = states(segment_RT, 4, 4)
+    spans = build_spans(segment_RT, CPU)
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end], is_causal=True
+        )
+        for begin, end in itertools.pairwise(spans.bounds.tolist())
+    ]
+    by_span = torch.cat(parts, dim=2).transpose(1, 2)
+    by_block, _ = attend(None, query, key, value, None, layout=DocumentLayout(segment_RT, CPU))
+    is_real = torch.from_numpy(segment_RT > 0)
+    assert torch.allclose(by_span[is_real], by_block[is_real], atol=1e-5)
+    assert spans.longest == max(np.diff(spans.bounds.numpy()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_a_gpu_gives_what_blocks_give_and_a_document_the_same_bits_alone(key_heads):
+    device, lengths = torch.device("cuda"), [3, 5, 1, 7] * 8 + [20]
+    segment_RT = grid_of(lengths, 1, 160)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, heads, 160, 16, generator=generator) for heads in (4, key_heads, key_heads)]
+    expected, _ = attend(None, *inputs, None, layout=DocumentLayout(segment_RT, CPU))
+    on_gpu = [part.to(device, torch.bfloat16).requires_grad_() for part in inputs]
+    found, _ = attend(None, *on_gpu, None, layout=DocumentLayout(segment_RT, device))
+    is_real = torch.from_numpy(segment_RT > 0)
+    assert torch.allclose(found.float().cpu()[is_real], expected[is_real], atol=0.05)
+    found.float().square().mean().backward()
+    assert all(bool(part.grad.isfinite().all()) for part in on_gpu)
+    first = slice(0, 3)
+    lone_RT = np.zeros_like(segment_RT)
+    lone_RT[0, first] = 1
+    lone, _ = attend(None, *on_gpu, None, layout=DocumentLayout(lone_RT, device, batch_invariant=True))
+    assert torch.equal(lone[0, first], found[0, first])

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
-from cllm4rec.model.cpu.attention import IMPLEMENTATION, attend, build_blocks
+from cllm4rec.model.attention import IMPLEMENTATION, DocumentLayout, attend
 from cllm4rec.model.cpu.fused import FrozenGPT2Layer, FrozenLinear, can_lay_out
 
 PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-6)])
@@ -101,16 +101,16 @@ def test_a_frozen_layer_of_gpt2_gives_its_states_and_gradients(dtype, tolerance,
     monkeypatch.setattr("cllm4rec.model.cpu.fused._PART", part)  # of 256 inner numbers: all at once, and 86 + 86 + 84
     AttentionInterface.register(IMPLEMENTATION, attend)
     segment_RT = np.repeat([[1, 2, 3, 0]], [20, 5, 30, 5], axis=1)
-    blocks = build_blocks(segment_RT, torch.device("cpu"))
+    layout = DocumentLayout(segment_RT, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     inputs, weights = (torch.randn(1, 60, 64, generator=generator).to(dtype) for _ in range(2))
     told = []
     for layer in gpt2_layers(dtype, gelu):
         given = inputs.clone().requires_grad_()
-        trained = layer(given, attention_mask=None, blocks=blocks)
+        trained = layer(given, attention_mask=None, layout=layout)
         trained.backward(weights)
         with torch.inference_mode():
-            told.append((trained.detach(), layer(inputs, attention_mask=None, blocks=blocks), given.grad))
+            told.append((trained.detach(), layer(inputs, attention_mask=None, layout=layout), given.grad))
     for wanted, found in zip(*told, strict=True):
         # In bf16 the error of rounding, measured against the size of what is rounded.
         assert float((found - wanted).float().norm() / wanted.float().norm()) < tolerance

@@ -17,7 +17,7 @@ from cllm4rec.model.backbone import (
     save_backbone,
     save_reference,
 )
-from cllm4rec.model.batch import TensorBatch
+from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
 from cllm4rec.model.ranker import Ranker
 from cllm4rec.training.loop import packer_for
@@ -45,7 +45,7 @@ def total_and_gradients(model: CLLM4Rec, some: list[Documents], micro_batch_toke
     total = 0.0
     for part in some:
         for batch in packer.batches([part]):
-            loss = model(TensorBatch.of(batch, CPU), 0.7).total
+            loss = model(batch_to_device(batch, CPU), 0.7).total
             loss.backward()
             total += loss.item()
     return total, {name: table.grad.clone() for name, table in model.tables().items()}
@@ -79,7 +79,7 @@ def test_only_what_is_trained_gets_a_gradient(architecture):
     model = model_of(architecture)
     model.train_only(CONTENT)
     packer = packer_for(model.backbone, model.token_space, 8 * MAX_TOKENS, MAX_TOKENS)
-    model(TensorBatch.of(next(iter(packer.batches([documents()]))), CPU), 1.0).total.backward()
+    model(batch_to_device(next(iter(packer.batches([documents()]))), CPU), 1.0).total.backward()
     has_gradient = {name for name, weight in model.named_parameters() if weight.grad is not None}
     assert has_gradient == set(CONTENT)
 
@@ -103,7 +103,7 @@ def test_a_backbone_that_is_trained_stays_float32_and_computes_in_bf16():
         batch = next(
             iter(packer_for(model.backbone, model.token_space, 8 * MAX_TOKENS, MAX_TOKENS).batches([documents()]))
         )
-        hidden[precision] = model.hidden(TensorBatch.of(batch, CPU)).float()
+        hidden[precision] = model.hidden_states(batch_to_device(batch, CPU)).float()
         assert model.backbone.dtype == torch.float32
     assert 1e-3 < float((hidden[torch.bfloat16] - hidden[torch.float32]).abs().max()) < 0.1
 
@@ -140,7 +140,7 @@ def test_without_its_last_norm_a_hidden_state_tells_how_much_a_history_agrees(ar
             model.collaborative_items[:4] = model.collaborative_items[0].clone()
         ranker = Ranker(model.eval(), parity().prompts, MAX_TOKENS)
         histories = Ragged.from_lists([[0, 1, 2, 3], [4, 5, 6, 7]])
-        lengths.append(ranker.hidden(np.array([-1, -1]), histories).norm(dim=1).tolist())
+        lengths.append(ranker.encode_users(np.array([-1, -1]), histories).norm(dim=1).tolist())
     assert lengths[0] == lengths[1]
     auto = AutoModelForSeq2SeqLM if architecture == "t5" else AutoModelForCausalLM
     assert not auto.from_pretrained(tmp_path, output_loading_info=True)[1]["missing_keys"]
@@ -193,7 +193,7 @@ def test_a_pretrained_llama_predicts_stories_better_than_chance(shared_dir):
     )
     batch = next(iter(packer_for(backbone, space, 256, 128).batches([plain, plain])))
     with torch.no_grad():
-        found = CLLM4Rec(backbone, space, std=0.1)(TensorBatch.of(batch, CPU), 0.0).words.item()
+        found = CLLM4Rec(backbone, space, std=0.1)(batch_to_device(batch, CPU), 0.0).words.item()
     assert found / len(batch.word_targets) < 2.5  # chance is ln 512 = 6.2
 
 

@@ -22,7 +22,7 @@ def tokens_of(batch: Batch, grid_number: int) -> np.ndarray:
     """Rebuild the slots' token ids (-1 for the zero vector) from what reads what."""
     grid, space = batch.grids[grid_number], parity().token_space
     slots = np.full(grid.segment_RT.size, -1)
-    for table, (where, rows) in grid.reads.items():
+    for table, (where, rows) in grid.lookups.items():
         offset = {Table.WORDS: 0, Table.COLLABORATIVE_USERS: space.num_words, Table.CONTENT_USERS: space.num_words}
         slots[where] = rows + offset.get(table, space.num_words + space.num_users)
     return slots
@@ -137,7 +137,7 @@ def test_texts_read_ids_through_content_and_the_rest_through_collaborative_table
         (Kind.RECOMMENDATION, {Table.COLLABORATIVE_USERS, Table.COLLABORATIVE_ITEMS}),
     ):
         batch = next(iter(Packer(space, 4 * MAX_TOKENS, MAX_TOKENS).batches([all_kinds().of_kinds([kind])])))
-        read = {table for table, (slots, _) in batch.grids[0].reads.items() if len(slots)}
+        read = {table for table, (slots, _) in batch.grids[0].lookups.items() if len(slots)}
         assert read - {Table.WORDS} == tables
 
 

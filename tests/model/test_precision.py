@@ -7,7 +7,7 @@ from support.parity import phases, train
 
 from cllm4rec.model import precision
 from cllm4rec.model.precision import precision_on
-from cllm4rec.model.saved_model import load_model
+from cllm4rec.model.saved_model import SavedModel
 
 
 @pytest.fixture(params=[True, False], ids=["multiplies bf16", "does not"])
@@ -41,7 +41,7 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_float32(has_it, expected, mon
 
 def test_a_model_trained_in_bf16_is_loaded_in_what_is_here(wanted, tmp_path):
     directory = write_random_model(tmp_path, write_prepared(tmp_path / "prepared"), seed=0, bf16=True)
-    model = load_model(directory, device="cpu").ranker.model
+    model = SavedModel.from_pretrained(directory, device="cpu").ranker.model
     assert (model.precision, model.backbone.dtype) == (wanted, wanted)
 
 

@@ -32,7 +32,7 @@ def hidden_with(num_threads, precision, width):
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        return ranker.hidden(np.arange(num_users), histories)
+        return ranker.encode_users(np.arange(num_users), histories)
     finally:
         torch.set_num_threads(before)
 

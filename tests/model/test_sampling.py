@@ -10,7 +10,7 @@ from support.parity import parity, phases, recall_at_1, settings, train
 from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.documents import Prompts
-from cllm4rec.model.batch import TensorBatch
+from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Packer
 from cllm4rec.model.ranker import Ranker
@@ -69,19 +69,19 @@ def losses(sample: ItemSample | None):
     rng = np.random.default_rng(1)
     items = Ragged.from_lists([rng.choice(len(COUNTS), 12, replace=False).tolist() for _ in range(40)])
     documents = parity().prompts.interactions(SPACE, np.arange(40), items)
-    batch = next(iter(Packer(SPACE, 4096, settings().max_tokens).batches([documents])))
+    batch = next(iter(Packer(SPACE, 4096, settings().model.max_tokens).batches([documents])))
     model.train_only(("collaborative_users", "collaborative_items"))
-    total = model(TensorBatch.of(batch, CPU, sample=sample), 0.5).total
+    total = model(batch_to_device(batch, CPU, sample=sample), 0.5).total
     return total.item(), torch.autograd.grad(total, model.collaborative_items)[0]
 
 
 def test_a_sample_has_all_targets_and_few_shapes():
     """Every number of items would be a kernel that a CPU keeps."""
     source = parity().documents.take(np.arange(40))
-    batch = next(iter(Packer(parity().token_space, 4096, settings().max_tokens).batches([source])))
+    batch = next(iter(Packer(parity().token_space, 4096, settings().model.max_tokens).batches([source])))
     sizes = set()
     for drawn in (np.arange(1), np.arange(0, parity().token_space.num_items, 3)):
-        sampled = TensorBatch.of(batch, CPU, sample=ItemSample(drawn, np.zeros(len(drawn), np.float32))).sampled
+        sampled = batch_to_device(batch, CPU, sample=ItemSample(drawn, np.zeros(len(drawn), np.float32))).sampled
         assert sampled is not None
         assert np.array_equal(sampled.items_M[sampled.targets_E], batch.item_targets)
         assert sorted(sampled.items_M[sampled.bias_M == 0].tolist()) == drawn.tolist()
@@ -114,7 +114,7 @@ def test_hidden_items_are_found_after_training_with_few_items_a_step():
     weights, _ = train(phases(), sampled_items=world.token_space.num_items // 4)
     model = world.make_model()
     model.load_state_dict(weights, strict=False)
-    assert recall_at_1(Ranker(model, world.prompts, settings().max_tokens)) == 1.0
+    assert recall_at_1(Ranker(model, world.prompts, settings().model.max_tokens)) == 1.0
     again, _ = train([dataclasses.replace(phases()[2], epochs=1)], sampled_items=world.token_space.num_items // 4)
     other, _ = train([dataclasses.replace(phases()[2], epochs=1)])
     assert not torch.equal(again["collaborative_items"], other["collaborative_items"])

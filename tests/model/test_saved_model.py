@@ -15,7 +15,7 @@ from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.prepared import load_histories
 from cllm4rec.errors import ArtifactError
-from cllm4rec.model.saved_model import load_model, load_tables
+from cllm4rec.model.saved_model import SavedModel, load_tables
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.storage import files
 from cllm4rec.storage.artifacts import MANIFEST, read_manifest
@@ -53,7 +53,7 @@ class Payload:
 
 
 def test_a_model_comes_back_with_its_tables_and_catalog(written):
-    stored = load_model(str(written))
+    stored = SavedModel.from_pretrained(str(written))
     tables = load_file(written / "tables.safetensors")
     assert all(torch.equal(table.data, tables[name]) for name, table in stored.ranker.model.tables().items())
     assert not any(weight.requires_grad for weight in stored.ranker.model.parameters())
@@ -117,7 +117,7 @@ def test_a_flipped_bit_anywhere_is_refused(model, name):
     content[len(content) // 2] ^= 1
     (model / name).write_bytes(bytes(content))
     with pytest.raises(ArtifactError, match=rf"{name} is damaged \(sha256 differs\)"):
-        load_model(str(model))
+        SavedModel.from_pretrained(str(model))
 
 
 def test_a_flipped_bit_in_the_tables_does_not_reach_the_next_stage(model):
@@ -131,17 +131,17 @@ def test_a_flipped_bit_in_the_tables_does_not_reach_the_next_stage(model):
 def test_a_missing_file_is_refused(model):
     (model / "users.parquet").unlink()
     with pytest.raises(ArtifactError, match=r"users\.parquet is missing"):
-        load_model(str(model))
+        SavedModel.from_pretrained(str(model))
 
 
 def test_a_foreign_catalog_is_refused(model):
     """With a manifest that agrees: users and items that the tables have no rows for."""
     Catalog([f"u{user}" for user in range(41)], [f"i{item}" for item in range(20)]).save(str(model))
     with pytest.raises(ArtifactError, match=r"is damaged"):
-        load_model(str(model))
+        SavedModel.from_pretrained(str(model))
     seal(model)
     with pytest.raises(ArtifactError, match=r"was trained for .* \(300, 40, 20\) and its catalog has \(300, 41, 20\)"):
-        load_model(str(model))
+        SavedModel.from_pretrained(str(model))
 
 
 def test_tables_of_another_shape_are_refused(model):
@@ -149,17 +149,17 @@ def test_tables_of_another_shape_are_refused(model):
     save_file({name: table[:, :16].contiguous() for name, table in tables.items()}, model / "tables.safetensors")
     seal(model)
     with pytest.raises(ArtifactError, match=r"no collaborative_users of shape \(40, 32\)"):
-        load_model(str(model))
+        SavedModel.from_pretrained(str(model))
 
 
 def test_facts_of_another_code_are_refused(model):
     (model / "model.json").write_text("{}")
     seal(model)
     with pytest.raises(ArtifactError, match=r"model\.json is not what this code writes"):
-        load_model(str(model))
+        SavedModel.from_pretrained(str(model))
 
 
-@pytest.mark.parametrize("load", [load_model, lambda directory: load_tables(directory, "model")])
+@pytest.mark.parametrize("load", [SavedModel.from_pretrained, lambda directory: load_tables(directory, "model")])
 def test_a_pickle_in_place_of_the_tables_is_never_loaded(model, tmp_path, load):
     (model / "tables.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "trace")))
     seal(model)
@@ -175,7 +175,7 @@ def test_a_pickle_in_the_backbone_is_never_loaded(model, tmp_path, instead):
         (model / "backbone" / "model.safetensors").unlink()
     seal(model)
     with pytest.raises(ArtifactError, match=r"pytorch_model\.bin is neither safetensors nor JSON"):
-        load_model(str(model))
+        SavedModel.from_pretrained(str(model))
     assert not (tmp_path / "trace").exists()
 
 
@@ -183,4 +183,4 @@ def test_a_pretrained_directory_is_no_model(model):
     raw = json.loads((model / MANIFEST).read_text()) | {"kind": "pretrained"}
     (model / MANIFEST).write_text(json.dumps(raw))
     with pytest.raises(ArtifactError, match="is a pretrained directory where a model directory is needed"):
-        load_model(str(model))
+        SavedModel.from_pretrained(str(model))

@@ -136,7 +136,7 @@ def test_boosts_and_caps_equal_a_slow_reference(candidates, head_items, monkeypa
     hidden = torch.from_numpy(rng.integers(-1, 2, (num_users, 32))).float()
     table = torch.from_numpy(rng.integers(-1, 2, (20, 32))).float()
     asked = changed(lambda model: model.collaborative_items.data.copy_(table))
-    monkeypatch.setattr(Ranker, "hidden", lambda *_: hidden)
+    monkeypatch.setattr(Ranker, "encode_users", lambda *_: hidden)
     logits_BJ = (hidden @ table.T).numpy()
     num_short = 0
     for _ in range(10):
@@ -299,7 +299,7 @@ def test_ranking_in_pieces_equals_a_stable_sort_of_everything(head_items, monkey
     hidden = torch.from_numpy(rng.integers(-1, 2, (70, 32))).float()  # more users than one piece of the head takes
     out = merged(Ragged.from_lists([rng.integers(0, 20, rng.integers(0, 21)) for _ in range(70)]))
     asked = Ranker(model, ranker.prompts, MAX_TOKENS)
-    monkeypatch.setattr(Ranker, "hidden", lambda *_: hidden)
+    monkeypatch.setattr(Ranker, "encode_users", lambda *_: hidden)
     items, scores = asked.top_k(np.full(70, -1), out, out, 9)
     logits = (hidden @ table.T).numpy()
     logits[out.rows, out.values] = -np.inf

@@ -14,7 +14,7 @@ import torch
 
 from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.config import BackboneSize
+from cllm4rec.config import BackboneSize, Config, parse_config
 from cllm4rec.data.documents import Documents, Prompts
 from cllm4rec.data.world import ParityWorld, parity_world
 from cllm4rec.metrics.protocol import Validation
@@ -22,8 +22,9 @@ from cllm4rec.model.backbone import build_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.ranker import Ranker
 from cllm4rec.scoring.scorer import Scorer
+from cllm4rec.training import loop
 from cllm4rec.training.epochs import EpochBuilder
-from cllm4rec.training.loop import RunSettings, Shard, load_parameters, run
+from cllm4rec.training.loop import Shard, load_parameters
 from cllm4rec.training.phases import COLLABORATIVE, CONTENT, Phase
 
 ARCHITECTURES = ("gpt2", "llama", "t5")
@@ -83,19 +84,20 @@ def all_kinds(user_dropout: float = 0.3) -> Documents:
     return Documents.concat(list(stream))
 
 
-def settings(**changes: Any) -> RunSettings:
-    plain = RunSettings(
-        engine="torch",
-        accumulation=1,
-        gradient_clipping=None,
-        zero_stage=0,
-        bf16=False,
-        micro_batch_tokens=8 * MAX_TOKENS,
-        max_tokens=MAX_TOKENS,
-        checkpoint_every_epochs=1,
-        seed=0,
+def settings(accumulation: int = 1, num_workers: int = 1, seed: int = 0, **training: Any) -> Config:
+    """The config of a small run, on plain torch in float32; only what the loop reads of it matters."""
+    training = {"engine": "torch", "bf16": False, "micro_batch_tokens": 8 * MAX_TOKENS} | training
+    global_batch_tokens = training["micro_batch_tokens"] * accumulation * num_workers
+    return parse_config(
+        {
+            "output_dir": "unused",
+            "seed": seed,
+            "data": {"interactions": {"path": "unused"}, "max_text_tokens": 16},
+            "model": {"max_tokens": MAX_TOKENS, "backbone": {"layers": 1, "width": 32, "heads": 2, "vocab_size": 300}},
+            "training": training | {"global_batch_tokens": global_batch_tokens},
+            "cluster": {"num_workers": num_workers, "threads_per_worker": 1},
+        }
     )
-    return dataclasses.replace(plain, **changes)
 
 
 def phases(epochs: int = 20) -> list[Phase]:
@@ -118,7 +120,7 @@ def trained(architecture: str = "gpt2") -> Ranker:
     """A ranker trained through all stages, on one thread so that it is the same everywhere."""
     world = parity()
     torch.set_num_threads(1)
-    weights = run(
+    weights = loop.train(
         lambda: world.make_model(architecture), world.prompts, phases(), world.shard(), settings(), log=lambda _: None
     )
     model = world.make_model(architecture)
@@ -143,7 +145,7 @@ def train(some_stages, shard=None, **changes):
     torch.set_num_threads(1)
     world, log = parity(), []
     options = {name: changes.pop(name) for name in ("save", "resumed") if name in changes}
-    weights = run(
+    weights = loop.train(
         world.make_model,
         world.prompts,
         some_stages,

@@ -12,9 +12,10 @@ from support.parity import MAX_TOKENS, parity, phases, settings
 
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.metrics.protocol import Validation
+from cllm4rec.training import loop
 from cllm4rec.training.checkpoints import Checkpoint
-from cllm4rec.training.engine import EngineSettings, make_engine
-from cllm4rec.training.loop import Shard, run
+from cllm4rec.training.engine import make_engine
+from cllm4rec.training.loop import Shard
 from cllm4rec.training.phases import Phase
 
 pytestmark = pytest.mark.ray
@@ -52,7 +53,7 @@ def train(rank=0, num_workers=1, phase=STAGE, resumed=None, micro_batch_rows=Non
     def save(checkpoint: Checkpoint) -> None:
         saved.append(dataclasses.replace(checkpoint, progress=dataclasses.replace(checkpoint.progress)))
 
-    weights = run(
+    weights = loop.train(
         parity().make_model,
         parity().prompts,
         [phase],
@@ -99,7 +100,7 @@ def work(rank, port, folder):
         users_of_both = np.array([3])
         model = parity().make_model()
         model.train_only(STAGE.trained)
-        make_engine(model, EngineSettings("torch", 1e-2, 1, None, 0), users_of_both)
+        make_engine(model, settings().training, 1e-2, users=users_of_both)
     except AssertionError as error:
         results["one user twice"] = str(error)
     torch.save(results, folder / f"worker-{rank}.pt")

@@ -1,34 +1,37 @@
 """Stages of training without a cluster: what they are made from may not change under them."""
 
+import shutil
+
 import pytest
 from support.comparisons import make_config
+from support.directories import write_prepared, write_random_model
 
 from cllm4rec.errors import ArtifactError
-from cllm4rec.metrics.protocol import Validation
 from cllm4rec.storage import files
-from cllm4rec.storage.artifacts import write_directory
-from cllm4rec.training import fit as fits
+from cllm4rec.storage.artifacts import read_manifest, write_directory
+from cllm4rec.training.fit import finetune
 
 
-def write(uri, kind, text):
-    with write_directory(uri, kind=kind, inputs={}, config={}) as draft:
-        files.write_bytes(draft.path("text.txt"), text)
+def write_pretrained(config, source) -> None:
+    with write_directory(config.run.pretrained, kind="pretrained", inputs={}, config={}) as draft:
+        for name in read_manifest(str(source), "model").files:
+            files.copy_file(files.join(str(source), name), draft.path(name))
 
 
-def test_tables_of_a_pretraining_that_was_replaced_meanwhile_are_not_joined_with_what_was_trained(
-    tmp_path, monkeypatch
-):
+def test_a_pretraining_that_was_replaced_meanwhile_is_not_joined_with_what_was_trained(tmp_path):
     config = make_config(tmp_path)
-    for kind in ("prepared", "pretrained"):
-        write(config.run.directory(kind), kind, b"before")
+    write_prepared(tmp_path / "prepared")
+    first = write_random_model(tmp_path, config.run.prepared, seed=0)
+    write_pretrained(config, first)
+    shutil.rmtree(first)
 
-    def train(*_):
-        write(config.run.pretrained, "pretrained", b"other tables")
+    def trainer(job, run_dir):
+        other = write_random_model(tmp_path / "other", config.run.prepared, seed=1)
+        write_pretrained(config, other)
         return {}
 
-    monkeypatch.setattr(fits, "_train", train)
     with pytest.raises(
         ArtifactError, match=r"pretrained changed while finetune was at work; run the same command again"
     ):
-        fits.fit_finetuned(config, Validation)
+        finetune(config, trainer)
     assert not files.exists(config.run.model)

@@ -12,11 +12,11 @@ from cllm4rec.errors import ArtifactError, TrainingError
 from cllm4rec.metrics.protocol import Validation
 from cllm4rec.model.cllm4rec import TABLES
 from cllm4rec.model.ranker import Ranker
-from cllm4rec.training import loop as run_module
+from cllm4rec.training import loop
 from cllm4rec.training.checkpoints import Checkpoint, Progress, newest_valid, read_checkpoint, write_checkpoint
 from cllm4rec.training.engine import RowWiseEngine, TorchEngine, make_engine
 from cllm4rec.training.epochs import EpochBuilder
-from cllm4rec.training.loop import Shard, load_parameters, run
+from cllm4rec.training.loop import Shard, load_parameters
 from cllm4rec.training.phases import COLLABORATIVE, CONTENT, Phase
 
 
@@ -105,7 +105,7 @@ def test_a_frozen_backbone_keeps_its_bytes():
         return models[-1]
 
     before = world.make_model().backbone.digest()
-    run(make_model, world.prompts, phases(epochs=2), world.shard(), settings(), log=lambda _: None)
+    loop.train(make_model, world.prompts, phases(epochs=2), world.shard(), settings(), log=lambda _: None)
     assert [model.backbone.digest() for model in models] == [before] * 3
 
 
@@ -114,7 +114,7 @@ def test_the_backbone_stage_trains_the_backbone_and_nothing_else(architecture):
     world = parity()
     phase = Phase("backbone", ("backbone",), ("plain_texts",), 3, 1e-2)
     log = []
-    weights = run(
+    weights = loop.train(
         lambda: world.make_model(architecture), world.prompts, [phase], world.shard(), settings(), log=log.append
     )
     losses = [entry["loss"] for entry in log if entry["event"] == "epoch"]
@@ -149,7 +149,9 @@ def test_accumulating_micro_batches_equals_one_large_batch():
     shard = Shard(tiny, None)
     one, log_one = train([phase], shard=shard, micro_batch_tokens=100 * 48)
     many, log_many = train([phase], shard=shard, micro_batch_tokens=2 * 48, accumulation=20)
-    assert [entry["event"] for entry in log_one] == [entry["event"] for entry in log_many] == ["step", "epoch"]
+    assert (
+        [entry["event"] for entry in log_one] == [entry["event"] for entry in log_many] == ["expected", "step", "epoch"]
+    )
     for name in one:
         assert torch.allclose(one[name], many[name], atol=1e-5), name
 
@@ -175,7 +177,7 @@ def test_users_are_stepped_by_row_where_that_is_possible(phase, changes, engine,
         engines.append(make_engine(*arguments))
         return engines[-1]
 
-    monkeypatch.setattr(run_module, "make_engine", recorded)
+    monkeypatch.setattr(loop, "make_engine", recorded)
     train([dataclasses.replace(phase, epochs=1)], **changes)
     assert [type(each) for each in engines] == [engine]
 
@@ -210,7 +212,9 @@ def test_validation_ranks_with_users_that_took_all_steps():
             return super().metrics(ranked_BK)
 
     shard = Shard(world.documents, Looking(world.world.histories))
-    run(make_model, world.prompts, phases(epochs=2)[2:], shard, settings(), log=lambda _: None, save=saved.append)
+    loop.train(
+        make_model, world.prompts, phases(epochs=2)[2:], shard, settings(), log=lambda _: None, save=saved.append
+    )
     assert torch.equal(seen[0], saved[0].state["collaborative_users"])
 
 
@@ -234,7 +238,7 @@ def test_validation_by_parts_gives_what_it_gives_at_once(monkeypatch, at_once):
         return [entry["validation_ndcg@100"] for entry in train(phases(epochs=1)[2:])[1] if entry["event"] == "epoch"]
 
     whole = validated()
-    monkeypatch.setattr(run_module, "_VALIDATED_AT_ONCE", at_once)
+    monkeypatch.setattr(loop, "_VALIDATED_AT_ONCE", at_once)
     assert whole == pytest.approx(validated())
 
 
@@ -260,8 +264,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(bad):
         return model
 
     saved = []
-    with pytest.raises(TrainingError, match=r"stage finetune, epoch 1, step 1 is (nan|inf)"):
-        run(make_model, world.prompts, phases()[2:], world.shard(), settings(), log=lambda _: None, save=saved.append)
+    with pytest.raises(TrainingError, match=r"the loss of finetune, epoch 1, step 1 is (nan|inf)"):
+        loop.train(
+            make_model, world.prompts, phases()[2:], world.shard(), settings(), log=lambda _: None, save=saved.append
+        )
     assert not saved
 
 

@@ -1,45 +1,73 @@
-"""What a worker keeps and writes down, without a cluster."""
+"""What a worker keeps, writes down and says of failures, without a cluster."""
+
+import json
 
 import pytest
 from support.parity import parity
 
 from cllm4rec.data.memory_map import on_disk
 from cllm4rec.errors import ResourceError
-from cllm4rec.storage.files import remove_directory
-from cllm4rec.training import ray_trainer as loop
-from cllm4rec.training.ray_trainer import METRICS, _documents, _LogFile
+from cllm4rec.progress import FAILURES
+from cllm4rec.storage.files import read_json, remove_directory
+from cllm4rec.training.job import METRICS, LogFile
+from cllm4rec.training.ray_trainer import RecordFailures, bounded
 
 STEP = {"event": "step", "phase": "finetune", "loss": 2.0, "items": 1.0, "words": 0.5, "penalty": 0.5}
 
 
-def test_tensorboard_files_stay_when_the_run_directory_of_a_finished_stage_goes(tmp_path):
-    log = _LogFile(str(tmp_path / "runs" / "finetune" / METRICS), is_first=True, tensorboard=True)
-    log.keep(0)
+def test_tensorboard_files_stay_when_the_run_directory_of_a_finished_stage_is_removed(tmp_path):
+    log = LogFile(str(tmp_path / "runs" / "finetune" / METRICS), is_first=True, tensorboard=True)
+    log.resume(None, [])
     log(STEP)
-    log.flush()
-    log._writer.close()
+    log.close()
     remove_directory(str(tmp_path / "runs" / "finetune"))
     (events,) = (tmp_path / "runs" / "tensorboard" / "finetune").iterdir()
     assert b"finetune/loss" in events.read_bytes()
 
 
 def test_only_the_first_worker_writes(tmp_path):
-    log = _LogFile(str(tmp_path / "runs" / "finetune" / METRICS), is_first=False, tensorboard=True)
-    log.keep(0)
+    log = LogFile(str(tmp_path / "runs" / "finetune" / METRICS), is_first=False, tensorboard=True)
+    log.resume(None, [])
     log(STEP)
     assert log.flush() == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_documents_are_kept_up_to_what_the_config_allows(monkeypatch):
+def test_documents_are_kept_up_to_what_the_config_allows():
     documents = parity().documents
-    blocks = [documents.to_arrow()] * 3
-    monkeypatch.setattr(loop, "_blocks", lambda table: iter(blocks))
-    assert len(on_disk(_documents(most_gb=3.1 * documents.num_bytes / 1e9))) == 3 * len(documents)
+    blocks = [documents] * 3
+    assert len(on_disk(bounded(iter(blocks), most_gb=3.1 * documents.num_bytes / 1e9))) == 3 * len(documents)
     with pytest.raises(ResourceError, match=r"take more than cluster\.shard_disk_gb [\d.e-]+; add workers"):
-        on_disk(_documents(most_gb=2.5 * documents.num_bytes / 1e9))
+        on_disk(bounded(iter(blocks), most_gb=2.5 * documents.num_bytes / 1e9))
 
 
-def test_a_worker_without_a_document_has_none(monkeypatch):
-    monkeypatch.setattr(loop, "_blocks", lambda table: iter(()))
-    assert len(on_disk(_documents(most_gb=1.0))) == 0
+def test_a_worker_without_a_document_has_none():
+    assert len(on_disk(bounded(iter(()), most_gb=1.0))) == 0
+
+
+def failures(folder):
+    return [json.loads(line) for line in (folder / FAILURES).read_text().splitlines()]
+
+
+def test_each_failure_is_written_down_with_its_worker_and_its_innermost_cause(tmp_path):
+    recorder = RecordFailures(str(tmp_path), max_failures=3)
+    inner = ResourceError("the disk of this node is full; free some space")
+    outer = RuntimeError("a worker group died\nTraceback ...")
+    outer.__cause__ = inner
+    recorder.after_exception(None, {1: outer, 0: ValueError("first line\nlast line")})
+    recorder.after_exception(None, {1: outer})
+    assert failures(tmp_path) == [
+        {"worker": 0, "cause": "last line", "failure": 1, "max_failures": 3},
+        {"worker": 1, "cause": "the disk of this node is full; free some space", "failure": 2, "max_failures": 3},
+    ]
+    assert not (tmp_path / "error.json").exists()
+
+
+def test_the_same_cause_again_and_again_ends_the_run_with_that_cause(tmp_path):
+    recorder = RecordFailures(str(tmp_path), max_failures=2)
+    recorder.after_exception(None, {0: ValueError("no such column")})
+    recorder.after_exception(None, {1: ValueError("another cause")})
+    assert not (tmp_path / "error.json").exists()
+    recorder.after_exception(None, {1: ValueError("no such column")})
+    sentence = read_json(str(tmp_path / "error.json"))["sentence"]
+    assert "2 times a worker failed with: no such column" in sentence

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -13,37 +14,39 @@ import pyarrow as pa
 import pytest
 import torch
 from support.directories import NUM_WORDS, write_prepared
-from support.parity import MAX_TOKENS, parity, settings
+from support.parity import parity, settings
 
-from cllm4rec.config import BackboneSize, ClusterConfig, ModelConfig
+from cllm4rec.config import BackboneSize, ClusterConfig, parse_config
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.prepared import bucket_name, bucket_of, bucket_paths, load_histories, load_token_space
 from cllm4rec.data.world import parity_world
-from cllm4rec.errors import ResourceError
-from cllm4rec.metrics.protocol import Validation
+from cllm4rec.errors import ResourceError, TrainingError
+from cllm4rec.progress import FAILURES
 from cllm4rec.storage.files import write_table
+from cllm4rec.training.job import METRICS, TrainJob
 from cllm4rec.training.phases import COLLABORATIVE, Phase
-from cllm4rec.training.ray_trainer import METRICS, Job, WholeBuckets, fit
+from cllm4rec.training.ray_trainer import WholeBuckets, train_on_ray
 
 pytestmark = pytest.mark.ray
 EPOCHS, KILL_AFTER = 12, 2
 
 
-def job(prepared_dir: str, name: str) -> Job:
+def job(prepared_dir: str, name: str, **cluster: object) -> TrainJob:
     phase = Phase(
         "finetune", COLLABORATIVE, ("recommendations",), EPOCHS, 1e-2, validate="recommendation", patience=EPOCHS
     )
+    config = settings(engine="deepspeed", zero_stage=1)
     size = BackboneSize(layers=1, width=32, heads=2, vocab_size=NUM_WORDS)
-    return Job(
-        prepared_dir=prepared_dir,
-        backbone_dir=None,
-        start=None,
-        model=ModelConfig(backbone=size, max_tokens=MAX_TOKENS),
-        phases=[phase],
-        settings=settings(engine="deepspeed", zero_stage=1),
-        make_validation=Validation,
-        fingerprint=name * 16,
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"backbone": size}),
+            "cluster": ClusterConfig(**{"num_workers": 2, "threads_per_worker": 1, "max_failures": 2} | cluster),
+        }
     )
+    config = parse_config(
+        config.model_dump() | {"training": config.training.model_dump() | {"global_batch_tokens": None}}
+    )
+    return TrainJob(config, [phase], prepared_dir, backbone_dir=None, start=None, fingerprint=name * 16)
 
 
 def write_documents(prepared_dir: str) -> None:
@@ -89,18 +92,22 @@ def prepared_dir(tmp_path_factory) -> str:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_run_whose_worker_was_killed_ends_with_the_same_bits(prepared_dir, tmp_path, monkeypatch):
+def test_a_run_whose_worker_was_killed_ends_with_the_same_bits(prepared_dir, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="cllm4rec")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    cluster = ClusterConfig(num_workers=2, threads_per_worker=1, max_failures=2)
-    whole = fit(job(prepared_dir, "a"), cluster, str(tmp_path / "whole"))
+    whole = train_on_ray(job(prepared_dir, "a"), str(tmp_path / "whole"))
     killed: dict[str, int] = {}
     killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "hurt", killed), daemon=True)
     killer.start()
-    hurt = fit(job(prepared_dir, "b"), cluster, str(tmp_path / "hurt"))
+    hurt = train_on_ray(job(prepared_dir, "b"), str(tmp_path / "hurt"))
     killer.join(timeout=1)
     assert killed["workers"] == 2
     assert KILL_AFTER <= killed["epochs"] < EPOCHS
     assert '"resumed"' in (tmp_path / "hurt" / METRICS).read_text()
+    (failure,) = [json.loads(line) for line in (tmp_path / "hurt" / FAILURES).read_text().splitlines()]
+    assert (failure["failure"], failure["max_failures"]) == (1, 2)
+    assert f"worker {failure['worker']} failed (failure 1, cluster.max_failures 2): " in caplog.text
+    assert "resuming from the checkpoint after finetune epoch" in caplog.text
     assert num_epochs(tmp_path / "hurt" / METRICS) == EPOCHS
     assert set(whole) == set(hurt) == set(COLLABORATIVE)
     assert all(torch.equal(whole[name], hurt[name]) for name in whole)
@@ -130,5 +137,17 @@ def test_workers_read_their_buckets_whole_and_only_the_kinds_they_need(tmp_path,
 def test_a_cluster_that_is_too_small_is_refused_with_what_was_asked_and_what_exists(prepared_dir, tmp_path):
     began = time.monotonic()
     with pytest.raises(ResourceError, match=r"training asks for 65 CPUs and the cluster has 4 CPUs;"):
-        fit(job(prepared_dir, "c"), ClusterConfig(num_workers=64, start_timeout_s=1), str(tmp_path))
+        train_on_ray(job(prepared_dir, "c", num_workers=64, start_timeout_s=1), str(tmp_path))
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_cause_that_comes_again_stops_the_run_with_that_cause(prepared_dir, tmp_path, monkeypatch, caplog):
+    """Ray alone would start the workers a fourth time, in silence, and name its own wrapper in the end."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    broken = tmp_path / "prepared"
+    shutil.copytree(prepared_dir, broken)
+    (broken / "prompts.json").unlink()
+    with pytest.raises(TrainingError, match=r"3 times a worker failed with: .*prompts\.json is missing"):
+        train_on_ray(job(str(broken), "d", max_failures=3), str(tmp_path / "run"))
+    assert caplog.text.count("prompts.json is missing") == 3

@@ -14,18 +14,18 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from cllm4rec.arrays.ids import Catalog, TokenSpace
-from cllm4rec.config import BackboneSize
+from cllm4rec.config import BackboneSize, TrainingConfig
 from cllm4rec.data.documents import Prompts
 from cllm4rec.experiments.benchmark.directories import random_histories
 from cllm4rec.experiments.benchmark.figures import seconds_of
 from cllm4rec.model.backbone import build_backbone
-from cllm4rec.model.batch import TensorBatch
+from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Packer
 from cllm4rec.model.ranker import Ranker
 from cllm4rec.model.sampling import ItemSampler
 from cllm4rec.scoring.scorer import Scorer
-from cllm4rec.training.engine import EngineSettings, make_engine
+from cllm4rec.training.engine import make_engine
 from cllm4rec.training.epochs import EpochBuilder
 from cllm4rec.training.phases import COLLABORATIVE
 
@@ -46,7 +46,7 @@ def catalog(num_items: int) -> dict[str, float]:
     lists = seconds_of(lambda: scorer.top_k(histories.user, histories.train, 20), _REPEATS)
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     model.train_only(COLLABORATIVE)
-    engine = make_engine(model, EngineSettings("torch", 1e-3, 1, None, 0))
+    engine = make_engine(model, TrainingConfig(engine="torch"), 1e-3)
     builder = EpochBuilder(prompts, token_space, 64, 0)
     source = prompts.interactions(token_space, histories.user, histories.train)
     made = builder.recommendations(source, 0, mask_range=(0.2, 0.2), all_targets=False, user_dropout=0.0)
@@ -56,7 +56,7 @@ def catalog(num_items: int) -> dict[str, float]:
 
     def step(sampler: ItemSampler | None = None) -> None:
         sample = sampler.draw(0, 0) if sampler else None
-        losses = engine.forward(TensorBatch.of(batch, torch.device("cpu"), sample=sample), 1.0)
+        losses = engine.forward(batch_to_device(batch, torch.device("cpu"), sample=sample), 1.0)
         engine.backward(losses.total / batch.num_documents)
         engine.step()
 

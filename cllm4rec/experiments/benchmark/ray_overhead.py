@@ -6,7 +6,6 @@ measured before it starts and after it has gone, because a machine that others s
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -27,9 +26,10 @@ from cllm4rec.nightly.plan import plan_score
 from cllm4rec.nightly.ray_job import score
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.storage import files
-from cllm4rec.training.loop import RunSettings, Shard, run, run_settings
+from cllm4rec.training.job import METRICS, TrainJob
+from cllm4rec.training.loop import Shard, train
 from cllm4rec.training.phases import COLLABORATIVE, Phase
-from cllm4rec.training.ray_trainer import METRICS, Job, fit
+from cllm4rec.training.ray_trainer import train_on_ray
 
 _BACKBONE = BackboneSize(layers=4, width=256, heads=4, vocab_size=2048)
 _NUM_ITEMS = 5_000
@@ -83,19 +83,15 @@ def _phase(epochs: int) -> Phase:
     return Phase("finetune", COLLABORATIVE, ("recommendations",), epochs, 1e-3, lambda_c=1.0, patience=epochs)
 
 
-def _settings(config: Config, engine: Any) -> RunSettings:
-    return dataclasses.replace(
-        run_settings(config),
-        engine=engine,
-        accumulation=1,
-        gradient_clipping=None,
-        zero_stage=0,
-        checkpoint_every_epochs=_RAY_EPOCHS,
-    )
-
-
-def _no_validation(_: Histories) -> Any:
-    return None
+def _with_engine(config: Config, engine: str) -> Config:
+    changes = {
+        "engine": engine,
+        "zero_stage": 0,
+        "global_batch_tokens": None,
+        "gradient_clipping": None,
+        "checkpoint_every_epochs": _RAY_EPOCHS,
+    }
+    return config.model_copy(update={"training": config.training.model_copy(update=changes)})
 
 
 def _bare_epochs(config: Config) -> list[float]:
@@ -108,24 +104,22 @@ def _bare_epochs(config: Config) -> list[float]:
         backbone = load_backbone(config.run.backbone, config.model.max_tokens)
         return new_model(config.model, backbone, token_space, config.seed)
 
-    phases, settings = [_phase(_BARE_EPOCHS)], _settings(config, "torch")
-    run(make_model, prompt_tokens.prompts, phases, Shard(documents, None), settings, log=entries.append)
+    phases, shard = [_phase(_BARE_EPOCHS)], Shard(documents, None)
+    train(make_model, prompt_tokens.prompts, phases, shard, _with_engine(config, "torch"), log=entries.append)
     return _epoch_seconds(entries)
 
 
 def _ray_epochs(config: Config) -> list[float]:
-    job = Job(
+    job = TrainJob(
+        config=_with_engine(config, "deepspeed"),
+        phases=[_phase(_RAY_EPOCHS)],
         prepared_dir=files.absolute(config.run.prepared),
         backbone_dir=files.absolute(config.run.backbone),
         start=None,
-        model=config.model,
-        phases=[_phase(_RAY_EPOCHS)],
-        settings=_settings(config, "deepspeed"),
-        make_validation=_no_validation,
         fingerprint="ray_overhead",
     )
     run_dir = files.join(config.output_dir, "runs", "ray_overhead")
-    fit(job, config.cluster, run_dir)
+    train_on_ray(job, run_dir)
     lines = files.read_bytes(files.join(run_dir, METRICS)).splitlines()
     return _epoch_seconds([json.loads(line) for line in lines])
 

@@ -11,15 +11,16 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from cllm4rec.config import TrainingConfig
 from cllm4rec.data.documents import Documents, Kind, Prompts
 from cllm4rec.experiments.benchmark.corpora import Corpora, Corpus
 from cllm4rec.experiments.benchmark.figures import Row, ratio, repeats, row
 from cllm4rec.experiments.benchmark.reference import BATCH, Reference
 from cllm4rec.experiments.benchmark.work import Work
 from cllm4rec.model.backbone import Backbone
-from cllm4rec.model.batch import TensorBatch
+from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
-from cllm4rec.training.engine import EngineSettings, make_engine
+from cllm4rec.training.engine import make_engine
 from cllm4rec.training.epochs import EpochBuilder
 from cllm4rec.training.loop import packer_for
 from cllm4rec.training.phases import COLLABORATIVE, CONTENT, Phase
@@ -88,12 +89,12 @@ def our_steps(
     model.train_only(phase.trained)
     model.compute_in(setting.precision)
     model.to(setting.device)
-    engine = make_engine(model, EngineSettings("torch", phase.learning_rate, 1, None, 0), np.arange(corpus.num_users))
+    engine = make_engine(model, TrainingConfig(engine="torch"), phase.learning_rate, users=np.arange(corpus.num_users))
     packer = packer_for(backbone, corpus.token_space, setting.micro_batch_tokens, setting.max_tokens)
     counted, device, work = _Counted(corpus), torch.device(setting.device), Work.of(model)
     steps = repeats(setting.steps, setting.seconds, warm_up=2)
     for counts, batch in zip(steps, _timed(packer.batches([documents]), counted), strict=False):
-        losses = engine.forward(TensorBatch.of(batch, device), phase.lambda_c)
+        losses = engine.forward(batch_to_device(batch, device), phase.lambda_c)
         engine.backward(losses.total / batch.num_documents)
         float(losses.total.detach())  # the loop logs it, and a GPU has to finish for it
         engine.step()

@@ -6,7 +6,6 @@ Lengths: K hidden size, T tokens of a text.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
@@ -21,12 +20,14 @@ from cllm4rec.config import BackboneSize, Config
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.prepared import load_documents, load_token_space
 from cllm4rec.model.backbone import Backbone, load_backbone, new_backbone, save_backbone, save_reference
-from cllm4rec.model.batch import TensorBatch
+from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Packer
+from cllm4rec.staleness import settings_digest
 from cllm4rec.storage.artifacts import read_manifest, write_directory
 from cllm4rec.storage.files import digest_of, join, read_bytes
-from cllm4rec.training.loop import RunSettings, Shard, load_parameters, run, run_settings
+from cllm4rec.training.local_trainer import alone
+from cllm4rec.training.loop import Shard, load_parameters, train
 from cllm4rec.training.phases import backbone_phases
 
 _TEXTS_AT_ONCE = 32
@@ -43,13 +44,8 @@ def _backbone_settings(config: Config) -> dict[str, Any]:
     return {
         "model": config.model.model_dump(exclude={"table_std", "table_init", "temperature"}),
         "stage": config.backbone.model_dump(),
-        "run": dataclasses.asdict(bare_settings(config)),
+        "training": settings_digest(alone(config), "backbone"),
     }
-
-
-def bare_settings(config: Config) -> RunSettings:
-    """A row is trained by one process on plain torch, whatever the config says of workers."""
-    return dataclasses.replace(run_settings(config), engine="torch", zero_stage=0)
 
 
 def starting_backbone(config: Config, num_words: int) -> Backbone:
@@ -72,12 +68,12 @@ def run_backbone(config: Config) -> str:
     backbone = new_backbone(config.model, prompt_tokens.num_words, config.seed)
     model = CLLM4Rec(backbone, token_space, std=0.0)
     shard = Shard(load_documents(prepared_dir), None)
-    weights = run(
+    weights = train(
         lambda: model,
         prompt_tokens.prompts,
         backbone_phases(config),
         shard,
-        bare_settings(config),
+        alone(config),
         log=lambda entry: None,
     )
     load_parameters(model, weights)
@@ -112,7 +108,7 @@ def text_vectors(
         documents = Documents(kinds, none, none, part, no_values(len(rows)), no_values(len(rows)))
         batch = packer.layout(documents)
         with torch.inference_mode():
-            hidden_SK = model.hidden(TensorBatch.of(batch, torch.device("cpu")))
+            hidden_SK = model.hidden_states(batch_to_device(batch, torch.device("cpu")))
         for row, first, end in zip(rows.tolist(), part.offsets[:-1], part.offsets[1:], strict=True):
             vectors_DK[row] = hidden_SK[first:end].float().mean(dim=0).numpy()
     return vectors_DK

@@ -37,7 +37,7 @@ from cllm4rec.errors import DataError, TrainingError
 from cllm4rec.evaluation.baseline import Budget, Training, item_texts_with_reviews
 from cllm4rec.evaluation.stage import rank_with_scorer
 from cllm4rec.experiments.baselines.registry import make
-from cllm4rec.experiments.comparison.language import backbone_directory, bare_settings, starting_backbone, text_vectors
+from cllm4rec.experiments.comparison.language import backbone_directory, starting_backbone, text_vectors
 from cllm4rec.experiments.comparison.methods import AFTER, MODEL, VARIANTS, config_of, phases_of, points_of
 from cllm4rec.metrics.protocol import HeldOut, Validation, rank_with
 from cllm4rec.metrics.ranking import IntArray, compute, depth
@@ -49,7 +49,8 @@ from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.storage.artifacts import is_current, read_manifest, write_directory
 from cllm4rec.storage.files import digest_of, join, read_json, read_tables, write_json, write_table
 from cllm4rec.storage.tensors import save_tensors
-from cllm4rec.training.loop import VALIDATION_METRIC, Shard, load_parameters, run
+from cllm4rec.training.local_trainer import alone
+from cllm4rec.training.loop import VALIDATION_METRIC, Shard, load_parameters, train
 from cllm4rec.training.table_init import initial_tables
 
 KIND = "compared"
@@ -274,12 +275,12 @@ def fit_variant(name: str, config: Config, data: Data) -> Fitted:
         load_parameters(model, start)
         return model
 
-    weights = run(
+    weights = train(
         make_model,
         data.prompt_tokens.prompts,
         phases_of(name, config),
         Shard(documents, Validation(data.histories)),
-        bare_settings(config),
+        alone(config),
         log=lambda entry: curve.append(_told(entry)) if f"validation_{VALIDATION_METRIC}" in entry else None,
     )
     model = make_model()

@@ -1,0 +1,1 @@
+"""Kernels for CPUs, behind `model.attention` and `model.accelerate`."""

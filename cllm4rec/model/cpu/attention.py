@@ -1,7 +1,7 @@
-"""Attention among the tokens of each document, for packed rows.
+"""Attention among the tokens of each document, in blocks: plain matrix products, which every device has.
 
-A mask over whole rows makes every token meet the whole row: with documents of a dozen tokens in rows of 256, twenty times
-the work. Here documents are cut out, neighbors together, as short blocks, and attention runs inside of these.
+Documents are cut out of their row, short neighbors together, as blocks of some 32 slots, and attention runs inside of each
+block.
 
 Lengths: S slots of a grid, B blocks × L slots of a group, H heads × D numbers a head, P parts side by side (query, key and
 value are three).
@@ -17,14 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-IMPLEMENTATION = "cllm4rec_blocks"
-"""Under this name transformers finds `attend`."""
-
 _WINDOW = 32
 """Documents that begin in the same window of a row share a block."""
 _STEP = 16
 """Blocks are padded to a multiple of this, so that few shapes exist."""
-_ALONE_STEP = 8
+_INVARIANT_STEP = 8
 """The same where each document has a block of its own."""
 _COUNT_STEP = 4
 """Groups of blocks that documents share are padded to a multiple of this number of blocks, for the same reason."""
@@ -87,18 +84,18 @@ class Blocks:
         return pasted.view(len(self.place_S), num_parts * num_heads, -1)
 
 
-def build_blocks(segment_RT: Array, device: torch.device, alone: bool = False) -> Blocks:
+def build_blocks(segment_RT: Array, device: torch.device, batch_invariant: bool = False) -> Blocks:
     """The blocks of a grid whose documents are numbered in each row (0 is padding).
 
-    alone: a document a block, as many blocks a group as depends on their length and the grid's size alone: then what
-    attention gives a document is bit for bit the same whatever else is in the grid.
+    batch_invariant: one document per block, and a number of blocks per group that depends on their length and the grid's
+    size alone, so that attention gives a document the same bits whatever else is in the grid.
     """
     segment_S, is_first = _runs(segment_RT)
     starts = np.flatnonzero(is_first)
-    if alone:
+    if batch_invariant:
         ends = np.append(starts[1:], segment_S.size)
         is_document = segment_RT.ravel()[starts] > 0
-        begins, ends, step = starts[is_document], ends[is_document], _ALONE_STEP
+        begins, ends, step = starts[is_document], ends[is_document], _INVARIANT_STEP
     else:
         num_columns = segment_RT.shape[1]
         windows = starts // num_columns * num_columns + starts % num_columns // _WINDOW
@@ -109,7 +106,7 @@ def build_blocks(segment_RT: Array, device: torch.device, alone: bool = False) -
     for length in np.unique(lengths).tolist():
         members = np.flatnonzero(lengths == length)
         size = -(-len(members) // _COUNT_STEP) * _COUNT_STEP
-        if alone:  # the most of this length that a grid can hold: one group is enough but for the shortest
+        if batch_invariant:  # the most of this length that a grid can hold: one group is enough but for the shortest
             size = max(1, segment_S.size // max(length - step + 1, step // 2))
         for first in range(0, len(members), size):
             some = members[first : first + size]
@@ -160,37 +157,10 @@ class _Layout:
         return torch.from_numpy(array).to(self._device)
 
 
-def attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    blocks: Blocks | None = None,
-    scaling: float | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls for attention: (R, H, T, D) in, (R, T, H, D) out.
-
-    `blocks` None: a call that is not from here, answered as transformers would.
-    """
-    if blocks is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        own: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **others
-        )
-        return own
-    num_rows, num_heads, num_columns, size = query.shape
-    if key.shape[1] != num_heads:  # several heads share a key
-        key, value = (states.repeat_interleave(num_heads // states.shape[1], dim=1) for states in (key, value))
-    # Rotated queries and keys are float32 under autocast, where values are not.
-    together = torch.cat([query.to(value.dtype), key.to(value.dtype), value], dim=1)
-    together = together.transpose(1, 2).reshape(-1, 3 * num_heads, size)
-    scale = size**-0.5 if scaling is None else scaling
-    with torch.autocast(value.device.type, enabled=False):
-        attended: Tensor = _BlockAttention.apply(together, scale, blocks)  # type: ignore[no-untyped-call]
-    return attended.view(num_rows, num_columns, num_heads, size), None
+def attend_blocks(states: Tensor, scale: float, blocks: Blocks) -> Tensor:
+    """`attention` with its gradient: query, key and value side by side, (S, 3·H, D) → (S, H, D)."""
+    attended: Tensor = _BlockAttention.apply(states, scale, blocks)  # type: ignore[no-untyped-call]
+    return attended
 
 
 class _BlockAttention(torch.autograd.Function):

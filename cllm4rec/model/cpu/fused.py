@@ -112,10 +112,12 @@ class FrozenGPT2Layer(GPT2Block):  # type: ignore[misc]
         mlp: Any = layer.mlp
         return cls(layer) if isinstance(mlp.act, nn.GELU) else None
 
-    def forward(self, hidden_states: Tensor, *others: Any, blocks: Blocks | None = None, **named: Any) -> Tensor:
-        if blocks is None or not runs_fused(hidden_states, self.mlp.c_fc.weight):
-            own: Tensor = super().forward(hidden_states, *others, blocks=blocks, **named)
+    def forward(self, hidden_states: Tensor, *others: Any, layout: Any = None, **named: Any) -> Tensor:
+        """layout: the grid's `DocumentLayout`; None is a call from elsewhere, which runs as transformers would."""
+        if layout is None or not runs_fused(hidden_states, self.mlp.c_fc.weight):
+            own: Tensor = super().forward(hidden_states, *others, layout=layout, **named)
             return own
+        blocks: Blocks = layout.blocks
         hidden_SK = hidden_states.flatten(0, 1)
         is_trained = torch.is_grad_enabled() and hidden_states.requires_grad
         done: Tensor = (

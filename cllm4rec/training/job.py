@@ -1,0 +1,116 @@
+"""What a training run is given, whoever runs it: Ray's workers or this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cllm4rec.config import Config
+from cllm4rec.data.prepared import load_token_space
+from cllm4rec.model.backbone import load_backbone, new_backbone
+from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
+from cllm4rec.model.saved_model import load_tables
+from cllm4rec.storage import files
+from cllm4rec.training.checkpoints import Checkpoint
+from cllm4rec.training.loop import load_parameters
+from cllm4rec.training.phases import Phase
+
+METRICS = "metrics.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Tables to begin from, in a finished directory of a kind."""
+
+    directory: str
+    kind: str
+
+    def tables(self) -> dict[str, Tensor]:
+        return load_tables(self.directory, self.kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainJob:
+    """All a worker needs to know; paths are absolute.
+
+    `backbone_dir` None means the backbone that the config describes, before any training. `fingerprint` is the digest of
+    all inputs: a checkpoint of a run with another one is not resumed.
+    """
+
+    config: Config
+    phases: list[Phase]
+    prepared_dir: str
+    backbone_dir: str | None
+    start: Start | None
+    fingerprint: str
+
+    def make_model(self, device: torch.device) -> CLLM4Rec:
+        """The model before the first phase."""
+        prompt_tokens, token_space = load_token_space(self.prepared_dir)
+        config = self.config
+        if self.backbone_dir is None:
+            backbone = new_backbone(config.model, prompt_tokens.num_words, config.seed)
+        else:
+            backbone = load_backbone(self.backbone_dir, config.model.max_tokens)
+        model = new_model(config.model, backbone, token_space, config.seed)
+        if self.start is not None:
+            load_parameters(model, self.start.tables())
+        return model.to(device)
+
+
+class LogFile:
+    """`metrics.jsonl`: one line for every step and epoch, written by the first worker at the end of each epoch."""
+
+    def __init__(self, uri: str, is_first: bool, tensorboard: bool) -> None:
+        self._uri, self._is_first = uri, is_first
+        self._unwritten: list[str] = []
+        self._num_written = self._step = 0
+        self._writer: Any = None
+        if is_first and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Beside the run directories, which are removed when their stages are done.
+            runs, stage, _ = files.absolute(uri).rsplit("/", 2)
+            self._writer = SummaryWriter(files.join(runs, "tensorboard", stage))
+
+    def resume(self, checkpoint: Checkpoint | None, phases: list[Phase]) -> None:
+        """Start empty, or with the lines that were written up to a checkpoint: what came after it is run again."""
+        if not self._is_first:
+            return
+        num_lines = checkpoint.progress.num_log_lines if checkpoint else 0
+        old = files.read_bytes(self._uri).splitlines() if num_lines and files.exists(self._uri) else []
+        kept = old[:num_lines]
+        files.write_bytes(self._uri, b"".join(line + b"\n" for line in kept))
+        self._num_written = len(kept)
+        if checkpoint:
+            done, epoch = checkpoint.progress.phase, checkpoint.progress.epoch
+            after = f"{phases[done].name} epoch {epoch}" if epoch else phases[done - 1].name
+            self({"event": "resumed", "after": after})
+
+    def __call__(self, entry: dict[str, Any]) -> None:
+        if not self._is_first:
+            return
+        self._unwritten.append(json.dumps(entry) + "\n")
+        if self._writer is not None and entry["event"] == "step":
+            self._step += 1
+            for name in ("loss", "items", "words", "penalty"):
+                self._writer.add_scalar(f"{entry['phase']}/{name}", entry[name], self._step)
+        if entry["event"] != "step":
+            self.flush()
+
+    def flush(self) -> int:
+        """Write what is new and return the number of lines so far."""
+        if self._unwritten:
+            files.append_bytes(self._uri, "".join(self._unwritten).encode())
+            self._num_written += len(self._unwritten)
+            self._unwritten = []
+        return self._num_written
+
+    def close(self) -> None:
+        self.flush()
+        if self._writer is not None:
+            self._writer.close()
