@@ -94,8 +94,6 @@ def test_the_installed_package_goes_from_raw_files_to_recommendations(run: Run, 
         last = json.loads(run("cllm4rec", command, "--config", config).splitlines()[-1])
         assert (last["ok"], last["output_dir"]) == (True, str(tmp_path / "out"))
 
-    if not hasattr(cllm4rec, "Recommender"):
-        pytest.skip("cllm4rec.Recommender does not exist yet")
     code = (
         "import json, sys; from cllm4rec import Recommender\n"
         "items = Recommender.from_pretrained(sys.argv[1]).recommend(user_id='user-00', k=3)\n"
