@@ -4,10 +4,10 @@
     cllm4rec benchmark --users 10000,100000,1000000 --items 10000,100000,1000000
 
 Measures the machine's matrix rate, training steps and scoring beside a plain reference, what is lost to Ray, growth with
-users and items, and start-up. The model is that of jobs/configs/benchmark.yaml, GPT-2 small's shape with random weights:
-speed does not depend on them. The first command takes under 10 minutes on 2 quiet cores. Lengths are real where
-CLLM4REC_SHARED (default ../shared) holds the data, else those of the sample world, and the report says so. Every figure
-is the median of several; the JSON has its spread.
+users and items, and start-up. The model is that of the shipped config `benchmark`, GPT-2 small's shape with random
+weights: speed does not depend on them. The first command takes under 10 minutes on 2 quiet cores. Lengths are those of
+the real data in CLLM4REC_SHARED (unset or empty: ../shared), or those of the sample world if it is missing; the report
+says which. Every figure is a median of several; the JSON has its spread.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _measure_model(config: Config, parts: list[str], device: str) -> dict[str, A
     told: dict[str, Any] = {"machine": machine(device=device), "notes": []}
     if not {"training", "scoring"} & set(parts):
         return told
-    corpora = load_corpora(Path(os.environ.get(_SHARED, "../shared")))
+    corpora = load_corpora(Path(os.environ.get(_SHARED) or "../shared"))
     told["notes"] += corpora.notes
     backbone = new_backbone(config.model, corpora.histories.token_space.num_words, config.seed)
     micro_batch_tokens, max_tokens = config.training.micro_batch_tokens, config.model.max_tokens

@@ -102,7 +102,7 @@ def test_our_errors_are_one_sentence_and_a_status(call, error, status):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["pretrain.epoch=3"], "pretrain.epoch is no setting"),
+        (["pretrain.epoch=3"], "pretrain.epoch is not a setting"),
         (["pretrain.epochs"], "is not of the form section.key=value"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag; cllm4rec test --help"),
     ],
