@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -41,7 +42,7 @@ def prepare(
     items: Frame | None = None,
     users: Frame | None = None,
     *,
-    output_dir: str,
+    output_dir: str | os.PathLike[str],
     settings: Mapping[str, Any] | None = None,
     columns: Columns | None = None,
 ) -> Config:
@@ -57,7 +58,7 @@ def prepare(
 
     Raises ConfigError for settings and column names that do not fit, and DataError for tables that do not.
     """
-    uri = absolute(output_dir)
+    uri = absolute(os.fspath(output_dir))
     frames: dict[str, Any] = {"interactions": interactions, "items": items, "users": users}
     given = {role: frame for role, frame in frames.items() if frame is not None}
     for role in columns or {}:

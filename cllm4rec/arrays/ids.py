@@ -183,7 +183,7 @@ class Catalog:
 
     @classmethod
     def load_items(cls, directory: str) -> Catalog:
-        """Like `load`, without users, of whom there may be very many."""
+        """Like `load`, without users. Their number has no bound."""
         items = _read(directory, "items")
         return cls([], items["id"], [], items["text"], items["num_train"])
 

@@ -1,7 +1,7 @@
-"""Documents: a prompt (context, no loss) and a main text of one kind of token (carries the loss). method.md, Documents.
+"""Documents: a prompt (context, no loss) and a main text of one kind of token, which carries the loss.
 
-`prepared/documents` holds the documents that do not change from epoch to epoch, tokenized once. What changes (the order
-of a user's items, the held-out part, a hidden user) is made from them by `cllm4rec.training.epochs`.
+docs/method.md describes them. `prepared/documents` holds the documents that do not change from epoch to epoch, tokenized
+once. `cllm4rec.training.epochs` makes from them what changes: the order of a user's items, held-out items, hidden users.
 
 Lengths: D documents.
 """
@@ -35,9 +35,9 @@ TEXT_KINDS = (Kind.REVIEW, Kind.USER_TEXT, Kind.ITEM_TEXT)
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """D documents as columns. `user` and `item` are indices, -1 where the kind has none.
+    """D documents as columns. `user` and `item` are indices, or -1 for kinds that have none.
 
-    `prompt` and `main` are token ids. `target` is item indices, for recommendation documents only (else empty rows).
+    `prompt` and `main` are token ids. `target` holds item indices for recommendation documents, and is empty for others.
     """
 
     kind: npt.NDArray[np.int8]
@@ -52,13 +52,13 @@ class Documents:
 
     @property
     def lengths(self) -> IntArray:
-        """Tokens of prompt and main text together."""
+        """The number of tokens of prompt and main text together."""
         return self.prompt.lengths + self.main.lengths
 
     @property
     def num_bytes(self) -> int:
         ragged = (self.prompt, self.main, self.target)
-        arrays = [self.kind, self.user, self.item, *(each for rows in ragged for each in (rows.values, rows.offsets))]
+        arrays = [self.kind, self.user, self.item, *(array for rows in ragged for array in (rows.values, rows.offsets))]
         return sum(array.nbytes for array in arrays)
 
     def take(self, rows: Array) -> Documents:
@@ -78,11 +78,11 @@ class Documents:
         return self.take(self.rows_of(kinds))
 
     def in_order(self) -> Documents:
-        """Sorted by kind, user, item: the same whatever files and blocks the documents came from."""
+        """Sorted by kind, user and item, so that the order does not depend on files and blocks."""
         return self.take(np.lexsort((self.item, self.user, self.kind)))
 
     def to_arrow(self) -> pa.Table:
-        """Columns kind, user, item, prompt, main, as stored in `prepared/documents`."""
+        """The columns kind, user, item, prompt and main, as in `prepared/documents`."""
         return pa.table(
             {
                 "kind": pa.array(self.kind, pa.int8()),
@@ -125,7 +125,7 @@ class Documents:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The words of every prompt, tokenized once by the backbone's tokenizer (token ids, all below N)."""
+    """The words of all prompts as token ids of the tokenizer of the backbone, all below N."""
 
     has_interacted: list[int]
     writes_review: list[int]
@@ -138,7 +138,7 @@ class Prompts:
 
     @classmethod
     def tokenize(cls, encode: Any) -> Prompts:
-        """`encode` maps a text to a list of word tokens, without special tokens."""
+        """`encode` turns a text into a list of word tokens, without special tokens."""
         return cls(
             has_interacted=encode(" has interacted with"),
             writes_review=encode(" writes the review for"),
@@ -151,7 +151,7 @@ class Prompts:
         )
 
     def overhead(self) -> int:
-        """Tokens of the longest prompt of a history (recommendation), without its items."""
+        """The number of tokens of the longest prompt with a history (recommendation), without its items."""
         return 2 + len(self.has_interacted) + len(self.comma) + len(self.will_interact)
 
     def interactions(
@@ -161,9 +161,9 @@ class Prompts:
         items: Ragged,
         hidden: BoolArray | None = None,
     ) -> Documents:
-        """`<user> has interacted with` → items. `items` holds item indices, a row a user.
+        """`<user> has interacted with` → items. `items` holds item indices, one row per user.
 
-        NOBODY stands for user -1 and where `hidden` is true.
+        NOBODY replaces user -1 and users for which `hidden` is true.
         """
         user_tokens = _column(_user_tokens(token_space, user, hidden))
         prompt = Ragged.interleave(user_tokens, _repeat(self.has_interacted, len(user)))

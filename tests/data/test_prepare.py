@@ -393,7 +393,7 @@ def test_an_error_in_a_task_of_ray_is_raised_as_it_is(raw: Path, tmp_path: Path,
     (tmp_path / "a.csv").write_text("user,item\n1,2\n")
     (tmp_path / "b.csv").write_text("user,thing\n1,2\n")
     headers = {"path": f"{tmp_path}/*.csv", "format": "csv", "columns": {"user": "user", "item": "item"}}
-    with pytest.raises(DataError, match=r"^b.csv has the columns user, thing where [^\n]*$"):
+    with pytest.raises(DataError, match=r"^b.csv has the columns user, thing, but [^\n]*$"):
         prepare(config_of(tmp_path / "out", raw, interactions=headers, min_rating=None))
 
 
