@@ -43,7 +43,7 @@ def test_too_small_a_cluster_is_told_with_what_was_asked_and_what_exists(monkeyp
     with pytest.raises(ResourceError) as caught:
         cluster.wait_for_resources({"CPU": 9, "GPU": 1}, 0.2, "score", "lower score.num_actors")
     assert str(caught.value) == (
-        "score asks for 9 CPUs and 1 GPUs and the cluster has 2 CPUs and 0 GPUs; lower score.num_actors"
+        "score needs 9 CPUs and 1 GPUs, but the cluster has 2 CPUs and 0 GPUs; lower score.num_actors"
     )
     assert time.monotonic() - started < 5
 

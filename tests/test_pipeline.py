@@ -2,7 +2,7 @@
 
 import pytest
 
-from cllm4rec.commands.cli import shown_log
+from cllm4rec.commands.cli import show_log
 from cllm4rec.config import parse_config
 from cllm4rec.errors import ArtifactError
 from cllm4rec.pipeline import PIPELINE, Stage, run_stage
@@ -13,7 +13,7 @@ MINIMAL = {"output_dir": "runs/x", "data": {"interactions": {"path": "reviews.js
 @pytest.fixture(autouse=True)
 def shown():
     """The library's lines on stdout, as a command shows them."""
-    with shown_log():
+    with show_log():
         yield
 
 
@@ -36,7 +36,7 @@ def test_a_stage_that_is_done_is_skipped_with_a_line_that_says_so(capsys):
     recorded = Recorded(is_done=True)
     told = run_stage(recorded.stage, CONFIG, force=False)
     assert (told, recorded.runs) == ({"directory": "runs/x/model", "report": None, "skipped": True}, [])
-    assert capsys.readouterr().out == "finetune: up to date, skipped (runs/x/model); --force runs it\n"
+    assert capsys.readouterr().out == "finetune: up to date, skipped (runs/x/model); use --force to run it\n"
 
 
 @pytest.mark.parametrize(("is_done", "force"), [(True, True), (False, False), (False, True)])

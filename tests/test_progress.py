@@ -7,14 +7,14 @@ import time
 import pytest
 
 from cllm4rec import progress
-from cllm4rec.commands.cli import shown_log
+from cllm4rec.commands.cli import show_log
 from cllm4rec.commands.console import say
 
 
 @pytest.fixture(autouse=True)
 def shown():
     """The library's lines on stdout, as a command shows them."""
-    with shown_log():
+    with show_log():
         yield
 
 
@@ -50,7 +50,7 @@ def test_epochs_are_shown_as_plain_lines_where_there_is_no_terminal(run_dir, tmp
     with (run_dir / "metrics.jsonl").open("w") as file:
         file.write(epoch(1) + epoch(2))  # an earlier, interrupted run: shown then
         file.flush()
-        with progress.watched(str(run_dir)):
+        with progress.show_training(str(run_dir)):
             file.write(STEP + epoch(3, **{"validation_recall@20": 0.5}))
             file.flush()
             shown = []
@@ -74,26 +74,26 @@ def test_a_half_written_line_is_shown_once_when_it_is_whole(run_dir, capsys):
 
 def test_the_last_epochs_are_shown_where_the_run_was_faster_than_the_follower(run_dir, monkeypatch, capsys):
     monkeypatch.setattr(progress, "_POLL_S", 60.0)
-    with progress.watched(str(run_dir)):
+    with progress.show_training(str(run_dir)):
         (run_dir / "metrics.jsonl").write_text(epoch(1) + epoch(2) + epoch(3))
     assert [line[:12] for line in lines_shown(capsys)] == ["pretrain 1/3", "pretrain 2/3", "pretrain 3/3"]
 
 
 def test_a_worker_that_fails_is_named_with_its_cause_and_what_happens_next(run_dir, capsys):
     entry = {"worker": 3, "cause": "the disk is full", "failure": 1, "max_failures": 1}
-    with progress.watched(str(run_dir)):
+    with progress.show_training(str(run_dir)):
         (run_dir / "failures.jsonl").write_text(json.dumps(entry) + "\n" + json.dumps(entry | {"failure": 2}) + "\n")
     assert lines_shown(capsys) == [
-        "warning: worker 3 failed (failure 1, cluster.max_failures 1): the disk is full; it is started again",
-        "warning: worker 3 failed (failure 2, cluster.max_failures 1): the disk is full; no further start is allowed",
+        "warning: worker 3 failed (failure 1, cluster.max_failures 1): the disk is full; restarting",
+        "warning: worker 3 failed (failure 2, cluster.max_failures 1): the disk is full; no more restarts are allowed",
     ]
 
 
 def test_the_expected_time_is_shown_before_the_first_epoch(run_dir, capsys):
     entry = {"event": "expected", "phase": "pretrain", "epochs": 40, "seconds": 600.0}
-    with progress.watched(str(run_dir)):
+    with progress.show_training(str(run_dir)):
         (run_dir / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
-    assert lines_shown(capsys) == ["pretrain: about 10 min for at most 40 epochs of 15 s"]
+    assert lines_shown(capsys) == ["pretrain: about 10 min for up to 40 epochs of 15 s each"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_resumed_run_goes_on_after_its_checkpoint_and_says_so(run_dir, capsys)
     shown = lines_shown(capsys)
     assert shown[0] == "resuming from the checkpoint after pretrain epoch 1"
     assert [line[:12] for line in shown[1:3]] == ["pretrain 2/3", "pretrain 3/3"]
-    assert shown[3:] == ["pretrain: stopped, no better validation since epoch 1"]
+    assert shown[3:] == ["pretrain: stopped early, the best validation was in epoch 1"]
 
 
 def test_a_file_that_goes_away_and_comes_back_shows_nothing_twice(run_dir, capsys):
@@ -155,7 +155,7 @@ def test_users_are_counted_as_plain_lines_where_there_is_no_terminal(monkeypatch
     monkeypatch.setattr(progress, "_COUNT_S", 0.02)
     numbers = iter([100, 150, 150, *[2000] * 10_000])
     shown = []
-    with progress.counted(lambda: next(numbers), 2000, "users"):
+    with progress.show_count(lambda: next(numbers), 2000, "users"):
         until(lambda: shown.extend(lines_shown(capsys)) or len(shown) >= 3)
     assert shown[0].startswith("150 of 2,000 users, ")
     assert shown[0].endswith(" s left")

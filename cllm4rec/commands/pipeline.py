@@ -1,10 +1,10 @@
-"""The whole chain from one config: prepare → backbone → pretrain → finetune → evaluate → score → serve.
+"""Run the pipeline from one config: prepare → backbone → pretrain → finetune → evaluate → score → serve.
 
     cllm4rec pipeline --config demo
     ray job submit --working-dir . -- cllm4rec pipeline --config my.yaml pretrain.epochs=20
 
-Stages whose inputs and settings did not change are skipped. It ends with the table of results, a list of the nightly
-table and the endpoint's answer to one real request; --serve keeps the endpoint up after that.
+Stages whose inputs and settings have not changed are skipped. At the end the command prints the table of results, the output
+directories, and the response of the endpoint to one request. --serve keeps the endpoint running.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from cllm4rec.storage.files import read_json
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--serve", action="store_true", help="keep the endpoint up at the end, until interrupted")
+    parser.add_argument("--serve", action="store_true", help="keep the endpoint running at the end, until interrupted")
 
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
-    told = {stage.name: run_stage(stage, config, args.force) for stage in PIPELINE}
+    result = {stage.name: run_stage(stage, config, args.force) for stage in PIPELINE}
     say("serve: starting the endpoint")
-    told["serve"] = serve.check(config)
-    _show(config, told["serve"])
+    result["serve"] = serve.check(config)
+    _show_results(config, result["serve"])
     say(f"pipeline: done in {time.monotonic() - started:.0f} s")
     if args.serve:
         args.check = False
-        told |= serve.run(config, args)
-    return told
+        result |= serve.run(config, args)
+    return result
 
 
-def _show(config: Config, served: dict[str, Any]) -> None:
+def _show_results(config: Config, served: dict[str, Any]) -> None:
     say("")
     say(table(read_json(f"{config.run.evaluation}/metrics.json")))
     say("")
-    for name, what in (
+    for name, content in (
         ("model", "the trained model"),
         ("evaluation", "report.md, plots, per-user values"),
         ("dump", "the Delta table with a list for every user"),
     ):
-        say(f"{config.run.directory(name):<32} {what}")
+        say(f"{config.run.directory(name):<32} {content}")
     say("")
     say(f"POST {served['url']} {served['question']}")
     answer = served["answer"]

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.model.ranker import FloatArray, IntArray, Ranker, merged
+from cllm4rec.model.ranker import Ranker, merged
 from cllm4rec.model.saved_model import SavedModel
 from cllm4rec.scoring.rules import Rules
+from cllm4rec.typing import Float32Array, IntArray
 
 _CANDIDATES = 4
 """Under caps, how many candidates are ranked at a time, in lengths of the list."""
@@ -51,7 +52,7 @@ class Scorer:
         k: int,
         rules: Rules | None = None,
         exclude: Ragged | None = None,
-    ) -> tuple[IntArray, FloatArray]:
+    ) -> tuple[IntArray, Float32Array]:
         """The k best unseen, allowed items of each user, best first, ties by lower item index.
 
         users: B rows of the user tables, -1 where unknown at training. histories: item indices, a row a user, read as
@@ -72,10 +73,10 @@ class Scorer:
         cold, warm = np.flatnonzero(is_cold), np.flatnonzero(~is_cold)
         hidden_BK = self.ranker.encode_users(rows[warm], histories.take(warm))
 
-        def best(asked: IntArray, out: Ragged, num: int) -> tuple[IntArray, FloatArray]:
+        def best(asked: IntArray, out: Ragged, num: int) -> tuple[IntArray, Float32Array]:
             return self.ranker.best_items(hidden_BK[asked], out, num, applied.bias_J)
 
-        def most_popular(_: IntArray, out: Ragged, num: int) -> tuple[IntArray, FloatArray]:
+        def most_popular(_: IntArray, out: Ragged, num: int) -> tuple[IntArray, Float32Array]:
             return applied.most_popular(out, num)
 
         items[warm], scores[warm] = _ranked(best, hidden.take(warm), k, applied.rules)
@@ -106,7 +107,7 @@ class _Applied:
     bias_J: Tensor | None
     popular: IntArray
     """The items that are not blocked, by boosted share, ties by lower index."""
-    share_J: FloatArray
+    share_J: Float32Array
 
     @classmethod
     def to(cls, rules: Rules, catalog: Catalog, device: torch.device) -> _Applied:
@@ -123,7 +124,7 @@ class _Applied:
             share_J.astype(np.float32),
         )
 
-    def most_popular(self, hidden: Ragged, k: int) -> tuple[IntArray, FloatArray]:
+    def most_popular(self, hidden: Ragged, k: int) -> tuple[IntArray, Float32Array]:
         """The k most popular items but for those of `hidden`, for each of its rows."""
         items = np.full((len(hidden), k), -1, np.int64)
         scores = np.full((len(hidden), k), -np.inf, np.float32)
@@ -134,11 +135,11 @@ class _Applied:
         return items, scores
 
 
-_Best = Callable[[IntArray, Ragged, int], tuple[IntArray, FloatArray]]
+_Best = Callable[[IntArray, Ragged, int], tuple[IntArray, Float32Array]]
 """The best items of these rows but for those of a list a row, and how many: indices and scores, best first."""
 
 
-def _ranked(best: _Best, hidden: Ragged, k: int, rules: Rules) -> tuple[IntArray, FloatArray]:
+def _ranked(best: _Best, hidden: Ragged, k: int, rules: Rules) -> tuple[IntArray, Float32Array]:
     """The k best items under the caps, for each row of `hidden`."""
     everyone = np.arange(len(hidden))
     if rules.categories is None:
@@ -151,7 +152,7 @@ def _ranked(best: _Best, hidden: Ragged, k: int, rules: Rules) -> tuple[IntArray
     return items, scores
 
 
-def _capped(best: _Best, rows: IntArray, hidden: Ragged, k: int, rules: Rules) -> tuple[IntArray, FloatArray]:
+def _capped(best: _Best, rows: IntArray, hidden: Ragged, k: int, rules: Rules) -> tuple[IntArray, Float32Array]:
     """From the best down, passing over items of a full category: exactly, whatever the number of candidates at a time.
 
     Candidates come some at a time. Those passed over are of categories that stay full, so a user whose list is short

@@ -30,8 +30,6 @@ def test_a_pretraining_that_was_replaced_meanwhile_is_not_joined_with_what_was_t
         write_pretrained(config, other)
         return {}
 
-    with pytest.raises(
-        ArtifactError, match=r"pretrained changed while finetune was at work; run the same command again"
-    ):
+    with pytest.raises(ArtifactError, match=r"pretrained changed during finetuning; run the same command again"):
         finetune(config, trainer)
     assert not files.exists(config.run.model)

@@ -149,7 +149,9 @@ def test_accumulating_micro_batches_equals_one_large_batch():
     shard = Shard(tiny, None)
     one, log_one = train([phase], shard=shard, micro_batch_tokens=100 * 48)
     many, log_many = train([phase], shard=shard, micro_batch_tokens=2 * 48, accumulation=20)
-    assert [entry["event"] for entry in log_one] == [entry["event"] for entry in log_many] == ["expected", "step", "epoch"]
+    assert (
+        [entry["event"] for entry in log_one] == [entry["event"] for entry in log_many] == ["expected", "step", "epoch"]
+    )
     for name in one:
         assert torch.allclose(one[name], many[name], atol=1e-5), name
 

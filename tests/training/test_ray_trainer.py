@@ -10,7 +10,7 @@ from cllm4rec.errors import ResourceError
 from cllm4rec.progress import FAILURES
 from cllm4rec.storage.files import read_json, remove_directory
 from cllm4rec.training.job import METRICS, LogFile
-from cllm4rec.training.ray_trainer import RecordFailures, bounded
+from cllm4rec.training.ray_trainer import RecordFailures, limit_size
 
 STEP = {"event": "step", "phase": "finetune", "loss": 2.0, "items": 1.0, "words": 0.5, "penalty": 0.5}
 
@@ -36,13 +36,13 @@ def test_only_the_first_worker_writes(tmp_path):
 def test_documents_are_kept_up_to_what_the_config_allows():
     documents = parity().documents
     blocks = [documents] * 3
-    assert len(on_disk(bounded(iter(blocks), most_gb=3.1 * documents.num_bytes / 1e9))) == 3 * len(documents)
+    assert len(on_disk(limit_size(iter(blocks), max_gb=3.1 * documents.num_bytes / 1e9))) == 3 * len(documents)
     with pytest.raises(ResourceError, match=r"take more than cluster\.shard_disk_gb [\d.e-]+; add workers"):
-        on_disk(bounded(iter(blocks), most_gb=2.5 * documents.num_bytes / 1e9))
+        on_disk(limit_size(iter(blocks), max_gb=2.5 * documents.num_bytes / 1e9))
 
 
 def test_a_worker_without_a_document_has_none():
-    assert len(on_disk(bounded(iter(()), most_gb=1.0))) == 0
+    assert len(on_disk(limit_size(iter(()), max_gb=1.0))) == 0
 
 
 def failures(folder):
@@ -70,4 +70,4 @@ def test_the_same_cause_again_and_again_ends_the_run_with_that_cause(tmp_path):
     assert not (tmp_path / "error.json").exists()
     recorder.after_exception(None, {1: ValueError("no such column")})
     sentence = read_json(str(tmp_path / "error.json"))["sentence"]
-    assert "2 times a worker failed with: no such column" in sentence
+    assert "workers failed 2 times with: no such column" in sentence

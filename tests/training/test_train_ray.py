@@ -136,7 +136,7 @@ def test_workers_read_their_buckets_whole_and_only_the_kinds_they_need(tmp_path,
 @pytest.mark.usefixtures("ray_local")
 def test_a_cluster_that_is_too_small_is_refused_with_what_was_asked_and_what_exists(prepared_dir, tmp_path):
     began = time.monotonic()
-    with pytest.raises(ResourceError, match=r"training asks for 65 CPUs and the cluster has 4 CPUs;"):
+    with pytest.raises(ResourceError, match=r"training needs 65 CPUs, but the cluster has 4 CPUs;"):
         train_on_ray(job(prepared_dir, "c", num_workers=64, start_timeout_s=1), str(tmp_path))
     assert time.monotonic() - began < 5
 
@@ -148,6 +148,6 @@ def test_a_cause_that_comes_again_stops_the_run_with_that_cause(prepared_dir, tm
     broken = tmp_path / "prepared"
     shutil.copytree(prepared_dir, broken)
     (broken / "prompts.json").unlink()
-    with pytest.raises(TrainingError, match=r"3 times a worker failed with: .*prompts\.json is missing"):
+    with pytest.raises(TrainingError, match=r"workers failed 3 times with: .*prompts\.json is missing"):
         train_on_ray(job(str(broken), "d", max_failures=3), str(tmp_path / "run"))
     assert caplog.text.count("prompts.json is missing") == 3

@@ -1,6 +1,6 @@
-"""Attention among the tokens of each document on a GPU: documents end to end, one flash attention over all of them.
+"""Attention within each document on a GPU: one flash attention call over documents placed end to end.
 
-Lengths: S slots of a grid, D documents, H heads × K numbers of a head.
+Shapes: S slots of a grid, D documents, H heads × K features per head.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from cllm4rec.typing import Array
 
 @dataclasses.dataclass(frozen=True)
 class Spans:
-    """Where each document of a grid begins and ends among all slots; padding at the end is one span of its own."""
+    """The first and last slot of each document of a grid. The padding at the end of a row is a span of its own."""
 
     bounds: Tensor
-    """int32, (D + 1) or (D + 2): the first slot of each span, then S."""
+    """int32, (number of spans + 1): the first slot of each span, then S."""
     longest: int
 
 
 def build_spans(segment_RT: Array, device: torch.device) -> Spans:
-    """The spans of a grid whose documents are numbered from 1 in each row; 0 is padding, which stands behind them."""
+    """The spans of a grid. segment_RT: numbers the documents of each row from 1; 0 is the padding after them."""
     segment_S = segment_RT.ravel()
     is_first = np.ones(segment_S.size, bool)
     is_first[1:] = segment_S[1:] != segment_S[:-1]
@@ -35,7 +35,7 @@ def build_spans(segment_RT: Array, device: torch.device) -> Spans:
 
 
 def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> Tensor:
-    """Causal attention inside each span: (S, H, K) each → (S, H, K). Keys and values may have fewer heads."""
+    """Causal attention within each span: query, key, value (S, H, K) → (S, H, K). Keys and values may have fewer heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     attended = varlen_attn(
@@ -47,13 +47,13 @@ def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale:
 
 
 def runs_on(states: Tensor) -> bool:
-    """Whether flash attention takes these: half precision on a GPU that has it."""
+    """Whether flash attention supports these states: half precision, on a GPU and a torch that provide it."""
     return states.device.type == "cuda" and states.dtype in (torch.bfloat16, torch.float16) and _has_varlen()
 
 
 @functools.cache
 def _has_varlen() -> bool:
-    """Whether this torch has attention over spans (2.10 or newer)."""
+    """Whether torch provides variable-length attention (2.10 or newer) and the GPU supports it (compute capability 8.0)."""
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: F401
     except ImportError:
