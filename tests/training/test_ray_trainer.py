@@ -1,4 +1,4 @@
-"""What a worker keeps, writes down and says of failures, without a cluster."""
+"""The log file, the document limit and the failure records of workers, without a cluster."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_only_the_first_worker_writes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_documents_are_kept_up_to_what_the_config_allows():
+def test_documents_above_the_configured_limit_are_an_error():
     documents = parity().documents
     blocks = [documents] * 3
     assert len(on_disk(limit_size(iter(blocks), max_gb=3.1 * documents.num_bytes / 1e9))) == 3 * len(documents)
@@ -41,7 +41,7 @@ def test_documents_are_kept_up_to_what_the_config_allows():
         on_disk(limit_size(iter(blocks), max_gb=2.5 * documents.num_bytes / 1e9))
 
 
-def test_a_worker_without_a_document_has_none():
+def test_a_worker_without_documents_has_an_empty_shard():
     assert len(on_disk(limit_size(iter(()), max_gb=1.0))) == 0
 
 
@@ -49,7 +49,7 @@ def failures(folder):
     return [json.loads(line) for line in (folder / FAILURES).read_text().splitlines()]
 
 
-def test_each_failure_is_written_down_with_its_worker_and_its_innermost_cause(tmp_path):
+def test_each_failure_is_recorded_with_its_worker_and_its_innermost_cause(tmp_path):
     recorder = RecordFailures(str(tmp_path), max_failures=3)
     inner = ResourceError("the disk of this node is full; free some space")
     outer = RuntimeError("a worker group died\nTraceback ...")
@@ -63,7 +63,7 @@ def test_each_failure_is_written_down_with_its_worker_and_its_innermost_cause(tm
     assert not (tmp_path / "error.json").exists()
 
 
-def test_the_same_cause_again_and_again_ends_the_run_with_that_cause(tmp_path):
+def test_repeated_failures_with_one_cause_end_the_run_with_that_cause(tmp_path):
     recorder = RecordFailures(str(tmp_path), max_failures=2)
     recorder.after_exception(None, {0: ValueError("no such column")})
     recorder.after_exception(None, {1: ValueError("another cause")})
