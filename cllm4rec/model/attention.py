@@ -30,7 +30,7 @@ class DocumentLayout:
 
     The form that a kernel needs (`blocks` or `spans`) is built on first use.
 
-    batch_invariant: the attention output of a document is bit-identical whatever else is in the grid.
+    batch_invariant: the attention output of a document is bit-identical regardless of the rest of the grid.
     """
 
     segment_RT: Array

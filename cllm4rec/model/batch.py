@@ -73,7 +73,7 @@ def batch_to_device(
 ) -> TensorBatch:
     """Copy a batch to a device.
 
-    batch_invariant: attention gives each document the same bits whatever else is in the batch (`DocumentLayout`).
+    batch_invariant: attention gives each document the same bits regardless of the rest of the batch (`DocumentLayout`).
     sample: the items of a sampled softmax. By default the softmax runs over all items.
     """
     flat = {

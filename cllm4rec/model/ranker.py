@@ -2,8 +2,8 @@
 
 Validation, batch scoring and the endpoint use this implementation. The result for a user is bit-identical in any batch:
 prompts are packed end to end into passes of one size, filled with padding, and the attention of a prompt runs in a number of
-blocks that depends only on its length. Each slot is therefore a row of products of the same shape, whatever else is in the
-pass.
+blocks that depends only on its length. Each slot is therefore a row of products of the same shape, regardless of the rest
+of the pass.
 
 Shapes: B users, J items, K list length (hidden size in `hidden_BK`), S slots of a pass.
 """

@@ -26,8 +26,8 @@ def test_finetuning_fails_if_the_pretrained_tables_change_during_the_run(tmp_pat
     shutil.rmtree(first)
 
     def trainer(job, run_dir):
-        other = write_random_model(tmp_path / "other", config.run.prepared, seed=1)
-        write_pretrained(config, other)
+        replacement = write_random_model(tmp_path / "other", config.run.prepared, seed=1)
+        write_pretrained(config, replacement)
         return {}
 
     with pytest.raises(ArtifactError, match=r"pretrained changed during finetuning; run the same command again"):

@@ -92,7 +92,7 @@ def prepared_dir(tmp_path_factory) -> str:
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_run_with_a_killed_worker_ends_with_the_same_bits(prepared_dir, tmp_path, monkeypatch, caplog):
+def test_a_run_whose_worker_was_killed_ends_with_the_same_bits(prepared_dir, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="cllm4rec")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     whole = train_on_ray(job(prepared_dir, "a"), str(tmp_path / "whole"))

@@ -88,7 +88,7 @@ def build_blocks(segment_RT: Array, device: torch.device, batch_invariant: bool 
     """The blocks of a grid. segment_RT: numbers the documents of each row from 1; 0 is padding.
 
     batch_invariant: give each document its own block, and each group a number of blocks that depends only on the block
-    length and the size of the grid. Attention then gives a document the same bits whatever else is in the grid.
+    length and the size of the grid. Attention then gives a document the same bits regardless of the rest of the grid.
     """
     segment_S, is_first = _runs(segment_RT)
     starts = np.flatnonzero(is_first)
