@@ -14,6 +14,7 @@ from cllm4rec.data.prepare import prepare, prepare_inputs
 from cllm4rec.evaluation.stage import evaluate, evaluate_inputs
 from cllm4rec.nightly.plan import ScorePlan, is_published, plan_score
 from cllm4rec.nightly.ray_job import forget_staged, score
+from cllm4rec.nightly.report import NightReport
 from cllm4rec.progress import show_count
 from cllm4rec.storage.artifacts import Manifest, is_current
 from cllm4rec.storage.files import join, remove_directory
@@ -77,7 +78,7 @@ def training_stages(trainer: Trainer) -> tuple[Stage, Stage, Stage]:
     )
 
 
-def run_score(plan: ScorePlan, force: bool, accept_drift: bool = False) -> dict[str, Any]:
+def run_score(plan: ScorePlan, force: bool, accept_drift: bool = False) -> NightReport:
     """Wait for the resources of the actors, then score. force: delete the staged lists of an interrupted run of this plan."""
     config = plan.config
     if force:
@@ -90,7 +91,7 @@ def run_score(plan: ScorePlan, force: bool, accept_drift: bool = False) -> dict[
 
 
 def _score(config: Config, force: bool) -> dict[str, Any]:
-    return run_score(plan_score(config, force), force)
+    return run_score(plan_score(config, force), force).to_json()
 
 
 PREPARE = _artifact_stage("prepare", "prepared", prepare_inputs, prepare)

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "metrics": {"errors", "typing", "arrays"},
     "model": BASE | {"data"},
     "training": BASE | {"cluster", "progress", "staleness", "data", "metrics", "model"},
-    "scoring": BASE | {"data", "model", "serving"},
+    "scoring": BASE | {"data", "model"},
     "evaluation": BASE | {"reporting", "staleness", "data", "metrics", "model", "scoring"},
     "nightly": BASE | {"cluster", "reporting", "staleness", "data", "metrics", "model", "scoring"},
     "privacy": BASE | {"data", "nightly"},

@@ -18,8 +18,8 @@ from cllm4rec.commands.cli import Command
 from cllm4rec.commands.console import say
 from cllm4rec.config import Config
 from cllm4rec.evaluation.report import table
+from cllm4rec.evaluation.results import EvaluationReport
 from cllm4rec.pipeline import PIPELINE, run_stage
-from cllm4rec.storage.files import read_json
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,9 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     result = {stage.name: run_stage(stage, config, args.force) for stage in PIPELINE}
     say("serve: starting the endpoint")
-    result["serve"] = serve.check(config)
-    _show_results(config, result["serve"])
+    checked = serve.check(config)
+    result["serve"] = checked.summary
+    _show_results(config, checked)
     say(f"pipeline: done in {time.monotonic() - started:.0f} s")
     if args.serve:
         args.check = False
@@ -39,9 +40,9 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _show_results(config: Config, served: dict[str, Any]) -> None:
+def _show_results(config: Config, checked: serve.Check) -> None:
     say("")
-    say(table(read_json(f"{config.run.evaluation}/metrics.json")))
+    say(table(EvaluationReport.load(config.run.evaluation)))
     say("")
     for name, content in (
         ("model", "the trained model"),
@@ -50,11 +51,7 @@ def _show_results(config: Config, served: dict[str, Any]) -> None:
     ):
         say(f"{config.run.directory(name):<32} {content}")
     say("")
-    say(f"POST {served['url']} {served['question']}")
-    answer = served["answer"]
-    say(f"model {answer['model_version']}, cold_start {answer['cold_start']}")
-    for item in answer["items"]:
-        say(f"  {item['score']:8.3f}  {item['item_id']:<12} {item['text'][:90]}")
+    checked.show()
     say("")
 
 

@@ -1,17 +1,19 @@
-"""The live endpoint around the current model: Ray Serve, autoscaled, until interrupted.
+"""Serve the current model over HTTP with Ray Serve, autoscaled, until interrupted.
 
     cllm4rec serve --config demo serve.port=8000
-    curl localhost:8000/v1/recommend -H 'content-type: application/json' -d '{"user_id": "u00001", "k": 5}'
+    curl localhost:8000/v1/recommend -H 'content-type: application/json' -d '{"user_id": "A000000000", "k": 5}'
 
-Answers what the nightly table holds, for users of the catalog and for anyone with a history; `model/` answers until a
-model is promoted, and what cllm4rec promote makes current answers a few seconds later. With --check it asks itself one
-question over HTTP, prints the answer and stops.
+Users of the catalog get the lists of the published table; other users are served from a history in the request. `model/`
+is served until a model is promoted; a promoted model is served a few seconds after cllm4rec promote. With --check the
+command sends itself one request over HTTP, prints the answer and stops.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import json
 import logging
 import os
 import re
@@ -22,7 +24,7 @@ from typing import Any
 
 import httpx
 
-from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ids import read_ids
 from cllm4rec.cluster import processes, wait_for_resources
 from cllm4rec.commands.cli import Command
 from cllm4rec.commands.console import say
@@ -35,14 +37,16 @@ _APPLICATION = "cllm4rec"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--check", action="store_true", help="answer one request, print it and stop")
+    parser.add_argument("--check", action="store_true", help="answer one request, print the answer and stop")
 
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     if args.check:
-        return {"serve": check(config)}
+        checked = check(config)
+        checked.show()
+        return {"serve": checked.summary}
     with serving(config) as url:
-        say(f"serve: answering at {url}/v1/recommend, try it at {url}/, documented at {url}/docs; Ctrl-C stops")
+        say(f"serve: {url}/v1/recommend (a page to try it: {url}/); Ctrl-C stops")
         with contextlib.suppress(KeyboardInterrupt):
             while True:
                 time.sleep(3600)
@@ -51,10 +55,10 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def serving(config: Config) -> Iterator[str]:
-    """The endpoint is up within the block; gives its URL.
+    """Run the endpoint for the duration of the block; yields its URL.
 
-    Raises ArtifactError where the model is missing or damaged; ResourceError where the port is taken, the cluster too
-    small or already serving something, or the replicas do not start.
+    Raises ArtifactError if the model is missing or damaged; ResourceError if the port is taken, if the cluster is too
+    small or already serves something, or if the replicas do not start.
     """
     from ray import serve as ray_serve
 
@@ -66,27 +70,51 @@ def serving(config: Config) -> Iterator[str]:
     verify_files(model_dir, read_manifest(model_dir, "model"))
     application = build(_arguments(config))
     _wait_for_replicas(config)
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # this process's; replicas write theirs to their own files
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # in this process; replicas log to their own files
     ray_serve.start(http_options=http_options(config.serve))
     try:
         try:
             ray_serve.run(application, name=_APPLICATION, route_prefix="/")
         except RuntimeError as error:
-            deployments = [one for app in ray_serve.status().applications.values() for one in app.deployments.values()]
-            told = "\n".join([str(error), *(deployment.message for deployment in deployments)])
-            raise ResourceError(f"the endpoint does not start: {_why(told)}") from error
+            applications = ray_serve.status().applications.values()
+            messages = [deployment.message for app in applications for deployment in app.deployments.values()]
+            reason = reason_of("\n".join([str(error), *messages]))
+            raise ResourceError(f"the endpoint does not start: {reason}") from error
         yield f"http://{config.serve.host}:{config.serve.port}"
     finally:
         ray_serve.shutdown()
 
 
-def check(config: Config) -> dict[str, Any]:
-    """Start, ask for the first user of the catalog over HTTP, stop; returns question and answer."""
-    question = {"user_id": str(Catalog.load(current_model(config.output_dir)).user_ids[0]), "k": 5}
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One request that the endpoint answered: request and response as JSON objects."""
+
+    url: str
+    request: dict[str, Any]
+    response: dict[str, Any]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What may be stored: no user id, because an erasure must find every file that holds one."""
+        items = len(self.response["items"])
+        return {"url": self.url, "model_version": self.response["model_version"], "items": items}
+
+    def show(self) -> None:
+        """Print request and response."""
+        say(f"POST {self.url} {json.dumps(self.request)}")
+        say(f"model {self.response['model_version']}, cold_start {json.dumps(self.response['cold_start'])}")
+        for item in self.response["items"]:
+            say(f"  {item['score']:8.3f}  {item['item_id']:<12} {item['text'][:90]}")
+
+
+def check(config: Config) -> Check:
+    """Start the endpoint, request recommendations for the first user of the catalog over HTTP, and stop it."""
+    user_id = str(read_ids(current_model(config.output_dir), "users")[0])
+    request = {"user_id": user_id, "k": 5}
     with serving(config) as url:
-        answer = httpx.post(f"{url}/v1/recommend", json=question, timeout=60, headers=_key_header())
-        answer.raise_for_status()
-        return {"url": f"{url}/v1/recommend", "question": question, "answer": answer.json()}
+        response = httpx.post(f"{url}/v1/recommend", json=request, timeout=60, headers=_key_header())
+        response.raise_for_status()
+        return Check(f"{url}/v1/recommend", request, response.json())
 
 
 def _arguments(config: Config) -> dict[str, Any]:
@@ -95,6 +123,7 @@ def _arguments(config: Config) -> dict[str, Any]:
         "output_dir": config.output_dir,
         "rules": config.score.rules.model_dump(),
         "cpus_per_replica": config.cluster.cpus_per_worker,
+        "threads_per_replica": processes(config.cluster, config.serve.max_replicas).threads,
         "use_gpu": config.cluster.use_gpu,
     }
 
@@ -106,21 +135,21 @@ def _wait_for_replicas(config: Config) -> None:
 
 
 def _refuse_a_running_serve() -> None:
-    """A cluster has one Serve, and ours stops it in the end: that must not take somebody's endpoint away."""
+    """A cluster has one Serve, and this command stops it at the end, which must not stop another endpoint."""
     from ray import serve as ray_serve
 
     running = ", ".join(ray_serve.status().applications)
     if running:
         raise ResourceError(
-            f"Ray Serve already runs {running} on this cluster; give it the new model with `serve deploy` (see "
-            "cluster/serve.yaml), or end it first with `serve shutdown`"
+            f"Ray Serve already runs {running} on this cluster; deploy the new model there with `serve deploy` (see "
+            "cluster/serve.yaml), or stop it first with `serve shutdown`"
         )
 
 
-def _why(told: str) -> str:
-    """What a replica failed by, out of Serve's words and its traceback: our own error's sentence where there is one."""
-    ours = re.findall(r"cllm4rec\.errors\.\w+: (.+)", told)
-    return str(ours[-1] if ours else told.strip().splitlines()[-1])
+def reason_of(messages: str) -> str:
+    """Why a replica failed, from Serve's messages and tracebacks: the sentence of our own error if there is one."""
+    ours = re.findall(r"cllm4rec\.errors\.\w+: (.+)", messages)
+    return str(ours[-1] if ours else messages.strip().splitlines()[-1])
 
 
 def _key_header() -> dict[str, str]:

@@ -71,14 +71,14 @@ def attend(
     scale = size**-0.5 if scaling is None else scaling
     # Under autocast, rotary queries and keys are float32 and values are not.
     query, key = query.to(value.dtype), key.to(value.dtype)
+    heads_per_key = num_heads // key.shape[1]
+    if heads_per_key > 1:  # grouped-query attention
+        key, value = (states.repeat_interleave(heads_per_key, dim=1) for states in (key, value))
     with torch.autocast(value.device.type, enabled=False):
         if gpu.runs_on(value):
             query, key, value = (_flatten_slots(states) for states in (query, key, value))
             attended = gpu.attend_spans(query, key, value, layout.spans, scale)
         else:
-            heads_per_key = num_heads // key.shape[1]
-            if heads_per_key > 1:  # grouped-query attention
-                key, value = (states.repeat_interleave(heads_per_key, dim=1) for states in (key, value))
             attended = attend_blocks(_flatten_slots(torch.cat([query, key, value], dim=1)), scale, layout.blocks)
     return attended.view(num_rows, num_columns, num_heads, size), None
 

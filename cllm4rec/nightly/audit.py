@@ -1,8 +1,8 @@
-"""Is this what was promised? Every staged list is looked at before anyone may read it, bucket by bucket.
+"""The audit of the lists: every staged list is checked before readers can see it, bucket by bucket.
 
     counts = audit_bucket(expected, staged_tables, items, rules, k)
 
-Pure functions on tables; `cllm4rec.nightly.ray_job` runs one task a bucket, so no process ever holds all users.
+Pure functions on tables; `cllm4rec.nightly.ray_job` runs one task per bucket, so no process holds all users.
 Lengths: B users of a table, E entries of their lists.
 """
 
@@ -14,7 +14,6 @@ import io
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,21 +24,19 @@ from cllm4rec.errors import AuditError
 from cllm4rec.scoring.rules import Rules
 from cllm4rec.storage.files import join, read_bytes, read_tables
 from cllm4rec.storage.table import SCHEMA
-
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
+from cllm4rec.typing import BoolArray, ObjectArray
 
 
 def audit_bucket(
     expected: pa.Table, staged: Iterable[pa.Table], items: pd.Index, rules: Rules, k: int
 ) -> dict[str, int]:
-    """Check the lists of one bucket: its users, each once, with k distinct, allowed, unseen items and finite, descending
+    """Check the lists of one bucket: every user has one list of k distinct, allowed, unseen items with finite, descending
     scores.
 
-    expected: user_id and items (indices of what each user has seen). staged: tables of user_id, item_ids, scores. items:
-    the catalog's item ids by index. A list may be shorter than `k` only where nothing more fits under the rules; these
-    are counted, as are lists in which a category is full. Raises AuditError naming the check, how many users it caught
-    and three of them by hash.
+    expected: user_id and items (indices of the items that each user has seen). staged: tables of user_id, item_ids,
+    scores. items: the item ids of the catalog by index. A list may be shorter than `k` only if the rules allow no further
+    item; such lists are counted, as are lists with a full category. Raises AuditError with the failed check, the number
+    of users concerned, and three of them by hash.
     """
     audit = _Audit(
         pd.Index(expected["user_id"].to_numpy(zero_copy_only=False)),
@@ -56,9 +53,10 @@ def audit_bucket(
 def audit_files(
     bucket: tuple[str, list[str]], histories_dir: str, staging: str, model_dir: str, rules: Rules, k: int
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Audit the lists of one bucket (the file of its histories, its files in staging); also returns the files' sha256.
+    """Audit the lists of one bucket (the file of its histories, its files in staging).
 
-    Raises AuditError as `audit_bucket`, and for a file that is damaged or not of the table's schema.
+    Returns the counts, and the sha256 of each file. Raises AuditError like `audit_bucket`, and for a file that is damaged
+    or has another schema than the table.
     """
     file, names = bucket
     sha256: dict[str, str] = {}
@@ -78,7 +76,7 @@ def _read_staged(content: bytes, uri: str) -> pa.Table:
     try:
         table = pq.read_table(io.BytesIO(content))
     except (OSError, pa.ArrowInvalid):
-        raise AuditError(f"{uri} is damaged; nothing was published: run the same command with --force") from None
+        raise AuditError(f"{uri} is damaged; nothing was published, run the same command with --force") from None
     if not table.schema.equals(SCHEMA):
         raise AuditError(f"{uri} has other columns than the table; run the same command with --force")
     return table
@@ -97,14 +95,14 @@ class _Audit:
         self._num_short = self._num_capped = 0
 
     def add(self, table: pa.Table) -> None:
-        """Check B rows."""
+        """Check the B lists of a table."""
         user_ids = table["user_id"].to_numpy(zero_copy_only=False)
         users = self.user_ids.get_indexer(user_ids)
-        _refuse(users < 0, user_ids, "is not a user this run was to score, or stands in another bucket")
+        _refuse(users < 0, user_ids, "is not a user of this run or of this bucket")
         np.add.at(self._times, users, 1)
 
         lists, scores = _ragged(table["item_ids"]), Ragged.from_arrow(table["scores"])
-        _refuse(lists.lengths != scores.lengths, user_ids, "has lists of items and scores of different lengths")
+        _refuse(lists.lengths != scores.lengths, user_ids, "has different numbers of items and scores")
         index_E = self.items.get_indexer(pd.Index(lists.values))
         _refuse_entries(index_E < 0, lists, user_ids, "is recommended an item outside the catalog")
         entries, seen = Ragged(index_E.astype(np.int64), lists.offsets), self.seen.take(users)
@@ -113,13 +111,13 @@ class _Audit:
         self._check_lengths(entries, seen, user_ids)
 
     def finish(self) -> dict[str, int]:
-        """After the last table: every expected user once. Returns what was counted."""
+        """After the last table, check that every expected user has one list; returns the counts."""
         user_ids = np.asarray(self.user_ids, object)
         _refuse(self._times == 0, user_ids, "has no list")
         _refuse(self._times > 1, user_ids, "has more than one list")
         return {"users": len(user_ids), "short_lists": self._num_short, "capped_lists": self._num_capped}
 
-    def _check_items(self, entries: Ragged, seen: Ragged, user_ids: npt.NDArray[np.object_]) -> None:
+    def _check_items(self, entries: Ragged, seen: Ragged, user_ids: ObjectArray) -> None:
         num_items = len(self.items)
         keys = entries.rows * num_items + entries.values
         order = np.argsort(keys, kind="stable")
@@ -132,41 +130,41 @@ class _Audit:
             _refuse_entries(caught, entries, user_ids, f"is recommended {breach}")
         self._num_capped += int((self.rules.full_categories(entries).lengths > 0).sum())
 
-    def _check_lengths(self, entries: Ragged, seen: Ragged, user_ids: npt.NDArray[np.object_]) -> None:
+    def _check_lengths(self, entries: Ragged, seen: Ragged, user_ids: ObjectArray) -> None:
         lengths = entries.lengths
         _refuse(lengths > self.k, user_ids, f"has a list longer than {self.k}")
         short = np.flatnonzero(lengths < self.k)
-        room = np.zeros(len(lengths), np.int64)
+        num_allowed = np.zeros(len(lengths), np.int64)
         if len(short):
-            room[short] = self.rules.room(entries.take(short), seen.take(short), len(self.items))
-        _refuse(room > 0, user_ids, f"has a list shorter than {self.k} though more items are allowed")
+            num_allowed[short] = self.rules.num_allowed(entries.take(short), seen.take(short), len(self.items))
+        _refuse(num_allowed > 0, user_ids, f"has a list shorter than {self.k} although more items are allowed")
         self._num_short += len(short)
 
 
-def _check_scores(scores: Ragged, user_ids: npt.NDArray[np.object_]) -> None:
+def _check_scores(scores: Ragged, user_ids: ObjectArray) -> None:
     _refuse_entries(~np.isfinite(scores.values), scores, user_ids, "has a score that is not finite")
     rises = np.zeros(len(scores.values), bool)
     rises[1:] = (scores.values[1:] > scores.values[:-1]) & (scores.rows[1:] == scores.rows[:-1])
-    _refuse_entries(rises, scores, user_ids, "has scores that rise")
+    _refuse_entries(rises, scores, user_ids, "has scores that are not descending")
 
 
-def _refuse_entries(is_bad: BoolArray, lists: Ragged, user_ids: npt.NDArray[np.object_], what: str) -> None:
+def _refuse_entries(is_bad: BoolArray, lists: Ragged, user_ids: ObjectArray, what: str) -> None:
     caught = np.zeros(len(lists), bool)
     caught[lists.rows[is_bad]] = True
     _refuse(caught, user_ids, what)
 
 
-def _refuse(caught: BoolArray, user_ids: npt.NDArray[np.object_], what: str) -> None:
+def _refuse(caught: BoolArray, user_ids: ObjectArray, what: str) -> None:
     if caught.any():
         examples = ", ".join(hashed(user_id) for user_id in user_ids[np.flatnonzero(caught)[:3]])
         raise AuditError(
-            f"the audit refuses the lists: {int(caught.sum())} users of whom each {what} (such as {examples}); "
-            "nothing was published: correct the cause and run the same command with --force"
+            f"the audit refuses the lists: each of {int(caught.sum())} users {what} (hashed ids: {examples}); "
+            "nothing was published, correct the cause and run the same command with --force"
         )
 
 
 def hashed(user_id: object) -> str:
-    """What a report calls a user: enough to find one again, not to read an id off."""
+    """The name of a user in reports: an id can be compared with it, but not read from it."""
     return hashlib.sha256(str(user_id).encode()).hexdigest()[:12]
 
 

@@ -1,14 +1,14 @@
-"""The files that rules are read from: Parquet (.parquet), CSV (.csv, comma, with a header) or YAML (.yaml, .yml).
+"""The files of the rules: Parquet (.parquet), CSV (.csv, comma, with a header) or YAML (.yaml, .yml).
 
     setting         columns
     deny, allow     item_id
     categories      item_id, category
-    availability    item_id, first_date, last_date    YYYY-MM-DD, an empty one is open
+    availability    item_id, first_date, last_date    YYYY-MM-DD; empty: no bound
     boost           item_id, boost                    a finite number
 
-A YAML file is a list of mappings with these keys. Lists of items alone may also be a YAML list of ids, or a text file
-(.txt) with one id a line. Other columns are not read. Files are UTF-8 and lie at a path or any fsspec URI; each is read
-whole. What does not fit is a DataError of one sentence with the setting, the file and the line.
+A YAML file is a list of mappings with these keys. Files of items only may also be a YAML list of ids, or a text file (.txt)
+with one id per line. Other columns are ignored. Files are UTF-8, at a path or any fsspec URI, and are read completely. A wrong
+file raises a DataError of one sentence that names the setting, the file and the line.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ FILES = {
     "availability": ("item_id", "first_date", "last_date"),
     "boost": ("item_id", "boost"),
 }
-"""The settings of `score.rules` that name a file, and the columns that are read."""
+"""Settings of `score.rules` that name a file → the columns that are read."""
 
 _MAY_BE_EMPTY = ("first_date", "last_date")
-# libyaml where it is built in: ten times as fast.
+# libyaml, if PyYAML was built with it, is ten times as fast.
 _YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclasses.dataclass(frozen=True)
 class RuleFile:
-    """A file's columns as text, whatever it is written in; `lines` tells where each row stands (Parquet: its row)."""
+    """The columns of a file as text, whatever its format. `lines` holds the line of each row (Parquet: its row number)."""
 
     setting: str
     uri: str
@@ -58,15 +58,15 @@ class RuleFile:
     def item_ids(self) -> list[str]:
         return self.columns["item_id"]
 
-    def refuse(self, row: int, what: str) -> NoReturn:
-        raise _refusal(self.setting, self.uri, f"{self._place(row)} {what}")
+    def refuse(self, row: int, problem: str) -> NoReturn:
+        raise _refusal(self.setting, self.uri, f"{self._position(row)} {problem}")
 
     def refuse_repeats(self) -> None:
-        """Raises DataError where an item stands twice."""
+        """Raises DataError if an item occurs twice."""
         first: dict[str, int] = {}
         for row, item_id in enumerate(self.item_ids):
             if first.setdefault(item_id, row) != row:
-                self.refuse(row, f"has the item {item_id!r} of {self._place(first[item_id])} again; keep one")
+                self.refuse(row, f"repeats the item {item_id!r} of {self._position(first[item_id])}; keep one")
 
     def numbers(self, column: str) -> npt.NDArray[np.float32]:
         """A column of numbers, each finite in float32. Raises DataError."""
@@ -77,10 +77,10 @@ class RuleFile:
         return numbers
 
     def days(self, column: str, empty: datetime.date) -> npt.NDArray[np.int64]:
-        """A column of dates as ordinals (day 1 is 1 January of year 1), `empty` where there is none. Raises DataError."""
+        """A column of dates as ordinals (day 1 is January 1 of year 1); `empty` stands for an empty one. Raises DataError."""
         return np.array([self._day(row, column, empty) for row in range(len(self.lines))], np.int64)
 
-    def _place(self, row: int) -> str:
+    def _position(self, row: int) -> str:
         unit = "row" if self.uri.endswith(".parquet") else "line"
         return f"{unit} {self.lines[row]}"
 
@@ -93,29 +93,31 @@ class RuleFile:
 
 
 def read_content(setting: str, uri: str) -> bytes:
-    """The bytes of a rule's file. Raises DataError where there is none or it cannot be read."""
+    """The bytes of a rule's file. Raises DataError if it does not exist or cannot be read."""
     try:
         return files.read_bytes(uri)
     except ArtifactError:
         problem = "which does not exist; correct the path or set it to null"
     except (OSError, ValueError, ImportError) as error:
-        problem = f"which cannot be read ({error}); correct the path or the access to it"
+        problem = f"which cannot be read ({error}); correct the path or the permissions"
     raise DataError(f"score.rules.{setting} names {uri}, {problem}")
 
 
 def read_rule_file(setting: str, uri: str) -> RuleFile:
-    """Read one of FILES by the ending of its name and check that every row is whole. Raises DataError."""
+    """Read one of FILES by the extension of its name and check that every row is complete. Raises DataError."""
     wanted = FILES[setting]
     readers = {".parquet": _read_parquet, ".csv": _read_csv, ".yaml": _read_yaml, ".yml": _read_yaml}
     if wanted == ("item_id",):
         readers[".txt"] = _read_text
     suffix = posixpath.splitext(uri)[1]
     if suffix not in readers:
-        raise DataError(f"score.rules.{setting} names {uri}, which ends in none of {', '.join(readers)}; rename it")
+        raise DataError(
+            f"score.rules.{setting} names {uri}, but the name must end in one of {', '.join(readers)}; rename it"
+        )
     file = readers[suffix](setting, uri, read_content(setting, uri))
     for column in wanted:
         if column not in _MAY_BE_EMPTY and "" in file.columns[column]:
-            file.refuse(file.columns[column].index(""), f"has no {column}; write one or leave the row out")
+            file.refuse(file.columns[column].index(""), f"has no {column}; add one or remove the row")
     return file
 
 
@@ -123,17 +125,17 @@ def _read_parquet(setting: str, uri: str, content: bytes) -> RuleFile:
     try:
         table = pq.read_table(pa.BufferReader(content))
     except (pa.ArrowInvalid, OSError):
-        raise _refusal(setting, uri, "it is not Parquet or damaged; write it again") from None
+        raise _refusal(setting, uri, "it is not Parquet or is damaged; write it again") from None
     _refuse_missing(setting, uri, table.column_names)
     columns = {name: _as_text(setting, uri, name, table[name]) for name in FILES[setting]}
     return RuleFile(setting, uri, columns, list(range(1, len(table) + 1)))
 
 
 def _as_text(setting: str, uri: str, name: str, column: pa.ChunkedArray) -> list[str]:
-    """A Parquet column as CSV would have it, so that there is one way to read an id, a number or a date."""
+    """A Parquet column as the text that CSV would hold, so that ids, numbers and dates are read in one way."""
     if pa.types.is_floating(column.type) and name != "boost":
-        # 7.0 is not the id "7", and an id column with gaps becomes floats in pandas.
-        raise _refusal(setting, uri, f"its column {name} holds numbers with a point; write it as text")
+        # 7.0 is not the id "7", and pandas turns an integer column with missing values into floats.
+        raise _refusal(setting, uri, f"its column {name} holds floating-point numbers; write it as text")
     try:
         text = column.cast(pa.string())
         text.validate(full=True)
@@ -141,13 +143,13 @@ def _as_text(setting: str, uri: str, name: str, column: pa.ChunkedArray) -> list
         raise _refusal(setting, uri, f"its column {name} holds {column.type}; write it as text") from None
     except pa.ArrowInvalid:
         raise _refusal(setting, uri, f"its column {name} holds text that is not UTF-8; correct it") from None
-    if pa.types.is_timestamp(column.type):  # how pandas writes days; any other time of day is no date
+    if pa.types.is_timestamp(column.type):  # how pandas writes days; another time of day is not a date
         text = pc.replace_substring_regex(text, r" 00:00:00(\.0+)?$", "")
     return ["" if value is None else value for value in text.to_pylist()]
 
 
 def _read_csv(setting: str, uri: str, content: bytes) -> RuleFile:
-    # Python's own reader, not Arrow's: it knows in which line a row stands.
+    # Python's reader, not Arrow's, because it knows the line of each row.
     reader = csv.reader(io.StringIO(_text(setting, uri, content), newline=""), strict=True)
     rows, lines = [], []
     try:
@@ -170,12 +172,12 @@ def _read_csv(setting: str, uri: str, content: bytes) -> RuleFile:
 def _read_text(setting: str, uri: str, content: bytes) -> RuleFile:
     _text(setting, uri, content)
     ids = [(line.decode("utf-8-sig").strip(), number) for number, line in enumerate(content.splitlines(), 1)]
-    whole = [(item_id, number) for item_id, number in ids if item_id]
-    return RuleFile(setting, uri, {"item_id": [item_id for item_id, _ in whole]}, [number for _, number in whole])
+    given = [(item_id, number) for item_id, number in ids if item_id]
+    return RuleFile(setting, uri, {"item_id": [item_id for item_id, _ in given]}, [number for _, number in given])
 
 
 def _read_yaml(setting: str, uri: str, content: bytes) -> RuleFile:
-    # Nodes and not values: an id 007 or a date stays the text that was written, and its line is known.
+    # Nodes, not values: an id such as 007 or a date stays the text of the file, and its line is known.
     try:
         root = yaml.compose(_text(setting, uri, content), Loader=_YAML_LOADER)
     except yaml.YAMLError as error:
@@ -183,7 +185,7 @@ def _read_yaml(setting: str, uri: str, content: bytes) -> RuleFile:
         where = "it" if mark is None else f"line {mark.line + 1}"
         raise _refusal(setting, uri, f"{where} is not YAML; correct it") from None
     if not isinstance(root, yaml.SequenceNode):
-        raise _refusal(setting, uri, "it is not a YAML list; write an entry a row, or [] for none")
+        raise _refusal(setting, uri, "it is not a YAML list; write one entry per row, or [] for none")
     entries = [_yaml_entry(setting, uri, node) for node in root.value]
     columns = {name: [entry[name] for entry in entries] for name in FILES[setting]}
     return RuleFile(setting, uri, columns, [node.start_mark.line + 1 for node in root.value])
@@ -200,7 +202,7 @@ def _yaml_entry(setting: str, uri: str, node: yaml.Node) -> dict[str, str]:
     if missing:
         line = node.start_mark.line + 1
         raise _refusal(
-            setting, uri, f"the entry of line {line} has no {' and no '.join(missing)}; write {_needs(setting)}"
+            setting, uri, f"the entry of line {line} has no {' and no '.join(missing)}; it needs {_needs(setting)}"
         )
     return entry
 
@@ -213,8 +215,8 @@ def _refuse_missing(setting: str, uri: str, found: list[str]) -> None:
     for name in FILES[setting]:
         if found.count(name) != 1:
             times = "no column" if name not in found else "more than one column"
-            told = ", ".join(map(repr, found)) or "none"
-            raise _refusal(setting, uri, f"it has {times} {name} (it has {told}); write {_needs(setting)}")
+            columns = ", ".join(map(repr, found)) or "none"
+            raise _refusal(setting, uri, f"it has {times} {name} (its columns: {columns}); it needs {_needs(setting)}")
 
 
 def _needs(setting: str) -> str:
@@ -226,7 +228,7 @@ def _text(setting: str, uri: str, content: bytes) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise _refusal(setting, uri, f"line {line} is not UTF-8; write the file anew in that encoding") from None
+        raise _refusal(setting, uri, f"line {line} is not UTF-8; write the file in that encoding") from None
 
 
 def _number(text: str) -> float:
@@ -237,4 +239,4 @@ def _number(text: str) -> float:
 
 
 def _refusal(setting: str, uri: str, problem: str) -> DataError:
-    return DataError(f"score.rules.{setting} is refused: in {uri} {problem}")
+    return DataError(f"score.rules.{setting}: in {uri}, {problem}")

@@ -1,12 +1,12 @@
-"""What may be recommended beside the scores: one engine for the batch job and the endpoint.
+"""Rules for what may be recommended, in addition to the scores. The nightly job and the endpoint use the same code.
 
-    rules = read_rules(config.score.rules, catalog, day)      # or RuleBook.read(...).on(day), day after day
+    rules = read_rules(config.score.rules, catalog, day)      # or RuleBook.read(...).on(day) for several days
     scorer.top_k(users, histories, k, rules)
 
-An item is blocked for everyone where it is denied, missing in an allow list, had by fewer than `min_support` users in
-training (each pair of user and item counts once there), or not available on the day. What is left is ranked by score
-plus boost, and taken from the best down unless one of an item's categories has its `max_per_category` already. What a
-user has seen is left out by the Scorer. `cllm4rec.scoring.rule_files` tells how the files look.
+An item is blocked for all users if it is denied, missing in an allow list, used by fewer than `min_support` users in
+training (each pair of user and item counts once), or not available on the day. The remaining items are ranked by score plus
+boost. A list is filled from the best item down; an item is skipped if one of its categories already has `max_per_category`
+items in the list. The Scorer leaves out what a user has seen. `cllm4rec.scoring.rule_files` describes the files.
 
 Lengths: B users, J items, C candidates of a user, best first.
 """
@@ -33,7 +33,7 @@ BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 
-_ROOM_CELLS = 1 << 24
+_ALLOWED_CELLS = 1 << 24
 _UNKNOWN = {
     "deny": "denied",
     "allow": "allowed",
@@ -43,15 +43,16 @@ _UNKNOWN = {
 }
 
 
-# Without a comparison by value two Rules are told apart by identity, which is what a Scorer caches by.
+# Rules are compared by identity, not by value, because a Scorer caches by identity.
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rules:
-    """The rules of one day in terms of one catalog. Arrays only: made to be pickled and sent to actors.
+    """The rules of one day in the indices of one catalog. They are arrays, so that they can be pickled and sent to actors.
 
-    blocked: item indices that nobody is recommended, ascending and without repeats. boost_J: added to every user's
-    scores, None for nothing. categories: a row of category codes for each of the J items, None where nothing is capped;
-    of one category at most `max_per_category` items stand in a list. counts: for a report, how many items each rule
-    removed or touches, and how many ids of its file the catalog does not know.
+    blocked: item indices that are recommended to no user, ascending and without repeats.
+    boost_J: added to every user's scores; None for no boost.
+    categories: one row of category codes per item; None without caps. A list holds at most `max_per_category` items of one
+    category.
+    counts: for a report, how many items each rule removes or changes, and how many ids of its file are unknown.
     """
 
     blocked: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
@@ -61,60 +62,60 @@ class Rules:
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def within_caps(self, candidates_BC: IntArray) -> BoolArray:
-        """Which candidates a list takes that goes from the best down and passes over items of a full category.
+        """Which candidates are taken by a list that is filled from the best down and skips items of a full category.
 
-        candidates_BC: item indices, distinct within a row, -1 for none (never taken). The first n taken are also what a
-        list of length n takes: no later candidate changes an earlier choice.
+        candidates_BC: item indices, distinct within a row; -1 for no item, which is never taken. The first n that are taken
+        also form the list of length n: no later candidate changes an earlier choice.
         """
         keep_CB = candidates_BC.T >= 0
         if self.categories is None:
             return keep_CB.T
         num_candidates, num_users = keep_CB.shape
         keep = keep_CB.ravel().copy()
-        # Place after place: all users' best, then all users' second, so that a place's entries lie together.
+        # Ordered by rank: the best candidates of all users, then the second ones, so that one rank is one slice.
         entries = self.categories.take(np.maximum(candidates_BC.T.ravel(), 0))
         pairs = (entries.rows % num_users) * self._num_categories + entries.values
         distinct, pair_of = np.unique(pairs, return_inverse=True)
         num_taken = np.zeros(len(distinct), np.int64)
-        for place in range(num_candidates):
-            begin, end = entries.offsets[[place * num_users, (place + 1) * num_users]]
+        for rank in range(num_candidates):
+            begin, end = entries.offsets[[rank * num_users, (rank + 1) * num_users]]
             candidates, found = entries.rows[begin:end], pair_of[begin:end]
-            keep[candidates[num_taken[found] >= self._most]] = False
+            keep[candidates[num_taken[found] >= self._cap]] = False
             num_taken[found[keep[candidates]]] += 1  # an item's categories differ, so no pair comes twice
         return keep.reshape(num_candidates, num_users).T
 
     def full_categories(self, items: Ragged) -> Ragged:
-        """For each list, the items of the categories that have all they may in it, with repeats."""
+        """For each list, the items of the categories that are full in it, with repeats."""
         if self.categories is None:
             return no_values(len(items))
         entries = self.categories.take(items.values)
         pairs, num_taken = np.unique(
             items.rows[entries.rows] * self._num_categories + entries.values, return_counts=True
         )
-        full = pairs[num_taken >= self._most]
+        full = pairs[num_taken >= self._cap]
         members = self._members.take(full % self._num_categories)
         return Ragged.from_rows(members.values, (full // self._num_categories)[members.rows], len(items))
 
     def violations(self, items: Ragged) -> dict[str, BoolArray]:
-        """What is wrong with finished lists: for each kind of breach, in words, a flag for every entry of `items`.
+        """Rules that finished lists violate: description → one flag per value of `items`.
 
-        The words continue "a user is recommended ...".
+        A description continues "a user is recommended ...".
         """
         return {"a blocked item": np.isin(items.values, self.blocked), **self._over_caps(items)}
 
-    def room(self, items: Ragged, seen: Ragged, num_items: int) -> IntArray:
-        """How many further items each list could take: unseen, not blocked, not in it, and no category of theirs full.
+    def num_allowed(self, items: Ragged, seen: Ragged, num_items: int) -> IntArray:
+        """How many further items each list could hold: unseen, not blocked, not in the list, and of no full category.
 
-        A list shorter than k is right if and only if its room is 0, with caps and without: nothing that a list passed
-        over fits in later, for categories only fill. items, seen: item indices, a row a user. Takes time in B × J; ask
-        for the short lists only.
+        A list shorter than k is correct if and only if this number is 0, with caps and without: a skipped item never fits
+        later, because categories only fill up. items, seen: item indices, one row per user. The time grows with B × J, so
+        pass short lists only.
         """
-        size = max(1, _ROOM_CELLS // num_items)
+        size = max(1, _ALLOWED_CELLS // num_items)
         pieces = [np.arange(begin, min(begin + size, len(items))) for begin in range(0, len(items), size)]
-        rooms = [self._room(items.take(rows), seen.take(rows), num_items) for rows in pieces]
-        return np.concatenate([np.empty(0, np.int64), *rooms])
+        counts = [self._num_allowed(items.take(rows), seen.take(rows), num_items) for rows in pieces]
+        return np.concatenate([np.empty(0, np.int64), *counts])
 
-    def _room(self, items: Ragged, seen: Ragged, num_items: int) -> IntArray:
+    def _num_allowed(self, items: Ragged, seen: Ragged, num_items: int) -> IntArray:
         is_closed_BJ = np.zeros((len(items), num_items), bool)
         is_closed_BJ[:, self.blocked] = True
         for closed in (items, seen, self.full_categories(items)):
@@ -130,12 +131,12 @@ class Rules:
         order = np.argsort(pairs, kind="stable")
         _, first, counts = np.unique(pairs[order], return_index=True, return_counts=True)
         is_over = np.zeros(len(items.values), bool)
-        is_over[entries.rows[order[np.arange(len(order)) - np.repeat(first, counts) >= self._most]]] = True
-        return {f"more than {self._most} items of a category": is_over}
+        is_over[entries.rows[order[np.arange(len(order)) - np.repeat(first, counts) >= self._cap]]] = True
+        return {f"more than {self._cap} items of a category": is_over}
 
     @property
-    def _most(self) -> int:
-        assert self.max_per_category is not None, "categories are held only where they are capped"
+    def _cap(self) -> int:
+        assert self.max_per_category is not None, "categories are set only together with a cap"
         return self.max_per_category
 
     @functools.cached_property
@@ -153,9 +154,9 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RuleBook:
-    """The rules of all days: what the files say in terms of one catalog. `on` gives those of a day.
+    """The rules of all days in the indices of one catalog. `on` returns those of one day.
 
-    `always` are the rules without availability; `first_day` and `last_day` (date ordinals) bound each of `dated` items.
+    `always` holds the rules without availability; `first_day` and `last_day` (date ordinals) bound each item of `dated`.
     """
 
     always: Rules
@@ -166,8 +167,8 @@ class RuleBook:
 
     @classmethod
     def read(cls, config: RulesConfig, catalog: Catalog) -> RuleBook:
-        """Read and check every file. Raises DataError, naming setting, file and line; and where none of an allow list's
-        items is in the catalog.
+        """Read and check every file. Raises DataError, which names setting, file and line, for a wrong file, and for an
+        allow list without any item of the catalog.
         """
         files = {
             setting: _ItemFile.of(read_rule_file(setting, uri), catalog)
@@ -192,7 +193,7 @@ class RuleBook:
         return cls(always, catalog.num_items, *_windows(files.get("availability")))
 
     def on(self, day: datetime.date) -> Rules:
-        """The rules of a day; an item without dates is available on all."""
+        """The rules of one day. An item without dates is available on every day."""
         ordinal = day.toordinal()
         unavailable = self.dated[(ordinal < self.first_day) | (ordinal > self.last_day)]
         blocked = _union([self.always.blocked, unavailable])
@@ -201,7 +202,7 @@ class RuleBook:
 
 
 def read_rules(config: RulesConfig, catalog: Catalog, day: datetime.date) -> Rules:
-    """The rules of a day. Raises DataError as `RuleBook.read`, and where the rules leave no item to recommend."""
+    """The rules of one day. Raises DataError like `RuleBook.read`, and if the rules leave no item to recommend."""
     rules = RuleBook.read(config, catalog).on(day)
     if len(rules.blocked) == catalog.num_items:
         raise DataError(
@@ -212,8 +213,8 @@ def read_rules(config: RulesConfig, catalog: Catalog, day: datetime.date) -> Rul
 
 
 def rules_digest(config: RulesConfig) -> str:
-    """sha256 of the settings and of the files' bytes (not their names): what a run id names. Raises DataError where a
-    file cannot be read.
+    """sha256 of the settings and of the files' bytes (not their names), for a run's id. Raises DataError if a file cannot
+    be read.
     """
     contents = {
         setting: hashlib.sha256(read_content(setting, uri)).hexdigest()
@@ -225,11 +226,11 @@ def rules_digest(config: RulesConfig) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _ItemFile:
-    """A rule file and where its rows' items are in the catalog."""
+    """A rule file, and the positions of its items in the catalog."""
 
     file: RuleFile
     items: IntArray
-    """Item indices, a row each, -1 where unknown."""
+    """The item index of each row of the file, -1 if unknown."""
 
     @classmethod
     def of(cls, file: RuleFile, catalog: Catalog) -> _ItemFile:
@@ -251,24 +252,24 @@ class _ItemFile:
 
 
 def _removed(config: RulesConfig, files: dict[str, _ItemFile], catalog: Catalog) -> dict[str, IntArray]:
-    """What each rule blocks on every day."""
+    """The items that each rule blocks on every day."""
     nothing = np.empty(0, np.int64)
     deny, allow = files.get("deny"), files.get("allow")
     if allow is not None and not allow.is_known.any():
         raise DataError(
-            f"score.rules.allow names {config.allow}, which has no item of the catalog, so that nothing could be "
-            "recommended; correct its item ids or set it to null"
+            f"score.rules.allow names {config.allow}, which holds no item of the catalog, so nothing could be recommended; "
+            "correct its item ids or set it to null"
         )
     return {
         "denied": nothing if deny is None else deny.known,
         "not_allowed": nothing if allow is None else np.setdiff1d(np.arange(catalog.num_items), allow.known),
-        # A pair of user and item counts once in training, so interactions are users.
+        # Each pair of user and item counts once in training, so the number of interactions is the number of users.
         "low_support": np.flatnonzero(catalog.item_counts < config.min_support),
     }
 
 
 def _categories(listed: _ItemFile | None, num_items: int) -> Ragged:
-    """Category codes of every item, ascending."""
+    """The category codes of every item, ascending."""
     if listed is None:
         return no_values(num_items)
     _, codes = np.unique(np.array(listed.file.columns["category"], object), return_inverse=True)
@@ -287,13 +288,13 @@ def _boost(listed: _ItemFile | None, num_items: int) -> FloatArray | None:
 
 
 def _windows(listed: _ItemFile | None) -> tuple[IntArray, IntArray, IntArray]:
-    """Items with dates, and the first and the last day of each."""
+    """The items with dates, and the first and last day of each."""
     if listed is None:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64)
     listed.file.refuse_repeats()
     first, last = listed.file.days("first_date", datetime.date.min), listed.file.days("last_date", datetime.date.max)
     for row in np.flatnonzero(first > last)[:1].tolist():
-        listed.file.refuse(row, "has a first_date after its last_date; exchange them")
+        listed.file.refuse(row, "has a first_date after its last_date; swap them")
     return listed.items[listed.is_known], first[listed.is_known], last[listed.is_known]
 
 

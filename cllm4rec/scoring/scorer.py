@@ -1,4 +1,4 @@
-"""The one Scorer: evaluation, the batch job and the endpoint all ask it, so their answers cannot differ.
+"""The one Scorer: evaluation, the nightly job and the Recommender all use it, so their lists cannot differ.
 
 Lengths: B users, J items, K list length.
 """
@@ -21,14 +21,14 @@ from cllm4rec.scoring.rules import Rules
 from cllm4rec.typing import Float32Array, IntArray
 
 _CANDIDATES = 4
-"""Under caps, how many candidates are ranked at a time, in lengths of the list."""
+"""With category caps, this many times k candidates are ranked at a time."""
 _CAPPED_ROWS = 64
-_MOST_COLD_BOOST = 87.0
-"""e^88 times a share of 1 is close to what a float32 can hold."""
+_MAX_COLD_BOOST = 87.0
+"""e^88 times a share of 1 is close to the largest float32."""
 
 
 class Scorer:
-    """A trained model that answers: which k items for this user?"""
+    """A trained model that returns the k best items for each user."""
 
     def __init__(self, ranker: Ranker, catalog: Catalog, model_version: str) -> None:
         self.ranker, self.catalog, self.model_version = ranker, catalog, model_version
@@ -38,9 +38,9 @@ class Scorer:
 
     @classmethod
     def load(cls, model_dir: str, device: str | None = None) -> Scorer:
-        """Check every digest of a `model/` directory and load it, on the GPU where there is one.
+        """Load a model directory, by default on the GPU if there is one. Every file is checked against its digest.
 
-        Raises ArtifactError where a file is missing or damaged, or the backbone is not the one trained with.
+        Raises ArtifactError if a file is missing or damaged, or if the backbone is not the one of the training.
         """
         stored = SavedModel.from_pretrained(model_dir, device=device)
         return cls(stored.ranker, stored.catalog, stored.manifest.digest[:12])
@@ -53,34 +53,37 @@ class Scorer:
         rules: Rules | None = None,
         exclude: Ragged | None = None,
     ) -> tuple[IntArray, Float32Array]:
-        """The k best unseen, allowed items of each user, best first, ties by lower item index.
+        """The k best unseen, allowed items of each user, best first; ties by lower item index.
 
-        users: B rows of the user tables, -1 where unknown at training. histories: item indices, a row a user, read as
-        the prompt and left out of the answer; order and repeats do not matter, but where a history outgrows the prompt
-        its last items are read. rules: what nobody is recommended, boosts, caps. exclude: more item indices left out, a
-        row a user.
-        An unknown user without a history gets the popular items, scored by their share of all training interactions;
-        everyone else's scores are logits. A boost is added to a logit; a share is multiplied by e^boost, which is the
-        same, for the logarithm of a share is its logit. The order is that of the boosted scores.
-        Returns (B, K) item indices, -1 where fewer than k remain, and scores, -inf there; the same for one or many.
+        users: B rows of the user tables, -1 for users unknown at training.
+        histories: item indices, one row per user. They are read as the prompt and never returned. Order and repeats do not
+        matter, except that only the last items of a history are read if it is longer than the prompt.
+        rules: blocked items, boosts and category caps. exclude: more item indices never returned, one row per user.
+
+        A cold-start user (unknown and without a history) gets the popular items, scored by their share of all training
+        interactions. All other scores are logits. A boost is added to a logit. A share is multiplied by e^boost, which is
+        the same, because the logarithm of a share is its logit. Lists are ordered by the boosted scores.
+
+        Returns (B, K) item indices, -1 where fewer than k items remain, and scores, -inf there. A user's list is the same
+        alone and in any batch.
         """
         rows = np.asarray(users, np.int64)
         applied = self._under(rules)
-        hidden = merged(histories, *([exclude] if exclude is not None else []))
+        left_out = merged(histories, *([exclude] if exclude is not None else []))
         items = np.empty((len(rows), k), np.int64)
         scores = np.empty((len(rows), k), np.float32)
         is_cold = self.is_cold(rows, histories)
         cold, warm = np.flatnonzero(is_cold), np.flatnonzero(~is_cold)
         hidden_BK = self.ranker.encode_users(rows[warm], histories.take(warm))
 
-        def best(asked: IntArray, out: Ragged, num: int) -> tuple[IntArray, Float32Array]:
-            return self.ranker.best_items(hidden_BK[asked], out, num, applied.bias_J)
+        def best(which: IntArray, out: Ragged, num: int) -> tuple[IntArray, Float32Array]:
+            return self.ranker.best_items(hidden_BK[which], out, num, applied.bias_J)
 
         def most_popular(_: IntArray, out: Ragged, num: int) -> tuple[IntArray, Float32Array]:
             return applied.most_popular(out, num)
 
-        items[warm], scores[warm] = _ranked(best, hidden.take(warm), k, applied.rules)
-        items[cold], scores[cold] = _ranked(most_popular, hidden.take(cold), k, applied.rules)
+        items[warm], scores[warm] = _ranked(best, left_out.take(warm), k, applied.rules)
+        items[cold], scores[cold] = _ranked(most_popular, left_out.take(cold), k, applied.rules)
         return items, scores
 
     def _under(self, rules: Rules | None) -> _Applied:
@@ -88,25 +91,25 @@ class Scorer:
             return self._without_rules
         last = self._last
         if last.rules is not rules:
-            # Kept: a job has one, and the endpoint asks with the same for a day.
+            # Cached: a job has one set of rules, and the endpoint uses the same for a day.
             self._last = last = _Applied.to(rules, self.catalog, self._device)
         return last
 
     @staticmethod
     def is_cold(users: IntArray, histories: Ragged) -> npt.NDArray[np.bool_]:
-        """Whom nothing is known of: unknown at training and without a history."""
+        """Which users are cold-start users: unknown at training and without a history."""
         cold: npt.NDArray[np.bool_] = (users < 0) & (histories.lengths == 0)
         return cold
 
 
 @dataclasses.dataclass(frozen=True)
 class _Applied:
-    """Rules as a scorer needs them: one addition to all logits, and the popular items in order."""
+    """Rules in the form a scorer uses: one addition to all logits, and the popular items in order."""
 
     rules: Rules
     bias_J: Tensor | None
     popular: IntArray
-    """The items that are not blocked, by boosted share, ties by lower index."""
+    """The items that are not blocked, by boosted share; ties by lower index."""
     share_J: Float32Array
 
     @classmethod
@@ -115,7 +118,7 @@ class _Applied:
         bias_J[rules.blocked] = -np.inf
         share_J = catalog.item_counts / max(1, catalog.item_counts.sum())
         if rules.boost_J is not None:
-            share_J = share_J * np.exp(np.minimum(rules.boost_J.astype(np.float64), _MOST_COLD_BOOST))
+            share_J = share_J * np.exp(np.minimum(rules.boost_J.astype(np.float64), _MAX_COLD_BOOST))
         order = np.lexsort((np.arange(catalog.num_items), -share_J))
         return cls(
             rules,
@@ -124,46 +127,46 @@ class _Applied:
             share_J.astype(np.float32),
         )
 
-    def most_popular(self, hidden: Ragged, k: int) -> tuple[IntArray, Float32Array]:
-        """The k most popular items but for those of `hidden`, for each of its rows."""
-        items = np.full((len(hidden), k), -1, np.int64)
-        scores = np.full((len(hidden), k), -np.inf, np.float32)
-        for row in range(len(hidden)):
-            enough = self.popular[: k + len(hidden[row])]
-            allowed = enough[~np.isin(enough, hidden[row])][:k]
+    def most_popular(self, left_out: Ragged, k: int) -> tuple[IntArray, Float32Array]:
+        """For each row of `left_out`, the k most popular items that are not in the row."""
+        items = np.full((len(left_out), k), -1, np.int64)
+        scores = np.full((len(left_out), k), -np.inf, np.float32)
+        for row in range(len(left_out)):
+            enough = self.popular[: k + len(left_out[row])]
+            allowed = enough[~np.isin(enough, left_out[row])][:k]
             items[row, : len(allowed)], scores[row, : len(allowed)] = allowed, self.share_J[allowed]
         return items, scores
 
 
 _Best = Callable[[IntArray, Ragged, int], tuple[IntArray, Float32Array]]
-"""The best items of these rows but for those of a list a row, and how many: indices and scores, best first."""
+"""(rows, items left out in each row, number of items) → indices and scores of the best items, best first."""
 
 
-def _ranked(best: _Best, hidden: Ragged, k: int, rules: Rules) -> tuple[IntArray, Float32Array]:
-    """The k best items under the caps, for each row of `hidden`."""
-    everyone = np.arange(len(hidden))
+def _ranked(best: _Best, left_out: Ragged, k: int, rules: Rules) -> tuple[IntArray, Float32Array]:
+    """The k best items under the caps, for each row of `left_out`."""
+    every_row = np.arange(len(left_out))
     if rules.categories is None:
-        return best(everyone, hidden, k)
-    items = np.full((len(hidden), k), -1, np.int64)
-    scores = np.full((len(hidden), k), -np.inf, np.float32)
-    for begin in range(0, len(hidden), _CAPPED_ROWS):
-        rows = everyone[begin : begin + _CAPPED_ROWS]
-        items[rows], scores[rows] = _capped(best, rows, hidden.take(rows), k, rules)
+        return best(every_row, left_out, k)
+    items = np.full((len(left_out), k), -1, np.int64)
+    scores = np.full((len(left_out), k), -np.inf, np.float32)
+    for begin in range(0, len(left_out), _CAPPED_ROWS):
+        rows = every_row[begin : begin + _CAPPED_ROWS]
+        items[rows], scores[rows] = _capped(best, rows, left_out.take(rows), k, rules)
     return items, scores
 
 
-def _capped(best: _Best, rows: IntArray, hidden: Ragged, k: int, rules: Rules) -> tuple[IntArray, Float32Array]:
-    """From the best down, passing over items of a full category: exactly, whatever the number of candidates at a time.
+def _capped(best: _Best, rows: IntArray, left_out: Ragged, k: int, rules: Rules) -> tuple[IntArray, Float32Array]:
+    """The list built from the best item down, skipping items of a full category. Exact for any number of candidates.
 
-    Candidates come some at a time. Those passed over are of categories that stay full, so a user whose list is short
-    goes on with the best items beside the list and beside its full categories. Each turn takes one item at least.
+    Candidates are ranked some at a time. A skipped item belongs to a category that stays full, so a list that is still
+    short continues with the best items outside the list and outside its full categories. Each round adds at least one.
     """
     items = np.full((len(rows), k), -1, np.int64)
     scores = np.full((len(rows), k), -np.inf, np.float32)
     short = np.arange(len(rows))
     while len(short):
         taken = Ragged.from_rows(items[short][items[short] >= 0], np.nonzero(items[short] >= 0)[0], len(short))
-        out = Ragged.interleave(hidden.take(short), taken, rules.full_categories(taken))
+        out = Ragged.interleave(left_out.take(short), taken, rules.full_categories(taken))
         more, more_scores = best(rows[short], out, _CANDIDATES * k)
         candidates = np.concatenate([items[short], more], axis=1)
         keep = rules.within_caps(candidates)

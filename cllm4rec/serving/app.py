@@ -1,23 +1,25 @@
-"""The Ray Serve application: replicas that hold a Recommender each, answer in batches, swap models while they serve.
+"""The Ray Serve application: each replica holds a Recommender, answers in batches, and swaps models while it serves.
 
-    serve run cluster/serve.yaml                  # or, with a whole run's config: cllm4rec serve --config FILE
+    serve run cluster/serve.yaml                  # or, with the config of a run: cllm4rec serve --config FILE
     curl localhost:8000/v1/recommend -H 'content-type: application/json' -d '{"user_id": "A2IBPI20UZIR0U", "k": 10}'
 
-Overload is shed: a replica works on two batches' worth of requests, `max_queued_requests` wait at each proxy, and
-the rest get 429 with Retry-After. A model is swapped while requests go on. An application that was given an output_dir
-answers with the promoted model and takes the next one by itself a few seconds after `cllm4rec promote`. One that was given
-a model_dir and a prepared_dir keeps them until the deployment's `user_config` names others (see cluster/serve.yaml) and
-is deployed with `serve deploy`.
+Overload: a replica accepts requests for two batches, `max_queued_requests` wait at each proxy, and all others get 429 with
+Retry-After.
+Models: with an output_dir, replicas serve the current model of that run and load the next one a few seconds after
+`cllm4rec promote`. With a model_dir and a prepared_dir, they keep these until `serve deploy` deploys a `user_config` that
+names others (see cluster/serve.yaml). Requests are answered during a swap.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import logging.handlers
 import os
 import time
 from typing import Any, Self
 
+import torch
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ray import serve as ray_serve
@@ -25,76 +27,91 @@ from ray.serve.config import BackpressureConfig
 
 from cllm4rec.config import Positive, RulesConfig, ServeConfig
 from cllm4rec.errors import Cllm4RecError, ConfigError
+from cllm4rec.run import Run
 from cllm4rec.scoring.recommender import Recommender
 from cllm4rec.scoring.rule_files import FILES
 from cllm4rec.serving.batching import Batcher
 from cllm4rec.serving.schemas import Ready, RecommendRequest, RecommendResponse
-from cllm4rec.serving.web import API_KEYS_VARIABLE, api_keys_of, create_app
+from cllm4rec.serving.web import API_KEYS_VARIABLE, api_keys_of, create_app, respond
 from cllm4rec.storage.artifacts import read_manifest
-from cllm4rec.storage.files import absolute, join
+from cllm4rec.storage.files import absolute
 from cllm4rec.storage.registry import current_model
 
-# Serve's own logger: what it gets is in the replica's log file. Directories and versions only, never a request.
+# Serve's own logger, which writes to the replica's log file. Log directories and versions only, never a request.
 log = logging.getLogger("ray.serve")
 
 WATCH_S = 2.0
-"""How often a replica looks whether another model was promoted."""
-_RETRY_S = 60.0
-"""How long a promoted model that could not be loaded is left alone before it is tried again."""
+"""How often a replica checks whether another model was promoted."""
+RETRY_S = 60.0
+"""How long a replica waits before it tries again to load a promoted model that it could not load."""
 
 
-class Places(BaseModel):
-    """Where the model is: `output_dir` of a run, to follow its promotions, or two directories that stay."""
+class ModelLocation(BaseModel):
+    """Where the model is: the `output_dir` of a run, to follow its promotions, or two fixed directories."""
 
-    output_dir: str | None = Field(None, description="answers with the current model of this run, whichever that is")
+    output_dir: str | None = Field(None, description="serve the current model of this run and follow its promotions")
     model_dir: str | None = None
-    prepared_dir: str | None = Field(None, description="histories; erased users are looked up beside it")
+    prepared_dir: str | None = Field(
+        None, description="stored histories; erased users are read from the directory that contains it"
+    )
 
     @model_validator(mode="after")
-    def _says_one_place(self) -> Self:
+    def _names_one_location(self) -> Self:
         given = (self.output_dir is not None, self.model_dir is not None, self.prepared_dir is not None)
         if given not in ((True, False, False), (False, True, True)):
             raise ValueError("give either output_dir, or model_dir and prepared_dir")
         return self
 
     def directories(self) -> tuple[str, str]:
-        """Model and prepared directory as they are now. Raises ArtifactError where the run's pointer is damaged."""
+        """Model directory and prepared directory at this moment. Raises ArtifactError if the run's pointer is damaged."""
         if self.output_dir is not None:
-            return current_model(self.output_dir), join(self.output_dir, "prepared")
+            return current_model(self.output_dir), Run(self.output_dir).prepared
         assert self.model_dir is not None
         assert self.prepared_dir is not None
         return self.model_dir, self.prepared_dir
 
 
-class UserConfig(Places):
-    """The deployment's user_config: which model answers, from which histories, and what it may recommend."""
+class UserConfig(ModelLocation):
+    """The deployment's user_config: the model, the stored histories, and the rules for what may be recommended."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     rules: RulesConfig = RulesConfig()
 
     def resolved(self) -> Self:
-        """The same with two directories named. Raises as `directories`."""
+        """The same with the two directories in place of an output_dir. Raises like `directories`."""
         model_dir, prepared_dir = self.directories()
         return self.model_copy(update={"output_dir": None, "model_dir": model_dir, "prepared_dir": prepared_dir})
 
     def load(self) -> Recommender:
-        return Recommender.load(*self.directories(), self.rules)
+        return Recommender.from_pretrained(*self.directories(), rules=self.rules)
 
 
-class ServeArgs(ServeConfig, Places):
-    """What `build` takes: the artifacts, a run's `serve` section, and what a replica is given."""
+class ServeArgs(ServeConfig, ModelLocation):
+    """Arguments of `build`: the location of the model, a run's `serve` section, and the resources of a replica."""
 
     rules: RulesConfig = Field(RulesConfig(), description="a run's score.rules; availability is that of today (UTC)")
-    cpus_per_replica: Positive = Field(1, description="also its torch threads")
+    cpus_per_replica: Positive = 1
+    threads_per_replica: Positive | None = Field(
+        None, description="torch threads of a replica; null: Ray's default, one per CPU of the replica"
+    )
     use_gpu: bool = False
-    require_api_keys: bool = Field(False, description="refuse to start where CLLM4REC_API_KEYS is not set")
+    require_api_keys: bool = Field(False, description="refuse to start if CLLM4REC_API_KEYS is not set")
 
 
 class RecommendReplica:
-    """One replica: a Recommender, the batches it answers and the HTTP routes in front of it."""
+    """One replica: a Recommender, the batches it answers, and the HTTP routes."""
 
-    def __init__(self, max_batch_size: int, batch_wait_timeout_s: float, require_api_keys: bool) -> None:
+    def __init__(
+        self,
+        max_batch_size: int,
+        batch_wait_timeout_s: float,
+        require_api_keys: bool,
+        num_threads: int | None = None,
+    ) -> None:
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        _log_library_warnings()
         self._api_keys = api_keys_of(os.environ, required=require_api_keys)
         self._recommender: Recommender | None = None
         self._model_dir, self._tried, self._last_reason = "", ("", 0.0), ""
@@ -102,7 +119,7 @@ class RecommendReplica:
         self._swap: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
         self._recommend = Batcher(self._answer, max_batch_size, batch_wait_timeout_s)
-        log.info("The endpoint asks for keys: %s", "yes" if self._api_keys else f"no ({API_KEYS_VARIABLE} is not set)")
+        log.info("Keys are required: %s", "yes" if self._api_keys else f"no ({API_KEYS_VARIABLE} is not set)")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._recommend, self._ready, self._api_keys)
@@ -110,9 +127,9 @@ class RecommendReplica:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve before the first request and whenever user_config changes.
 
-        The first model is waited for: without it the replica does not start. A later one is loaded beside the old,
-        which goes on answering. Serve routes nothing to a replica that is inside of this method, so it returns before
-        the load is done.
+        The first model is loaded before this method returns: without it the replica does not start. A later one is
+        loaded in the background, and the old model answers meanwhile. Serve sends no request to a replica that is inside
+        this method, so it must not wait for the load.
         """
         wanted = UserConfig.model_validate(user_config)
         if self._following is not None:
@@ -129,58 +146,58 @@ class RecommendReplica:
             raise RuntimeError("no model is loaded")
 
     async def _swap_to(self, user_config: UserConfig) -> None:
-        async with self._swapping:  # first come, first served: the last one asked for stays
+        async with self._swapping:  # in the order of the calls, so the last one requested stays
             self._last_reason = ""
             try:
                 await self._take(await asyncio.to_thread(user_config.resolved))
             except Exception as error:
-                self._keep_the_old(error)
+                self._keep_old_model(error)
 
     async def _follow(self, user_config: UserConfig) -> None:
-        """Take every model that is promoted from now on, beside the requests."""
+        """Load every model that is promoted from now on, while requests are answered."""
         while True:
             await asyncio.sleep(WATCH_S)
             async with self._swapping:
                 try:
                     wanted = await asyncio.to_thread(user_config.resolved)
-                    if self._is_news(wanted):
+                    if self._is_due(wanted):
                         await self._take(wanted)
                 except Exception as error:
-                    self._keep_the_old(error)
+                    self._keep_old_model(error)
 
-    def _is_news(self, wanted: UserConfig) -> bool:
+    def _is_due(self, wanted: UserConfig) -> bool:
         tried, at = self._tried
-        is_left_alone = wanted.model_dir == tried and time.monotonic() - at < _RETRY_S
-        return wanted.model_dir != self._model_dir and not is_left_alone
+        must_wait = wanted.model_dir == tried and time.monotonic() - at < RETRY_S
+        return wanted.model_dir != self._model_dir and not must_wait
 
     async def _take(self, user_config: UserConfig) -> None:
-        """Load, then swap: between the two the old model answers."""
+        """Load the model, then swap. Until then the old model answers."""
         self._tried = (user_config.model_dir or "", time.monotonic())
         recommender = await asyncio.to_thread(user_config.load)
         verb = "Serving" if self._recommender is None else "Swapped to"
         self._recommender, self._model_dir, self._last_reason = recommender, user_config.model_dir or "", ""
         log.info("%s model %s from %s", verb, recommender.model_version, user_config.model_dir)
 
-    def _keep_the_old(self, error: Exception) -> None:
-        """Raised to Serve, an error would stop the replica, and a good model with it. Said once, however often tried."""
+    def _keep_old_model(self, error: Exception) -> None:
+        """Log the error once, however often the load is tried. Raised to Serve, it would stop a replica that works."""
         reason = str(error) if isinstance(error, Cllm4RecError) else repr(error)
         if reason != self._last_reason:
-            log.error("Another model is not taken, the old one stays: %s", reason)
+            log.error("The new model cannot be loaded; the old one stays: %s", reason)
         self._last_reason = reason
 
     def _ready(self) -> Ready | None:
         return None if self._recommender is None else Ready(model_version=self._recommender.model_version)
 
     def _answer(self, requests: list[RecommendRequest]) -> list[RecommendResponse]:
-        recommender = self._recommender  # one model for the whole batch, whatever is swapped in meanwhile
+        recommender = self._recommender  # one model for the whole batch, even if a swap happens meanwhile
         assert recommender is not None
-        return recommender.answer(requests)
+        return respond(recommender, requests)
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The Serve Application for `serve run` and `cllm4rec serve`: where the model is, and any other field of ServeArgs.
+    """The Serve Application for `serve run` and `cllm4rec serve`. args: the fields of ServeArgs.
 
-    Raises ConfigError on an unknown or wrong setting, ArtifactError where a directory is not there, before any replica
+    Raises ConfigError for an unknown or wrong setting and ArtifactError for a missing directory, before any replica
     starts. `host`, `port` and `request_timeout_s` belong to Serve's proxies, not to an application: pass
     `http_options(...)` to `ray.serve.start`, or write `http_options` in the Serve YAML.
     """
@@ -192,12 +209,12 @@ def build(args: dict[str, Any]) -> Any:
         ray_serve.ingress()(RecommendReplica),
         name="Recommend",
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": int(settings.use_gpu)},
-        # One batch being scored and one filling; fewer and batches never fill.
+        # One batch is scored while the next one fills; with fewer, batches would never fill.
         max_ongoing_requests=2 * settings.max_batch_size,
         max_queued_requests=settings.max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         user_config=_user_config(settings),
-        # When replicas are replaced, the old ones answer until the new ones can.
+        # When replicas are replaced, the old ones answer until the new ones are ready.
         max_surge_percent=100,
         graceful_shutdown_timeout_s=settings.request_timeout_s + 10,
         **_replicas(settings),
@@ -205,13 +222,14 @@ def build(args: dict[str, Any]) -> Any:
     return deployment.bind(
         settings.max_batch_size,
         settings.batch_wait_timeout_s,
-        # Keys seen here and missing on a replica's node would open the endpoint without a word.
+        # Keys that are set here and missing on a replica's node would silently open the endpoint.
         settings.require_api_keys or API_KEYS_VARIABLE in os.environ,
+        settings.threads_per_replica,
     )
 
 
 def http_options(settings: ServeConfig) -> dict[str, Any]:
-    """Options for the proxies: `ray.serve.start(http_options=http_options(config.serve))`, before `ray.serve.run`."""
+    """Options of the proxies: `ray.serve.start(http_options=http_options(config.serve))`, before `ray.serve.run`."""
     return {"host": settings.host, "port": settings.port, "request_timeout_s": settings.request_timeout_s}
 
 
@@ -222,17 +240,24 @@ def _parse(args: dict[str, Any]) -> ServeArgs:
         problems = "; ".join(
             f"{'.'.join(map(str, p['loc']))}: {p['msg'].removeprefix('Value error, ')}" for p in error.errors()
         )
-        raise ConfigError(f"the arguments of the Serve application are refused: {problems}") from None
+        raise ConfigError(f"the arguments of the Serve application are wrong: {problems}") from None
 
 
 def _user_config(settings: ServeArgs) -> dict[str, Any]:
-    # Replicas run in another working directory, maybe on another machine.
-    places = settings.model_dump(include=set(Places.model_fields), exclude_none=True)
+    # Replicas run in another working directory, and possibly on another machine.
+    location = settings.model_dump(include=set(ModelLocation.model_fields), exclude_none=True)
     rules = settings.rules.model_dump(exclude_none=True)
     return {
-        **{name: absolute(path) for name, path in places.items()},
+        **{name: absolute(path) for name, path in location.items()},
         "rules": {**rules, **{name: absolute(rules[name]) for name in FILES if name in rules}},
     }
+
+
+def _log_library_warnings() -> None:
+    """Write the library's warnings and errors to the replica's log file, for which Serve has a buffered handler."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.handlers.MemoryHandler):
+            logging.getLogger("cllm4rec").addHandler(handler)
 
 
 def _replicas(settings: ServeArgs) -> dict[str, Any]:

@@ -1,16 +1,17 @@
-"""What callers may ask and what they get: the HTTP contract, bounded on every side.
+"""The HTTP contract: requests, with bounds on every field, and responses.
 
-Every bound below is also in /openapi.json. A request outside of them is refused with 422 and the field's name.
+Every bound below is also in /openapi.json. A request that exceeds one is refused with 422 and the name of the field.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-MAX_K = 1000
+from cllm4rec.scoring.recommender import MAX_K, Answer, Query
+
 MAX_HISTORY = 10_000
 MAX_ID_CHARS = 256
 MAX_TEXT_CHARS = 1000
@@ -20,12 +21,12 @@ Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
 
 
 def _integral(value: Any) -> Any:
-    """JSON has one kind of number, and by JSON Schema 10.0 is an integer."""
+    """JSON has one type of number, and 10.0 is an integer by JSON Schema."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _someone_is_named(schema: dict[str, Any]) -> None:
-    """Say in the OpenAPI what `history_or_user_is_given` checks."""
+def _require_history_or_user(schema: dict[str, Any]) -> None:
+    """Describe in the OpenAPI what `history_or_user_is_given` checks."""
     schema["anyOf"] = [
         {"required": ["user_id"], "properties": {"user_id": {"type": "string"}}},
         {"required": ["history"], "properties": {"history": {"type": "array"}}},
@@ -33,49 +34,64 @@ def _someone_is_named(schema: dict[str, Any]) -> None:
 
 
 class RecommendRequest(BaseModel):
-    """Who is to be recommended something: a known user, a history, or a known user and what came since the training."""
+    """A known user, a history, or a known user and the items that came since training."""
 
-    # strict: "10" is not 10 and true is not 1; a client that sends them has a bug it wants to hear of.
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_someone_is_named)
+    # strict: "10" is not 10 and true is not 1; a client that sends these has a bug that should be reported.
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, json_schema_extra=_require_history_or_user)
 
     user_id: Id | None = Field(
-        None, description="a user's id; one unknown at training is answered from `history` alone"
+        None, description="a user's id; a user unknown at training is served from `history` alone"
     )
     history: list[Id] | None = Field(
         None,
         max_length=MAX_HISTORY,
         validate_default=True,
-        description="item ids the user has, oldest first; added to what is known of `user_id`; never recommended",
+        description="item ids, oldest first; added to the stored history of `user_id`, and never recommended",
     )
-    exclude: list[Id] = Field([], max_length=MAX_HISTORY, description="item ids not to recommend, beside the history")
+    exclude: list[Id] = Field([], max_length=MAX_HISTORY, description="more item ids that must not be recommended")
     k: Annotated[int, BeforeValidator(_integral)] = Field(
-        10, ge=1, le=MAX_K, description="how many items; fewer come back where fewer remain"
+        10, ge=1, le=MAX_K, description="how many items; fewer are returned if fewer remain"
     )
 
     @field_validator("history")
     @classmethod
     def history_or_user_is_given(cls, history: list[str] | None, info: ValidationInfo) -> list[str] | None:
-        # A wrong user_id is absent from info.data and has an error of its own.
+        # A wrong user_id is absent from info.data and has its own error.
         if history is None and info.data.get("user_id", "wrong") is None:
-            raise PydanticCustomError("nobody_named", "give user_id, history or both")
+            raise PydanticCustomError("no_user_or_history", "give user_id, history or both")
         return history
+
+    def to_query(self) -> Query:
+        return Query(self.user_id, self.history, self.exclude, self.k)
 
 
 class RecommendedItem(BaseModel):
     item_id: str
     score: float = Field(description="comparable within one answer; a share of interactions where cold_start is true")
-    text: str = Field(description=f"the item's text, cut at {MAX_TEXT_CHARS} characters")
+    text: str = Field(description=f"the item's text, at most {MAX_TEXT_CHARS} characters of it")
 
 
 class RecommendResponse(BaseModel):
-    """Best item first."""
+    """Recommended items, best first."""
 
     model_config = ConfigDict(protected_namespaces=())
 
     items: list[RecommendedItem]
     model_version: str
-    cold_start: bool = Field(description="true: nothing is known of the user, these are the popular items")
-    ignored_items: list[str] = Field(description="ids of `history` and `exclude` that were unknown at training")
+    cold_start: bool = Field(description="true: neither user nor history is known; the items are the popular ones")
+    ignored_items: list[str] = Field(description="ids of `history` and `exclude` that the model does not know")
+
+    @classmethod
+    def from_answer(cls, answer: Answer, model_version: str) -> Self:
+        return cls(
+            items=[
+                RecommendedItem(item_id=item.item_id, score=item.score, text=item.text[:MAX_TEXT_CHARS])
+                for item in answer.items
+            ],
+            model_version=model_version,
+            cold_start=answer.cold_start,
+            ignored_items=answer.ignored_items,
+        )
 
 
 class Alive(BaseModel):
@@ -94,7 +110,7 @@ class Problem(BaseModel):
 
 
 class FieldProblem(BaseModel):
-    loc: list[str | int] = Field(description='where, such as ["body", "k"]')
+    loc: list[str | int] = Field(description='path of the field, such as ["body", "k"]')
     msg: str
     type: str
 

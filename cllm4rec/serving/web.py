@@ -1,9 +1,9 @@
-"""The HTTP face: routes, refusals and keys. Plain FastAPI around two callables, so that it is tested without Ray.
+"""Routes, errors and API keys of the endpoint: plain FastAPI around two callables, so that it is tested without Ray.
 
-GET  /, /docs           a page to try the endpoint with, which needs nothing from the internet
+GET  /, /docs           a page to try the endpoint, which loads nothing from the internet
 POST /v1/recommend      RecommendRequest → RecommendResponse
 GET  /healthz           the process answers
-GET  /readyz            a model is loaded, and which
+GET  /readyz            a model is loaded, and its version
 GET  /openapi.json      the contract
 """
 
@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import cllm4rec
 from cllm4rec.errors import ConfigError
+from cllm4rec.scoring.recommender import Recommender
 from cllm4rec.serving.schemas import (
     MAX_BODY_BYTES,
     Alive,
@@ -38,13 +39,19 @@ OPEN_PATHS = ("/healthz", "/readyz")
 
 Recommend = Callable[[RecommendRequest], Awaitable[RecommendResponse]]
 
-# The page fetches nothing from elsewhere and may not be made to.
+# The page fetches nothing from another origin, and a script in an item text could not either.
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
+def respond(recommender: Recommender, requests: Sequence[RecommendRequest]) -> list[RecommendResponse]:
+    """The responses to one batch of requests."""
+    answers = recommender.answer([request.to_query() for request in requests])
+    return [RecommendResponse.from_answer(answer, recommender.model_version) for answer in answers]
+
+
 def create_app(recommend: Recommend, ready: Callable[[], Ready | None], api_keys: Sequence[str] = ()) -> FastAPI:
-    """The application. `ready` returns None until a model is loaded. Without `api_keys` everybody may ask."""
-    # The stock /docs loads its scripts from a CDN; ours is a page of this repository.
+    """The application. `ready` returns None until a model is loaded. Without `api_keys` no key is required."""
+    # FastAPI's own /docs loads scripts from a CDN; this one is page.html.
     app = FastAPI(
         title="CLLM4Rec",
         version=cllm4rec.__version__,
@@ -59,7 +66,7 @@ def create_app(recommend: Recommend, ready: Callable[[], Ready | None], api_keys
 
     @app.post("/v1/recommend", responses=_refusals(400, 401, 413, 422, 429, 503))
     async def recommend_items(request: RecommendRequest) -> RecommendResponse:
-        """The best items for a user, a history or both. Popular items where nothing is known."""
+        """The best items for a user, a history or both. Cold-start users get the popular items."""
         return await recommend(request)
 
     @app.get("/healthz")
@@ -82,24 +89,24 @@ def create_app(recommend: Recommend, ready: Callable[[], Ready | None], api_keys
 
 
 def api_keys_of(environment: Mapping[str, str], required: bool = False) -> list[str]:
-    """The comma-separated keys of CLLM4REC_API_KEYS; none where it is not set, which means an open endpoint.
+    """The comma-separated keys of CLLM4REC_API_KEYS; none if it is not set, which means an open endpoint.
 
-    Raises ConfigError where the variable is set without a key in it, or is not set and `required`: an operator who
-    meant to close the endpoint must not get an open one.
+    Raises ConfigError if the variable is set but holds no key, or if it is not set although `required`: an operator who
+    means to close the endpoint must not get an open one.
     """
     keys = [key.strip() for key in environment.get(API_KEYS_VARIABLE, "").split(",") if key.strip()]
     if not keys and (required or API_KEYS_VARIABLE in environment):
         raise ConfigError(
-            f"{API_KEYS_VARIABLE} holds no key where the endpoint is to ask for one; "
+            f"{API_KEYS_VARIABLE} holds no key, but the endpoint must require one; "
             "set it in the environment of every node to keys separated by commas"
         )
     return keys
 
 
 class RequireApiKey:
-    """ASGI middleware: 401 without `Authorization: Bearer KEY` or `X-API-Key: KEY`, but for the health routes.
+    """ASGI middleware: 401 without `Authorization: Bearer KEY` or `X-API-Key: KEY`, except for the health routes.
 
-    Keys are compared as digests, each in constant time and all of them, so that an answer's time tells nothing.
+    Keys are compared as digests, in constant time, and always with all keys, so that response times reveal nothing.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
@@ -109,7 +116,7 @@ class RequireApiKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._is_allowed(Request(scope)):
             refusal = JSONResponse(
-                {"detail": "give a key as Authorization: Bearer KEY or X-API-Key: KEY"},
+                {"detail": "send a key as Authorization: Bearer KEY or X-API-Key: KEY"},
                 status_code=401,
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -124,21 +131,21 @@ class RequireApiKey:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    """422 with the fields' names. The offending values are left out: they are the caller's own data, and one such as
-    NaN or half a surrogate pair cannot be written as JSON, which would turn the refusal into a 500."""
+    """422 with the names of the fields. The wrong values are left out: they are the caller's data, and a value such as
+    NaN or half a surrogate pair cannot be written as JSON, which would turn the 422 into a 500."""
     assert isinstance(error, RequestValidationError)
     problems = [{"loc": list(p["loc"]), "msg": p["msg"], "type": p["type"]} for p in error.errors()]
     return Response(json.dumps({"detail": problems}), status_code=422, media_type="application/json")
 
 
-# 413 and 429 may come from below this application (the body limit, Serve's proxy), as plain text.
+# 413 and 429 may come from outside this application (the body limit, Serve's proxy), as plain text.
 _REFUSALS: dict[int, tuple[type | None, str]] = {
     400: (Problem, "the body is not UTF-8 JSON"),
-    401: (Problem, "keys are asked for and none or a wrong one was given"),
+    401: (Problem, "a key is required, and the request has none or a wrong one"),
     413: (None, f"the body is larger than {MAX_BODY_BYTES} bytes"),
     422: (FieldProblems, "a field is missing, unknown or out of its bounds"),
-    429: (None, "more requests wait than are let in; try again after Retry-After seconds"),
-    503: (Problem, "no model is loaded"),
+    429: (None, "too many requests wait; try again after Retry-After seconds"),
+    503: (Problem, "no model is loaded yet"),
 }
 
 

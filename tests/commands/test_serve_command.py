@@ -1,13 +1,19 @@
-"""`cllm4rec serve`: what is refused before anything starts, and why a replica did not start."""
+"""`cllm4rec serve`: errors before anything starts, what replicas are given, and --check."""
 
+import argparse
+import contextlib
+import json
+import os
 import socket
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from support.directories import write_prepared, write_random_model
 
 from cllm4rec.commands import serve
 from cllm4rec.config import parse_config
+from cllm4rec.data.world import parity_world
 from cllm4rec.errors import ArtifactError, ResourceError
 from cllm4rec.storage import files
 
@@ -81,12 +87,45 @@ def test_more_replicas_than_the_cluster_holds_are_refused(served, monkeypatch):
     )
 
 
-def test_why_a_replica_did_not_start_is_its_own_sentence():
-    told = (
+def test_the_reason_of_a_failed_replica_is_the_sentence_of_our_error():
+    messages = (
         "Deploying application cllm4rec failed: The deployment failed to start 3 times in a row. Error:\n"
         "ray::ServeReplica:cllm4rec:Recommend.initialize_and_get_metadata()\n  File x, line 3\n"
         "cllm4rec.errors.ArtifactError: model was not trained on prepared; serve a model with its directory\n"
         "The above exception was the direct cause of the following exception:\nRuntimeError: Traceback\n"
     )
-    assert serve._why(told) == "model was not trained on prepared; serve a model with its directory"
-    assert serve._why("first line\nlast line\n") == "last line"
+    assert serve.reason_of(messages) == "model was not trained on prepared; serve a model with its directory"
+    assert serve.reason_of("first line\nlast line\n") == "last line"
+
+
+@pytest.mark.parametrize(("threads_per_worker", "threads"), [(None, 4), (3, 3)])
+def test_replicas_get_their_threads_by_the_rule_of_trainers_and_actors(
+    served, monkeypatch, threads_per_worker, threads
+):
+    cluster_of(monkeypatch, CPU=0.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    built = []
+    monkeypatch.setattr("cllm4rec.serving.app.build", built.append)
+    served["cluster"] |= {"threads_per_worker": threads_per_worker}
+    served["serve"] |= {"max_replicas": 2}
+    refused_endpoint(served)
+    assert [args["threads_per_replica"] for args in built] == [threads]
+
+
+def test_check_prints_request_and_answer_and_returns_no_user_id(served, monkeypatch, capsys):
+    user_id = parity_world().catalog.user_ids[0]
+    items = [{"item_id": "item-03", "score": 1.5, "text": "a book"}, {"item_id": "item-05", "score": 0.5, "text": ""}]
+    answer = {"items": items, "model_version": "abc", "cold_start": False, "ignored_items": []}
+
+    def post(url, json, **_):
+        assert (url, json["user_id"]) == ("http://there/v1/recommend", user_id)
+        return httpx.Response(200, json=answer, request=httpx.Request("POST", url))
+
+    monkeypatch.setattr(serve, "serving", lambda config: contextlib.nullcontext("http://there"))
+    monkeypatch.setattr(httpx, "post", post)
+    result = serve.run(parse_config(served), argparse.Namespace(check=True))
+    assert result == {"serve": {"url": "http://there/v1/recommend", "model_version": "abc", "items": 2}}
+    assert user_id not in json.dumps(result)
+    shown = capsys.readouterr().out
+    assert f'POST http://there/v1/recommend {{"user_id": "{user_id}", "k": 5}}' in shown
+    assert "1.500  item-03      a book" in shown

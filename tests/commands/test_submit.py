@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -130,7 +131,8 @@ def test_the_pipeline_runs_as_a_submitted_job(cluster: tuple[str, str], tmp_path
     told = json.loads((tmp_path / "out" / "run.json").read_text())["result"]
     assert [told[stage]["skipped"] for stage in stages] == [False] * 6
     assert told["score"]["counts"]["users"] == 40
-    assert told["serve"]["answer"]["items"]
+    assert told["serve"]["items"] == 5
+    assert not re.search(r"user-\d", (tmp_path / "out" / "run.json").read_text()), "an erasure would have to find it"
     assert DeltaTable(str(tmp_path / "out" / "dump")).to_pandas()["user_id"].nunique() == 40
     # The job ran from the uploaded directory, without what git ignores.
     packages = Path(folder).glob("session_latest/runtime_resources/working_dir_files/*")

@@ -37,8 +37,7 @@ from cllm4rec.metrics.protocol import HeldOut, Validation
 from cllm4rec.nightly.audit import hashed
 from cllm4rec.nightly.plan import plan_score
 from cllm4rec.privacy.erasure import erase
-from cllm4rec.scoring.recommender import Recommender
-from cllm4rec.serving.schemas import RecommendRequest
+from cllm4rec.scoring.recommender import Query, Recommender
 from cllm4rec.storage.artifacts import read_manifest, write_directory
 from cllm4rec.storage.files import exists, list_files, write_bytes
 from cllm4rec.storage.registry import promoted_directories
@@ -111,8 +110,8 @@ def test_every_reader_goes_on_with_what_is_left(config: Config) -> None:
         == len(OTHERS)
     )
     assert isinstance(load_documents(prepared, rank=1, world_size=3), Documents)
-    recommender = Recommender.load(config.run.model, prepared)
-    erased, known = recommender.answer([RecommendRequest(user_id=CANARY), RecommendRequest(user_id=USER_IDS[0])])
+    recommender = Recommender.from_pretrained(config.run.model, prepared)
+    erased, known = recommender.answer([Query(user_id=CANARY), Query(user_id=USER_IDS[0])])
     assert (erased.cold_start, known.cold_start) == (True, False)
 
 
@@ -123,7 +122,7 @@ def test_a_bucket_of_which_nobody_is_left_can_still_be_read(config: Config) -> N
     assert pq.read_metadata(f"{prepared}/histories/{bucket_name(0)}").num_rows == 0
     assert len(load_histories(prepared).user) == WORLD.num_users - len(first)
     assert load_documents(prepared, rank=1, world_size=BUCKETS).user.min() == len(first)
-    answers = Recommender.load(config.run.model, prepared).answer([RecommendRequest(user_id=CANARY)])
+    answers = Recommender.from_pretrained(config.run.model, prepared).answer([Query(user_id=CANARY)])
     assert answers[0].cold_start
     assert_whole(config)
 

@@ -1,4 +1,4 @@
-"""What may be recommended beside the scores: files, refusals, and the caps against a slow reference."""
+"""Rules for what may be recommended: files, error messages, and the caps against a slow reference."""
 
 import datetime
 import pickle
@@ -18,12 +18,11 @@ from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.config import RulesConfig
 from cllm4rec.data.world import parity_world
 from cllm4rec.errors import DataError
-from cllm4rec.scoring import recommender as recommend
 from cllm4rec.scoring import rules as rules_module
-from cllm4rec.scoring.recommender import Recommender
+from cllm4rec.scoring.recommender import Query, Recommender
 from cllm4rec.scoring.rules import RuleBook, Rules, read_rules, rules_digest
 from cllm4rec.scoring.scorer import Scorer
-from cllm4rec.serving.schemas import RecommendRequest
+from cllm4rec.scoring.user_histories import UserHistories
 
 CATALOG = Catalog([], ["007", "apple", "book", "null", "été"], item_counts=[3, 5, 1, 2, 9])
 DAY = datetime.date(2026, 11, 20)
@@ -82,7 +81,7 @@ def refused(tmp_path, setting, content: bytes | str | dict, suffix=".csv", **set
     with pytest.raises(DataError) as caught:
         read(**{setting: str(path)}, **settings)
     sentence = str(caught.value)
-    assert sentence.startswith(f"score.rules.{setting} ")
+    assert sentence.startswith(f"score.rules.{setting}")
     assert str(path) in sentence
     assert "\n" not in sentence
     return sentence
@@ -120,7 +119,7 @@ def test_lists_of_items_may_be_plain_text(tmp_path):
     assert read(deny=str(tmp_path / "deny.txt")).blocked.tolist() == [1, 4]
     (tmp_path / "deny.txt").write_bytes(b"")
     assert read(deny=str(tmp_path / "deny.txt")).blocked.tolist() == []
-    assert "ends in none of .parquet, .csv, .yaml, .yml; rename it" in refused(tmp_path, "boost", "apple 1", ".txt")
+    assert "must end in one of .parquet, .csv, .yaml, .yml; rename it" in refused(tmp_path, "boost", "apple 1", ".txt")
 
 
 def test_ids_stay_the_text_they_are_written_as(tmp_path):
@@ -215,24 +214,24 @@ def test_a_file_that_cannot_be_opened_is_told_with_the_reason(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "suffix", "told"),
+    ("content", "suffix", "message"),
     [
-        ("item,boost\na,1\n", ".csv", "no column item_id (it has 'item', 'boost'); write item_id, boost"),
-        ("item_id, boost\na,1\n", ".csv", "no column boost (it has 'item_id', ' boost')"),
+        ("item,boost\na,1\n", ".csv", "no column item_id (its columns: 'item', 'boost'); it needs item_id, boost"),
+        ("item_id, boost\na,1\n", ".csv", "no column boost (its columns: 'item_id', ' boost')"),
         ("item_id,boost,boost\na,1,2\n", ".csv", "more than one column boost"),
-        ("", ".csv", "no column item_id (it has none)"),
+        ("", ".csv", "no column item_id (its columns: none)"),
         ({"item_id": ["a"]}, ".parquet", "no column boost"),
         ("- {item_id: a}\n", ".yaml", "the entry of line 1 has no boost"),
         ("- {item_id: a, boost: 1}\n- a\n", ".yaml", "the entry of line 2 has no item_id and no boost"),
         ("- {item_id: a, boost: [1]}\n", ".yaml", "the entry of line 1 has no boost"),
     ],
 )
-def test_a_missing_column_is_named_with_those_found(tmp_path, content, suffix, told):
-    assert told in refused(tmp_path, "boost", content, suffix)
+def test_a_missing_column_is_named_with_those_found(tmp_path, content, suffix, message):
+    assert message in refused(tmp_path, "boost", content, suffix)
 
 
 @pytest.mark.parametrize(
-    ("content", "suffix", "told"),
+    ("content", "suffix", "message"),
     [
         (b"item_id\nbook\n\xff\xfe\n", ".csv", "line 3 is not UTF-8"),
         (b"- book\n- \xe9t\xe9\n", ".yaml", "line 2 is not UTF-8"),
@@ -243,37 +242,37 @@ def test_a_missing_column_is_named_with_those_found(tmp_path, content, suffix, t
         (b"", ".yaml", "it is not a YAML list"),
         (b"- book\n- [\n", ".yaml", "is not YAML"),
         (b"- !!python/object/apply:os.system [true]\n", ".yaml", "the entry of line 1 has no item_id"),
-        (b"PAR1 and then nothing", ".parquet", "it is not Parquet or damaged"),
-        (b"item_id\nbook\n", ".tsv", "ends in none of .parquet, .csv, .yaml, .yml, .txt; rename it"),
+        (b"PAR1 and then nothing", ".parquet", "it is not Parquet or is damaged"),
+        (b"item_id\nbook\n", ".tsv", "must end in one of .parquet, .csv, .yaml, .yml, .txt; rename it"),
         (b"note,item_id\nx,book\nx,\n", ".csv", "line 3 has no item_id"),
         (b"- book\n-\n", ".yaml", "line 2 has no item_id"),
         ({"item_id": ["book", None]}, ".parquet", "row 2 has no item_id"),
-        ({"item_id": [7.0]}, ".parquet", "its column item_id holds numbers with a point"),
+        ({"item_id": [7.0]}, ".parquet", "its column item_id holds floating-point numbers"),
         ({"item_id": [["book"]]}, ".parquet", "its column item_id holds list"),
         ({"item_id": pa.array([b"book", b"\xff"])}, ".parquet", "its column item_id holds text that is not UTF-8"),
     ],
 )
-def test_a_damaged_file_is_refused_with_the_line(tmp_path, content, suffix, told):
-    assert told in refused(tmp_path, "deny", content, suffix)
+def test_a_damaged_file_is_refused_with_the_line(tmp_path, content, suffix, message):
+    assert message in refused(tmp_path, "deny", content, suffix)
 
 
 @pytest.mark.parametrize("boost", ["", "much", "nan", "inf", "-inf", "1e39", "0,5"])
 def test_a_boost_is_a_finite_number(tmp_path, boost):
-    told = refused(tmp_path, "boost", f'item_id,boost\nghost,1\n\napple,"{boost}"\n')
-    assert told.endswith(f"line 4 has the boost {boost!r}; write a finite number" if boost else "leave the row out")
+    message = refused(tmp_path, "boost", f'item_id,boost\nghost,1\n\napple,"{boost}"\n')
+    assert message.endswith(f"line 4 has the boost {boost!r}; write a finite number" if boost else "remove the row")
 
 
 @pytest.mark.parametrize("day", ["soon", "2026-13-01", "20.11.2026", "2026-11-20T00:00:00"])
 @pytest.mark.parametrize("column", ["first_date", "last_date"])
 def test_a_date_is_a_date(tmp_path, day, column):
     other = {"first_date": "last_date", "last_date": "first_date"}[column]
-    told = refused(tmp_path, "availability", f"item_id,{column},{other}\napple,{day},\n")
-    assert f"line 2 has the {column} {day!r}; write a date as YYYY-MM-DD or leave it empty" in told
+    message = refused(tmp_path, "availability", f"item_id,{column},{other}\napple,{day},\n")
+    assert f"line 2 has the {column} {day!r}; write a date as YYYY-MM-DD or leave it empty" in message
 
 
 def test_dates_that_are_times_or_in_the_wrong_order_are_refused(tmp_path):
-    told = refused(tmp_path, "availability", "item_id,first_date,last_date\nghost,2026-11-21,2026-11-20\n")
-    assert "line 2 has a first_date after its last_date; exchange them" in told
+    message = refused(tmp_path, "availability", "item_id,first_date,last_date\nghost,2026-11-21,2026-11-20\n")
+    assert "line 2 has a first_date after its last_date; swap them" in message
     times = {"item_id": ["book"], "first_date": [datetime.datetime(2026, 11, 20, 12)], "last_date": [DAY]}
     assert "row 1 has the first_date '2026-11-20 12:00:00.000000'; write a date" in refused(
         tmp_path, "availability", times, ".parquet"
@@ -288,8 +287,8 @@ def test_dates_that_are_times_or_in_the_wrong_order_are_refused(tmp_path):
     ],
 )
 def test_an_item_stands_once_where_two_rows_could_contradict(tmp_path, setting, content):
-    told = refused(tmp_path, setting, content)
-    assert "line 4 has the item 'ghost' of line 3 again; keep one" in told
+    message = refused(tmp_path, setting, content)
+    assert "line 4 repeats the item 'ghost' of line 3; keep one" in message
 
 
 def test_a_category_has_a_name(tmp_path):
@@ -297,7 +296,7 @@ def test_a_category_has_a_name(tmp_path):
 
 
 def test_rules_that_leave_nothing_are_refused(tmp_path):
-    assert "has no item of the catalog" in refused(tmp_path, "allow", "item_id\nghost\n")
+    assert "holds no item of the catalog" in refused(tmp_path, "allow", "item_id\nghost\n")
     with pytest.raises(DataError, match=r"leaves none of 5 items to recommend on 2026-11-20 \(low_support_items 5,"):
         read(min_support=10)
 
@@ -357,32 +356,33 @@ def test_a_breach_is_found_and_nothing_else_is(candidates, rules, length):
 
 
 @given(rankings, capped, st.integers(1, NUM_ITEMS), st.sets(st.integers(0, NUM_ITEMS - 1)), st.integers(1, 30))
-def test_a_list_has_no_room_if_and_only_if_nothing_more_fits(candidates, rules, k, seen, cells):
+def test_a_list_allows_no_further_item_if_and_only_if_nothing_more_fits(candidates, rules, k, seen, cells):
     closed = seen | set(rules.blocked.tolist())
     lists = rules.categories.tolist()
     whole = [greedy([j for j in row if j not in closed], lists, rules.max_per_category, k) for row in candidates]
     seen_rows = Ragged.from_lists([sorted(seen)] * len(whole))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rules_module, "_ROOM_CELLS", cells)  # any number of users at a time
-        room = rules.room(Ragged.from_lists(whole), seen_rows, NUM_ITEMS)
-    for row, num in zip(whole, room.tolist(), strict=True):
-        fits = [j for j in set(range(NUM_ITEMS)) - closed - set(row) if j in greedy([*row, j], lists, rules._most)]
+        patch.setattr(rules_module, "_ALLOWED_CELLS", cells)  # any number of users at a time
+        num_allowed = rules.num_allowed(Ragged.from_lists(whole), seen_rows, NUM_ITEMS)
+    cap = rules.max_per_category
+    for row, num in zip(whole, num_allowed.tolist(), strict=True):
+        fits = [j for j in set(range(NUM_ITEMS)) - closed - set(row) if j in greedy([*row, j], lists, cap)]
         assert num == len(fits)
         assert len(row) == k or num == 0
 
 
-def test_without_caps_all_that_is_left_is_room():
+def test_without_caps_every_item_that_is_left_is_allowed():
     rules = Rules(np.array([0, 3]))
-    room = rules.room(Ragged.from_lists([[1], [], [1, 2, 4]]), Ragged.from_lists([[0, 2], [], [0]]), 5)
-    assert room.tolist() == [1, 3, 0]
+    num_allowed = rules.num_allowed(Ragged.from_lists([[1], [], [1, 2, 4]]), Ragged.from_lists([[0, 2], [], [0]]), 5)
+    assert num_allowed.tolist() == [1, 3, 0]
     assert rules.within_caps(np.array([[1, -1]])).tolist() == [[True, False]]
     assert list(rules.violations(Ragged.from_lists([[1]]))) == ["a blocked item"]
 
 
-# Batch and endpoint
+# Nightly job and endpoint
 
 
-def test_the_endpoint_keeps_the_rules_of_the_batch_job_day_after_day(tmp_path, monkeypatch):
+def test_the_recommender_follows_the_rules_of_the_nightly_job_from_day_to_day(tmp_path):
     prepared_dir = write_prepared(tmp_path / "prepared")
     model_dir = write_random_model(tmp_path / "run", prepared_dir, seed=0)
     world = parity_world()
@@ -393,14 +393,16 @@ def test_the_endpoint_keeps_the_rules_of_the_batch_job_day_after_day(tmp_path, m
     (tmp_path / "dates.csv").write_text(f"item_id,first_date,last_date\n{item_ids[leaving]},,{DAY}\n")
     config = RulesConfig(boost=str(tmp_path / "boost.csv"), availability=str(tmp_path / "dates.csv"))
 
-    endpoint, scorer = Recommender.load(model_dir, prepared_dir, config), Scorer.load(model_dir)
+    scorer, today = Scorer.load(model_dir), [DAY]
+    histories, book = UserHistories.load(prepared_dir, scorer.catalog), RuleBook.read(config, scorer.catalog)
+    recommender = Recommender(scorer, histories, book, today=lambda: today[0])
     plain = scorer.top_k([0], seen.take(np.array([0])), 20)[0][0].tolist()
     assert plain[0] not in (boosted, leaving)
     for day, first in ((DAY, leaving), (DAY + datetime.timedelta(1), boosted)):
-        monkeypatch.setattr(recommend, "_today", lambda day=day: day)
+        today[0] = day
         rules = read_rules(config, scorer.catalog, day)
         items, scores = scorer.top_k([0], seen.take(np.array([0])), 20, rules)
-        answer = endpoint.answer([RecommendRequest(user_id=user_ids[0], k=20)])[0]
+        answer = recommender.answer([Query(user_id=user_ids[0], k=20)])[0]
         assert [item.item_id for item in answer.items] == item_ids[items[0, items[0] >= 0]].tolist()
         assert [item.score for item in answer.items] == scores[0, items[0] >= 0].tolist()
         assert items[0, 0] == first

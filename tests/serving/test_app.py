@@ -1,4 +1,4 @@
-"""Batches (cllm4rec.serving.batching), the replica, and what is handed to Serve (cllm4rec.serving.app); without Ray."""
+"""Batching (cllm4rec.serving.batching), replicas and the Serve application (cllm4rec.serving.app), without Ray."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from support.directories import write_prepared, write_random_model
 from support.serving import FakeScorer, recommender
@@ -19,12 +20,11 @@ from cllm4rec.errors import ArtifactError, ConfigError
 from cllm4rec.scoring.recommender import Recommender
 from cllm4rec.serving.app import RecommendReplica, ServeArgs, UserConfig, build, http_options
 from cllm4rec.serving.batching import Batcher
-from cllm4rec.serving.erased import LOOK_EVERY_S
 from cllm4rec.serving.schemas import Ready, RecommendRequest
 from cllm4rec.storage.artifacts import read_manifest, verify_files, write_directory
 from cllm4rec.storage.files import read_bytes, write_bytes
 from cllm4rec.storage.registry import promote_directory, rollback
-from cllm4rec.storage.tombstones import Tombstones
+from cllm4rec.storage.tombstones import CHECK_EVERY_S, Tombstones
 
 # Batches
 
@@ -51,7 +51,7 @@ def test_requests_that_come_during_a_batch_are_the_next_one():
     assert batches == [[0], [1, 2, 3, 4], [5, 6, 7]]
 
 
-def test_batch_with_room_waits_for_company_and_a_full_one_does_not():
+def test_batch_that_is_not_full_waits_for_more_and_a_full_one_does_not():
     sizes: list[int] = []
 
     async def scenario() -> float:
@@ -87,21 +87,21 @@ def test_error_reaches_everyone_in_its_batch_and_the_next_batch_is_answered():
     assert later == 2
 
 
-def test_caller_who_gave_up_is_not_asked_for():
+def test_question_of_a_caller_who_gave_up_is_left_out():
     asked: list[int] = []
 
     async def scenario() -> int:
         batcher = Batcher(lambda questions: asked.extend(questions) or questions, max_batch_size=8, wait_s=0.02)
-        gone = asyncio.create_task(batcher(1))
+        given_up = asyncio.create_task(batcher(1))
         await asyncio.sleep(0)
-        gone.cancel()
+        given_up.cancel()
         return await batcher(2)
 
     assert asyncio.run(scenario()) == 2
     assert asked == [2]
 
 
-# What is handed to Serve
+# The application
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +172,14 @@ def test_keys_of_the_submitter_must_exist_on_the_replica(paths, monkeypatch):
     monkeypatch.delenv("CLLM4REC_API_KEYS")
     with pytest.raises(ConfigError, match="CLLM4REC_API_KEYS"):
         RecommendReplica(*handed_over)
+
+
+def test_replica_computes_with_the_threads_it_is_given(paths, one_thread):
+    handed_over = build({**paths, "threads_per_replica": 3})._bound_deployment.init_args
+    RecommendReplica(*handed_over)
+    assert asyncio.run(asyncio.to_thread(torch.get_num_threads)) == 3, "batches are answered on another thread"
+    RecommendReplica(*build(paths)._bound_deployment.init_args)
+    assert torch.get_num_threads() == 3, "null leaves what Ray has set"
 
 
 def test_proxies_get_their_address_and_time_limit():
@@ -354,7 +362,7 @@ def test_training_alone_does_not_reach_a_running_replica(run, monkeypatch):
 @pytest.mark.parametrize("harm", ["model", "pointer"])
 def test_bad_promotion_is_not_taken_is_logged_once_and_the_next_good_one_is_taken(run, monkeypatch, caplog, harm):
     train(run, "candidate")
-    monkeypatch.setattr("cllm4rec.serving.app._RETRY_S", 0.02)
+    monkeypatch.setattr("cllm4rec.serving.app.RETRY_S", 0.02)
 
     async def steps(replica, until) -> None:
         await until("candidate")
@@ -375,7 +383,7 @@ def test_bad_promotion_is_not_taken_is_logged_once_and_the_next_good_one_is_take
         await until("third")
 
     assert follow(run, monkeypatch, steps) == ["candidate", "first", "third"]
-    assert sum("is not taken, the old one stays" in record.getMessage() for record in caplog.records) == 1
+    assert sum("cannot be loaded; the old one stays" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_replica_that_is_given_directories_follows_no_longer(run, monkeypatch, tmp_path):
@@ -409,5 +417,5 @@ def test_erased_user_is_unknown_over_http_within_a_second(tmp_path):
         known, stranger = ask(user_id), ask("a stranger")
         assert known != stranger
         Tombstones.load(str(tmp_path)).with_users([user_id]).save(str(tmp_path))
-        time.sleep(LOOK_EVERY_S)
+        time.sleep(CHECK_EVERY_S)
         assert ask(user_id) == stranger

@@ -25,6 +25,7 @@ from support.directories import write_prepared, write_random_model
 
 from cllm4rec.scoring.recommender import Recommender
 from cllm4rec.serving.schemas import RecommendRequest
+from cllm4rec.serving.web import respond
 
 pytestmark = pytest.mark.ray
 
@@ -118,7 +119,7 @@ class Endpoint:
         return client.post(f"{self.url}/v1/recommend", json=request, headers={"x-api-key": KEY}, timeout=60)
 
     def recommender(self, model_dir: str) -> Recommender:
-        return Recommender.load(model_dir, self.user_config["prepared_dir"])
+        return Recommender.from_pretrained(model_dir, self.user_config["prepared_dir"])
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_answers_over_http_equal_those_in_process_for_every_user_and_stranger(en
 
             return await asyncio.gather(*map(in_turn, asked))
 
-    expected = [recommender.answer([RecommendRequest(**request)])[0].model_dump() for request in asked]
+    expected = [respond(recommender, [RecommendRequest(**request)])[0].model_dump() for request in asked]
     assert asyncio.run(ask()) == expected
     assert len({json.dumps(answer["items"]) for answer in expected[: len(users)]}) > len(users) / 2
 
@@ -182,7 +183,7 @@ def test_overload_is_shed_with_429_and_nothing_worse(endpoint: Endpoint) -> None
 def test_model_is_swapped_while_no_request_fails(endpoint: Endpoint) -> None:
     first, second = (endpoint.recommender(model_dir) for model_dir in endpoint.models)
     request = {"user_id": "user-07", "k": 4}
-    expected = [model.answer([RecommendRequest(**request)])[0].model_dump() for model in (first, second)]
+    expected = [respond(model, [RecommendRequest(**request)])[0].model_dump() for model in (first, second)]
     seen: list[tuple[int, Any]] = []
     enough = threading.Event()
 

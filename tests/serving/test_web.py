@@ -1,4 +1,4 @@
-"""The HTTP face: routes, refusals and keys (cllm4rec.serving.web, cllm4rec.serving.schemas)."""
+"""The HTTP interface: routes, errors and keys (cllm4rec.serving.web, cllm4rec.serving.schemas)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ import logging
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
-from support.serving import ask, client, post
+from support.serving import FakeScorer, ask, client, post, recommender
 
 from cllm4rec.errors import ConfigError
-from cllm4rec.serving.schemas import MAX_BODY_BYTES
+from cllm4rec.serving.schemas import MAX_BODY_BYTES, MAX_TEXT_CHARS
 from cllm4rec.serving.web import api_keys_of
 
 
-def test_answer_over_http_is_the_recommenders_answer():
-    response = client().post(
-        "/v1/recommend", json={"user_id": "user4", "history": ["item20"], "exclude": ["item00"], "k": 4}
-    )
+def test_answer_over_http_is_the_recommenders_answer_with_texts_cut():
+    request = {"user_id": "user4", "history": ["item20", "ghost"], "exclude": ["item00"], "k": 4}
+    response = client().post("/v1/recommend", json=request)
     assert response.status_code == 200
-    assert response.json() == ask(user_id="user4", history=["item20"], exclude=["item00"], k=4).model_dump()
+    answer = ask(**request)
+    items = [item._asdict() | {"text": item.text[:MAX_TEXT_CHARS]} for item in answer.items]
+    assert len(answer.items[0].text) > MAX_TEXT_CHARS
+    assert response.json() == {
+        "items": items, "model_version": "fake-1", "cold_start": False, "ignored_items": ["ghost"],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -145,12 +149,13 @@ def test_keys_are_read_from_the_environment_and_a_closed_endpoint_never_opens_by
 def test_neither_keys_nor_users_nor_items_reach_the_logs(caplog):
     caplog.set_level(logging.DEBUG)
 
-    def fails(requests):
-        raise RuntimeError("the scorer broke")
+    class BrokenScorer(FakeScorer):
+        def top_k(self, *_, **__):
+            raise RuntimeError("the scorer broke")
 
     body = b'{"user_id": "canary-user", "history": ["canary-item"], "k": %d}'
-    for k, answer in [(10, None), (10**9, None), (10, fails)]:
-        post(body % k, client(("canary-key",), answer=answer), **{"x-api-key": "canary-key"})
+    for k, scorer in [(10, FakeScorer()), (10**9, FakeScorer()), (10, BrokenScorer())]:
+        post(body % k, client(("canary-key",), asked=recommender(scorer)), **{"x-api-key": "canary-key"})
         post(body % k, client(("canary-key",)), **{"x-api-key": "canary-wrong"})
     assert "canary" not in caplog.text
 

@@ -1,4 +1,4 @@
-"""What the endpoint's tests share: a scorer whose answers are known, and the ways to ask it."""
+"""Helpers of the tests of Recommender and endpoint: a scorer with known answers, and ways to query it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from fastapi.testclient import TestClient
 
 from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.scoring.recommender import Recommender
-from cllm4rec.scoring.user_histories import Known
+from cllm4rec.scoring.recommender import Answer, Query, Recommender
+from cllm4rec.scoring.user_histories import UserHistories
 from cllm4rec.serving.schemas import Ready, RecommendRequest, RecommendResponse
-from cllm4rec.serving.web import create_app
+from cllm4rec.serving.web import create_app, respond
 
 NUM_USERS, NUM_ITEMS = 5, 30
 
 
 class FakeScorer:
-    """The Scorer's interface, a slow row at a time; scores differ with the user and with the history's order."""
+    """The interface of the Scorer, slowly and row by row; scores depend on the user and on the order of the history."""
 
     def __init__(self, model_version: str = "fake-1") -> None:
         users, items = [f"user{i}" for i in range(NUM_USERS)], [f"item{j:02d}" for j in range(NUM_ITEMS)]
@@ -49,14 +49,14 @@ KNOWN = [[0, 1, 2], [3, 4], [5, 6, 7, 8], [9], [10, 11]]
 
 
 def recommender(scorer: FakeScorer | None = None) -> Recommender:
-    return Recommender(scorer or FakeScorer(), Known(Ragged.from_lists(KNOWN)))
+    return Recommender(scorer or FakeScorer(), UserHistories(Ragged.from_lists(KNOWN)))
 
 
-def ask(asked: Recommender | None = None, **request) -> RecommendResponse:
-    return (asked or recommender()).answer([RecommendRequest(**request)])[0]
+def ask(**query) -> Answer:
+    return recommender().answer([Query(**query)])[0]
 
 
-def item_ids(answer: RecommendResponse) -> list[str]:
+def item_ids(answer: Answer) -> list[str]:
     return [item.item_id for item in answer.items]
 
 
@@ -67,11 +67,14 @@ def expected(user: int, history: list[int], k: int, exclude: tuple[int, ...] = (
     return [f"item{j:02d}" for j in items[0] if j >= 0]
 
 
-def client(api_keys: tuple[str, ...] = (), *, loaded: bool = True, answer=None) -> TestClient:
-    async def recommend(request: RecommendRequest) -> RecommendResponse:
-        return (answer or recommender().answer)([request])[0]
+def client(api_keys: tuple[str, ...] = (), *, loaded: bool = True, asked: Recommender | None = None) -> TestClient:
+    """The endpoint's application around a Recommender, without Ray and without a network."""
+    answering = asked or recommender()
 
-    app = create_app(recommend, lambda: Ready(model_version="fake-1") if loaded else None, api_keys)
+    async def recommend(request: RecommendRequest) -> RecommendResponse:
+        return respond(answering, [request])[0]
+
+    app = create_app(recommend, lambda: Ready(model_version=answering.model_version) if loaded else None, api_keys)
     return TestClient(app, raise_server_exceptions=False)
 
 

@@ -22,7 +22,8 @@ from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.errors import DataError, TrainingError
 from cllm4rec.evaluation.baseline import Training
 from cllm4rec.metrics.protocol import means, rank_with
-from cllm4rec.metrics.ranking import IntArray, depth
+from cllm4rec.metrics.ranking import depth
+from cllm4rec.typing import IntArray
 
 STOPPED_BY = "ndcg@100"
 """Of the validation split: what CLLM4Rec's epochs are chosen by as well."""

@@ -54,7 +54,7 @@ def ray_overhead(
     torch.set_num_threads(threads)
     bare_epochs, bare_scores = _bare_epochs(config), [_bare_scoring(config, histories)]
     connect(config)
-    ray_epochs, ray_scores = _ray_epochs(config), [score(plan_score(config))["seconds"]["score"]]
+    ray_epochs, ray_scores = _ray_epochs(config), [score(plan_score(config)).seconds["score"]]
     disconnect()  # an idle Ray is not quite idle
     bare_epochs += _bare_epochs(config)
     bare_scores += [_bare_scoring(config, histories)]

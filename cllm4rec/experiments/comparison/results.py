@@ -25,15 +25,17 @@ from cllm4rec.metrics.intervals import (
     DRAWS,
     against_best_other,
     compared_with,
-    coverage,
     interval,
     mean_over_splits,
-    popularity_lift,
+    summarize,
 )
-from cllm4rec.metrics.protocol import HeldOut, Stratum, history_strata, popularity_strata
-from cllm4rec.metrics.ranking import FloatArray, IntArray, compute, parse_metric
+from cllm4rec.metrics.lists import coverage, popularity_lift
+from cllm4rec.metrics.protocol import HeldOut
+from cllm4rec.metrics.ranking import compute, parse_metric
+from cllm4rec.metrics.strata import Stratum, history_strata, popularity_strata
 from cllm4rec.storage.artifacts import read_manifest
 from cllm4rec.training.loop import VALIDATION_METRIC
+from cllm4rec.typing import FloatArray, IntArray
 
 METRICS = ("recall@10", "recall@20", "recall@40", "ndcg@10", "ndcg@100")
 TESTED = (HEADLINE, "ndcg@100")
@@ -118,7 +120,7 @@ def collect(config: Config, names: Sequence[str]) -> dict[str, Any]:
     ranked = {name: np.concatenate([result.ranked for result in found]) for name, found in rows.items()}
     values = _values(splits, ranked)
     samples, seed = config.evaluate.bootstrap_samples, config.seed
-    results = {name: _intervals(by_metric, samples, seed) for name, by_metric in values.items()}
+    results = {name: summarize(by_metric, samples, seed) for name, by_metric in values.items()}
     return {
         "protocol": _protocol(config, splits, skipped),
         "results": results,
@@ -158,11 +160,7 @@ def _of_value(config: Config, splits: Splits, sweep: Sweep, value: Any) -> dict[
     if reason:
         return {"failed": reason}
     (by_metric,) = _values(splits, {MODEL: np.concatenate([result.ranked for result in found])}).values()
-    return _intervals(by_metric, config.evaluate.bootstrap_samples, config.seed)
-
-
-def _intervals(values: Mapping[str, FloatArray], samples: int, seed: int) -> dict[str, Any]:
-    return {metric: interval(value_IS, samples, seed) for metric, value_IS in values.items()}
+    return summarize(by_metric, config.evaluate.bootstrap_samples, config.seed)
 
 
 def _values(splits: Splits, ranked: Mapping[str, IntArray]) -> dict[str, dict[str, FloatArray]]:
@@ -186,13 +184,13 @@ def _tests(values: Mapping[str, FloatArray], samples: int, seed: int) -> dict[st
 
 
 def _beside(splits: Splits, item_BK: IntArray) -> dict[str, float]:
-    """Means over the splits of what lists are like beside their accuracy."""
-    parts = [(item_BK[splits.split_B == split], catalog) for split, catalog in enumerate(splits.catalogs)]
+    """Coverage and popularity lift of the lists, as means over the splits."""
+    tops = [item_BK[splits.split_B == split, :LIST] for split in range(len(splits.seeds))]
+    parts = [(top_BK[top_BK >= 0], catalog) for top_BK, catalog in zip(tops, splits.catalogs, strict=True)]
+    lifts = [popularity_lift(catalog.item_counts[item_E], catalog.item_counts) for item_E, catalog in parts]
     return {
-        f"coverage@{LIST}": float(np.mean([coverage(part, catalog.num_items, LIST) for part, catalog in parts])),
-        f"popularity lift@{LIST}": float(
-            np.mean([popularity_lift(part, catalog.item_counts, LIST) for part, catalog in parts])
-        ),
+        f"coverage@{LIST}": float(np.mean([coverage(item_E, catalog.num_items) for item_E, catalog in parts])),
+        f"popularity lift@{LIST}": float(np.mean(lifts)),
     }
 
 

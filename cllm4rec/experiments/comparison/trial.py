@@ -40,7 +40,7 @@ from cllm4rec.experiments.baselines.registry import make
 from cllm4rec.experiments.comparison.language import backbone_directory, starting_backbone, text_vectors
 from cllm4rec.experiments.comparison.methods import AFTER, MODEL, VARIANTS, config_of, phases_of, points_of
 from cllm4rec.metrics.protocol import HeldOut, Validation, rank_with
-from cllm4rec.metrics.ranking import IntArray, compute, depth
+from cllm4rec.metrics.ranking import compute, depth
 from cllm4rec.model.backbone import load_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
 from cllm4rec.model.ranker import Ranker
@@ -52,6 +52,7 @@ from cllm4rec.storage.tensors import save_tensors
 from cllm4rec.training.local_trainer import single_process
 from cllm4rec.training.loop import VALIDATION_METRIC, Shard, load_parameters, train
 from cllm4rec.training.table_init import initial_tables
+from cllm4rec.typing import IntArray
 
 KIND = "compared"
 """Of the directories of finished rows."""

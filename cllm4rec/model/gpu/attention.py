@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cllm4rec.typing import Array
+
+_MAX_HEAD_SIZE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +39,20 @@ def build_spans(segment_RT: Array, device: torch.device) -> Spans:
 
 
 def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> Tensor:
-    """Causal attention within each span: query, key, value (S, H, K) → (S, H, K). Keys and values may have fewer heads."""
+    """Causal attention within each span: query, key, value (S, H, K) → (S, H, K)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    attended = varlen_attn(
-        query, key, value, spans.bounds, spans.bounds, spans.longest, spans.longest, scale=scale, window_size=(-1, 0),
-        enable_gqa=key.shape[1] != query.shape[1],
-    )  # fmt: skip
+    bounds, longest = spans.bounds, spans.longest
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if _takes_a_window() else {"is_causal": True}
+    attended = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, **causal)
     assert isinstance(attended, Tensor)
     return attended
 
 
 def runs_on(states: Tensor) -> bool:
-    """Whether flash attention supports these states: half precision, on a GPU and a torch that provide it."""
-    return states.device.type == "cuda" and states.dtype in (torch.bfloat16, torch.float16) and _has_varlen()
+    """Whether flash attention supports states (..., K): half precision, a supported head size, a GPU and torch with it."""
+    is_half, size = states.dtype in (torch.bfloat16, torch.float16), states.shape[-1]
+    return states.device.type == "cuda" and is_half and size % 8 == 0 and size <= _MAX_HEAD_SIZE and _has_varlen()
 
 
 @functools.cache
@@ -59,3 +63,11 @@ def _has_varlen() -> bool:
     except ImportError:
         return False
     return torch.cuda.get_device_capability() >= (8, 0)
+
+
+@functools.cache
+def _takes_a_window() -> bool:
+    """Whether torch selects causal attention by a window of (-1, 0), as newer versions do, instead of by a flag."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters
