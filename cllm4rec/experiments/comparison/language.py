@@ -26,7 +26,7 @@ from cllm4rec.model.packing import Packer
 from cllm4rec.staleness import settings_digest
 from cllm4rec.storage.artifacts import read_manifest, write_directory
 from cllm4rec.storage.files import digest_of, join, read_bytes
-from cllm4rec.training.local_trainer import alone
+from cllm4rec.training.local_trainer import single_process
 from cllm4rec.training.loop import Shard, load_parameters, train
 from cllm4rec.training.phases import backbone_phases
 
@@ -44,7 +44,7 @@ def _backbone_settings(config: Config) -> dict[str, Any]:
     return {
         "model": config.model.model_dump(exclude={"table_std", "table_init", "temperature"}),
         "stage": config.backbone.model_dump(),
-        "training": settings_digest(alone(config), "backbone"),
+        "training": settings_digest(single_process(config), "backbone"),
     }
 
 
@@ -73,7 +73,7 @@ def run_backbone(config: Config) -> str:
         prompt_tokens.prompts,
         backbone_phases(config),
         shard,
-        alone(config),
+        single_process(config),
         log=lambda entry: None,
     )
     load_parameters(model, weights)
