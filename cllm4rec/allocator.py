@@ -1,8 +1,8 @@
-"""The memory allocator of processes that train and score: jemalloc, as Ray's wheel for Linux brings it along.
+"""The memory allocator of training and scoring processes: jemalloc, which Ray's wheel for Linux includes.
 
-A training step allocates and frees some gigabytes in large pieces. glibc hands most of them back to the system each time
-and takes them anew, page by page; jemalloc, told to keep them and to use huge pages, took 1.25 s for a step of 1.50 s
-(DECISIONS.md, "Speed"). A process has to be started with it.
+A training step allocates and frees several gigabytes in large blocks. glibc returns most of them to the system and requests
+them again page by page. jemalloc, configured to keep them and to use huge pages, reduced a step from 1.50 s to 1.25 s
+(docs/decisions.md, "Speed"). The allocator must be set before a process starts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SETTINGS = "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1"
 
 
 def environment() -> dict[str, str]:
-    """The variables to start such a process with: what somebody has chosen here, else jemalloc where there is one."""
+    """Environment variables that select the allocator: those already set here, otherwise jemalloc if Ray includes it."""
     chosen = {name: os.environ[name] for name in _NAMES if name in os.environ}
     if chosen:
         return chosen
@@ -30,5 +30,5 @@ def environment() -> dict[str, str]:
 
 
 def without(variables: Mapping[str, str]) -> dict[str, str]:
-    """An environment whose programs use the system's allocator."""
+    """The variables without those that select an allocator."""
     return {name: value for name, value in variables.items() if name not in _NAMES}

@@ -1,11 +1,11 @@
-"""The Ray cluster: connecting to it, waiting for its resources, and what each long-running process is given.
+"""The Ray cluster: connecting, waiting for resources, and the CPUs, GPUs and threads of each process.
 
     connect(config)
     actors = processes(config.cluster, config.score.num_actors)
     wait_for_resources(actors.demand(reading_cpus=1), config.cluster.start_timeout_s, "score", "add nodes")
-    torch.set_num_threads(actors.threads)              # in each of the actors
+    torch.set_num_threads(actors.threads)              # in each actor
 
-`processes` is the one rule for trainers, scoring actors and replicas.
+Training workers, scoring actors and endpoint replicas all use `processes`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray Data starts 32 processes to read the footers of Parquet files, of which there are a few hundred here.
+    # Ray Data would start 32 processes to read the footers of a few hundred Parquet files.
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
-    # Output that a reader of a job's log can do nothing about.
+    # Output that is of no use to the reader of a job's log.
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started|ServeController.graceful_shutdown failed",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -36,20 +36,20 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""What Ray and transformers read from the environment once: for a command's process and for all its workers."""
+"""Settings that Ray and transformers read from the environment at startup, for a command and for its workers."""
 
 _CONNECT_TIMEOUT_S = 20.0
 _POLL_S = 0.5
 
 
 def set_default_environment() -> None:
-    """Set every variable of ENVIRONMENT that is not set yet. Called by programs, before Ray is imported."""
+    """Set every variable of ENVIRONMENT that is not set. A program must call this before it imports Ray."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 def connect(config: Config) -> None:
-    """Join the cluster this job was submitted to (RAY_ADDRESS), or start a local Ray with what the config needs.
+    """Connect to the cluster at RAY_ADDRESS, which Ray sets in submitted jobs, or start a local Ray for the config.
 
     Raises ResourceError if the cluster at RAY_ADDRESS does not answer.
     """
@@ -59,12 +59,12 @@ def connect(config: Config) -> None:
         return
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _refuse_a_silent_cluster(address)
-    # "local": without an address Ray would join any cluster that happens to run on this machine.
+        _check_that_cluster_answers(address)
+    # "local": without an address Ray would connect to any cluster that runs on this machine.
     local = {"address": "local", "num_cpus": local_cpus(config), "include_dashboard": False}
     workers_env = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()} | allocator.environment()
     if not config.cluster.use_gpu:
-        workers_env["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for a GPU of the node
+        workers_env["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed uses a GPU if the node has one
     try:
         ray.init(
             **({"address": address} if address else local),
@@ -74,32 +74,32 @@ def connect(config: Config) -> None:
         )
     except ConnectionError as error:
         raise _no_cluster(address, error) from None
-    found = ray.cluster_resources()
-    where = f"cluster {address}" if address else "local"
-    logger.info("ray: %s, %g CPUs, %g GPUs", where, found.get("CPU", 0), found.get("GPU", 0))
+    resources = ray.cluster_resources()
+    location = f"cluster {address}" if address else "local"
+    logger.info("ray: %s, %g CPUs, %g GPUs", location, resources.get("CPU", 0), resources.get("GPU", 0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Long-running processes of one kind (trainers, scoring actors or replicas), and what each of them is given."""
+    """`count` processes of one kind (training workers, scoring actors or replicas) and the resources of each."""
 
     count: int
     cpus: int
     gpus: int
     threads: int
-    """Torch threads of one process."""
+    """The number of torch threads per process."""
 
     def demand(self, reading_cpus: int = 0) -> dict[str, float]:
-        """What Ray must have for all of them, as resource → amount. `reading_cpus`: more, for Ray Data to read with."""
+        """The resources of all processes by name, such as {"CPU": 5.0}. reading_cpus: added for reads by Ray Data."""
         gpus = {"GPU": float(self.count * self.gpus)} if self.gpus else {}
         return {"CPU": float(self.count * self.cpus + reading_cpus), **gpus}
 
 
 def processes(cluster: ClusterConfig, count: int) -> Processes:
-    """What each of `count` processes gets. Ray must be connected.
+    """The resources of `count` processes. Ray must be connected.
 
-    Threads: `cluster.threads_per_worker`; by default the machine's cores / `count` where Ray has one node and no GPU is
-    used (the reserved CPUs are logical there), else as many as the reserved CPUs.
+    The number of threads is `cluster.threads_per_worker`. By default it is cores / `count` on a single node without GPUs,
+    where reserved CPUs are logical, and otherwise the number of reserved CPUs.
     """
     import ray
 
@@ -111,9 +111,10 @@ def processes(cluster: ClusterConfig, count: int) -> Processes:
 
 
 def wait_for_resources(demand: Mapping[str, float], timeout_s: float, who: str, remedy: str) -> None:
-    """Return when the cluster has `demand` (resource → amount), which may take an autoscaler a while.
+    """Return once the cluster has the resources `demand` (name → amount). An autoscaler may take a while to add them.
 
-    Ray itself would wait without end. Raises ResourceError after `timeout_s`, naming what was asked and what exists.
+    who: names the caller in the error. remedy: the end of the error, which says what to do.
+    Raises ResourceError after `timeout_s` with the requested and the existing resources. Ray itself would wait forever.
     """
     import ray
 
@@ -123,26 +124,26 @@ def wait_for_resources(demand: Mapping[str, float], timeout_s: float, who: str, 
         if all(existing.get(name, 0.0) >= amount for name, amount in demand.items()):
             return
         if time.monotonic() > deadline:
-            asked = " and ".join(f"{amount:g} {name}s" for name, amount in demand.items())
-            exists = " and ".join(f"{existing.get(name, 0.0):g} {name}s" for name in demand)
-            raise ResourceError(f"{who} asks for {asked} and the cluster has {exists}; {remedy}")
+            requested = " and ".join(f"{amount:g} {name}s" for name, amount in demand.items())
+            available = " and ".join(f"{existing.get(name, 0.0):g} {name}s" for name in demand)
+            raise ResourceError(f"{who} needs {requested}, but the cluster has {available}; {remedy}")
         time.sleep(_POLL_S)
 
 
 def local_cpus(config: Config) -> int:
-    """Logical CPUs of a local Ray: this machine's, and two more where the workers take all of them.
+    """The number of logical CPUs of a local Ray: those of the machine, and up to two more if the workers reserve all.
 
-    Workers hold theirs for a whole stage, and Ray Data needs some to read with meanwhile.
+    Workers reserve their CPUs for a whole stage, during which Ray Data needs CPUs for reading.
     """
     cores = os.cpu_count() or 1
-    most = max(config.cluster.num_workers, config.score.num_actors, config.serve.min_replicas)
-    return max(cores, min(cores, most * config.cluster.cpus_per_worker) + 2)
+    max_processes = max(config.cluster.num_workers, config.score.num_actors, config.serve.min_replicas)
+    return max(cores, min(cores, max_processes * config.cluster.cpus_per_worker) + 2)
 
 
-def _refuse_a_silent_cluster(address: str) -> None:
-    """Ray itself would try for minutes."""
+def _check_that_cluster_answers(address: str) -> None:
+    """Raise ResourceError if nothing listens at the address. Ray itself would retry for minutes."""
     host, _, port = address.rpartition("/")[2].rpartition(":")
-    if host and port.isdigit():  # else "auto" or the like, which Ray looks up
+    if host and port.isdigit():  # otherwise a name such as "auto", which Ray resolves
         try:
             socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
         except OSError as error:

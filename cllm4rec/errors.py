@@ -1,13 +1,13 @@
-"""What can go wrong, as a tree. Every message is one sentence that says what to do about it.
+"""The error classes. Every message is one sentence that also says what to do.
 
 Cllm4RecError
-├── ConfigError        the YAML file or an override is wrong
-├── DataError          the input rows or texts are wrong, or nothing is left of them
-├── ArtifactError      a directory between stages is missing, damaged or belongs to another run
-├── ResourceError      the cluster or the disk has less than was asked for
-├── TrainingError      a training run cannot go on (NaN, a worker lost too often)
-└── AuditError         the recommendation lists are not what was promised; nothing was published
-    └── PromotionError a new model is not good enough; the present one stays
+├── ConfigError        the YAML file or an override is invalid
+├── DataError          the input rows or texts are invalid, or none remain after filtering
+├── ArtifactError      a directory of a stage is missing, damaged or belongs to another run
+├── ResourceError      the cluster or a disk has less than a run needs
+├── TrainingError      a training run cannot continue (loss not finite, repeated worker failures)
+└── AuditError         the recommendation lists failed a check; nothing was published
+    └── PromotionError a new model is worse than the current one, which stays current
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
-# What Arrow, safetensors, Delta and Ray say instead of giving an errno.
+# Messages of Arrow, safetensors, Delta and Ray, which set no errno.
 _FULL_DISK = ("No space left on device", "Disk quota exceeded", "OutOfDiskError")
 
 
 class Cllm4RecError(Exception):
-    """Base of all errors a caller can act on; the jobs print it as one line and exit with `exit_status`."""
+    """The base of all errors that a caller can act on. Commands print one line and exit with `exit_status`."""
 
     exit_status = 1
     details: Mapping[str, Any] = MappingProxyType({})
-    """What a command's last line of JSON holds beside the sentence."""
+    """Additional fields for the command's `run.json`."""
 
 
 class ConfigError(Cllm4RecError, ValueError):
@@ -60,21 +60,21 @@ class PromotionError(AuditError):
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and all it was raised from, outermost first; also what Ray wrapped on another machine (`.cause`)."""
-    waiting: list[object] = [error]
+    """An error and all its causes, outermost first, including errors that Ray wrapped on another machine (`.cause`)."""
+    pending: list[object] = [error]
     seen: set[int] = set()
-    while waiting:
-        one = waiting.pop(0)
-        if isinstance(one, BaseException) and id(one) not in seen:
-            seen.add(id(one))
-            yield one
-            context = None if one.__suppress_context__ else one.__context__
-            waiting += [getattr(one, "cause", None), one.__cause__, context]
+    while pending:
+        current = pending.pop(0)
+        if isinstance(current, BaseException) and id(current) not in seen:
+            seen.add(id(current))
+            yield current
+            context = None if current.__suppress_context__ else current.__context__
+            pending += [getattr(current, "cause", None), current.__cause__, context]
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether a disk without room (or a quota) is behind an error, whichever library met it."""
+    """Whether a full disk or an exhausted quota caused an error, in any library."""
     return any(
-        getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(words in str(one) for words in _FULL_DISK)
-        for one in causes(error)
+        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(cause) for text in _FULL_DISK)
+        for cause in causes(error)
     )

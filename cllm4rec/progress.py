@@ -1,6 +1,6 @@
-"""What a person sees while a job runs: a progress bar on a terminal, plain lines elsewhere.
+"""Shows the progress of a job: a progress bar on a terminal, log lines elsewhere.
 
-Workers write `metrics.jsonl`; the driver follows the file, so nothing has to travel through Ray's logs.
+Training workers write `metrics.jsonl`. The driver follows this file and needs no messages through Ray's logs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 _METRICS = "metrics.jsonl"
 FAILURES = "failures.jsonl"
-"""Beside the metrics of a run: one line for every worker that failed, written by whoever starts it again."""
+"""In the directory of a training run: one line per worker failure, written by the controller that restarts workers."""
 _POLL_S = 0.5
 _COUNT_S = 5.0
 
 
 @contextlib.contextmanager
-def watched(run_dir: str) -> Iterator[None]:
-    """Show the epochs of the training run in `run_dir`, and the failures of its workers, until the block ends."""
+def show_training(run_dir: str) -> Iterator[None]:
+    """Show the epochs and worker failures of the training run in `run_dir` until the block ends."""
     follower = RunFollower(run_dir)
     follower.start()
     try:
@@ -40,8 +40,8 @@ def watched(run_dir: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def counted(count: Callable[[], int], total: int, unit: str) -> Iterator[None]:
-    """Show how many of `total` are done until the block ends; `count` is asked every few seconds."""
+def show_count(count: Callable[[], int], total: int, unit: str) -> Iterator[None]:
+    """Show how many of `total` units are done until the block ends. `count` is called every few seconds."""
     done = threading.Event()
     thread = threading.Thread(target=_show_count, args=(count, total, unit, done), daemon=True)
     thread.start()
@@ -66,7 +66,7 @@ def _show_count(count: Callable[[], int], total: int, unit: str, done: threading
 
 
 class RunFollower(threading.Thread):
-    """Shows what is added to a run's files of JSON lines from now on."""
+    """Shows the lines that are appended to the JSON Lines files of a training run after its creation."""
 
     def __init__(self, run_dir: str) -> None:
         super().__init__(daemon=True)
@@ -76,7 +76,7 @@ class RunFollower(threading.Thread):
         self._bar: Any = None
 
     def stop(self) -> None:
-        """End, after what came last is shown."""
+        """Show the remaining lines and stop."""
         self._done.set()
         if self.is_alive():
             self.join()
@@ -88,6 +88,7 @@ class RunFollower(threading.Thread):
             self.show_new()
 
     def show_new(self) -> None:
+        """Show the lines that were added since the last call."""
         for entry in self._failures.new():
             self._show_failure(entry)
         for entry in self._metrics.new():
@@ -106,7 +107,7 @@ class RunFollower(threading.Thread):
     @staticmethod
     def _show_failure(entry: dict[str, Any]) -> None:
         is_last = entry["failure"] > entry["max_failures"]
-        next_step = "no further start is allowed" if is_last else "it is started again"
+        next_step = "no more restarts are allowed" if is_last else "restarting"
         logger.warning(
             "worker %d failed (failure %d, cluster.max_failures %d): %s; %s",
             entry["worker"], entry["failure"], entry["max_failures"], entry["cause"], next_step,
@@ -115,31 +116,33 @@ class RunFollower(threading.Thread):
     @staticmethod
     def _show_expected(entry: dict[str, Any]) -> None:
         logger.info(
-            "  %s: about %s for at most %d epochs of %s",
+            "  %s: about %s for up to %d epochs of %s each",
             entry["phase"], duration(entry["seconds"]), entry["epochs"], duration(entry["seconds"] / entry["epochs"]),
         )  # fmt: skip
 
     def _show_epoch(self, entry: dict[str, Any]) -> None:
         left_s = entry["seconds"] * (entry["epochs"] - entry["epoch"])
-        found = entry.get("validation_recall@20")
-        facts = f"loss {entry['loss']:.3f}" + ("" if found is None else f", validation recall@20 {found:.4f}")
+        recall = entry.get("validation_recall@20")
+        metrics = f"loss {entry['loss']:.3f}" + ("" if recall is None else f", validation recall@20 {recall:.4f}")
         rates = f"{entry['tokens_per_s']:,.0f} tokens/s, {entry['users_per_s']:,.0f} users/s"
         is_last = entry["stopped"] or entry["epoch"] == entry["epochs"]
         if not sys.stdout.isatty():
             logger.info(
-                f"  {entry['phase']} {entry['epoch']}/{entry['epochs']}: {facts}, {rates}, at most {left_s:.0f} s left"
+                f"  {entry['phase']} {entry['epoch']}/{entry['epochs']}: {metrics}, {rates}, at most {left_s:.0f} s left"
             )
         else:
             if self._bar is None:
                 self._bar = tqdm(
                     total=entry["epochs"], initial=entry["epoch"] - 1, desc=f"  {entry['phase']}", unit="epoch"
                 )
-            self._bar.set_postfix_str(f"{facts}, {rates}")
+            self._bar.set_postfix_str(f"{metrics}, {rates}")
             self._bar.update(entry["epoch"] - self._bar.n)
         if is_last:
             self._close()
             if entry["stopped"]:
-                logger.info(f"  {entry['phase']}: stopped, no better validation since epoch {entry['best_epoch']}")
+                logger.info(
+                    f"  {entry['phase']}: stopped early, the best validation was in epoch {entry['best_epoch']}"
+                )
 
     def _close(self) -> None:
         if self._bar is not None:
@@ -148,7 +151,7 @@ class RunFollower(threading.Thread):
 
 
 class _Lines:
-    """What is new in a file of JSON lines. A run that is resumed cuts the file, and what follows is new again."""
+    """Reads the new lines of a JSON Lines file. A resumed run truncates the file; the lines after that are new again."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri
@@ -157,24 +160,24 @@ class _Lines:
 
     def new(self) -> list[dict[str, Any]]:
         lines: list[bytes] = []
-        with contextlib.suppress(OSError, ArtifactError):  # the file is removed when the stage is done
+        with contextlib.suppress(OSError, ArtifactError):  # the file is removed at the end of the stage
             lines = self._whole_lines()
         if not lines:
             return []
-        is_cut = self._num_read > 0 and lines[self._num_read - 1 : self._num_read] != [self._last]
-        if is_cut:
+        is_truncated = self._num_read > 0 and lines[self._num_read - 1 : self._num_read] != [self._last]
+        if is_truncated:
             self._num_read = max((n for n, line in enumerate(lines) if b'"resumed"' in line), default=0)
         new, self._num_read, self._last = lines[self._num_read :], len(lines), lines[-1]
         return [json.loads(line) for line in new]
 
     def _whole_lines(self) -> list[bytes]:
-        """The last line may be half written."""
+        """All lines except a partially written last one."""
         content = files.read_bytes(self._uri) if files.exists(self._uri) else b""
         return content[: content.rfind(b"\n") + 1].splitlines()
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: 48 s, 12 min, 3.5 h."""
+    """A human-readable duration: 48 s, 12 min, 3.5 h."""
     if seconds < 90:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""The directories of one run, by name: what lies below an `output_dir`.
+"""The directories of a run below its `output_dir`.
 
 run = Run("s3://bucket/run")
 run.model                        # s3://bucket/run/model
@@ -13,7 +13,7 @@ from cllm4rec.storage.files import join
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Paths or URIs below an output_dir; docs/outputs.md describes what is in each."""
+    """Paths or URIs below an output_dir. docs/outputs.md describes their contents."""
 
     output_dir: str
 
@@ -31,7 +31,7 @@ class Run:
 
     @property
     def model(self) -> str:
-        """The model as training left it; what is served may be a promoted copy (`storage.registry.current_model`)."""
+        """The trained model. A promoted copy may be served instead (`storage.registry.current_model`)."""
         return join(self.output_dir, "model")
 
     @property
@@ -45,23 +45,23 @@ class Run:
 
     @property
     def nightly(self) -> str:
-        """Reports of scoring runs, and the histories the last one read."""
+        """Reports of scoring runs, and the histories that the last one read."""
         return join(self.output_dir, "nightly")
 
     @property
     def models(self) -> str:
-        """Promoted models and the pointer to the current one."""
+        """Promoted models, and the pointer to the current one."""
         return join(self.output_dir, "models")
 
     @property
     def runs(self) -> str:
-        """What unfinished stages need to resume."""
+        """Metrics and checkpoints of unfinished stages."""
         return join(self.output_dir, "runs")
 
     def directory(self, name: str) -> str:
-        """Any directory by its name: one of a stage, of which the name is data, or of an experiment."""
+        """The directory of a stage or an experiment, by its name."""
         return join(self.output_dir, name)
 
     def unfinished(self, stage: str) -> str:
-        """Where a running stage keeps its metrics and checkpoints until it is done."""
+        """The metrics and checkpoints of a running stage. The stage removes this directory at its end."""
         return join(self.runs, stage)

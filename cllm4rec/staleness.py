@@ -1,8 +1,7 @@
-"""Which settings decide what a stage writes: whole sections of the config, less a named list of exclusions.
+"""Decides which settings determine the output of a stage: whole sections of the config minus named exclusions.
 
-A stage is up to date while the digests of its inputs are those in its manifest. A setting that is new in a section counts
-at once; only one that is named here does not, so a forgotten setting can make a stage run once more, never keep a stale
-result.
+A stage is up to date if the digests of its inputs equal those in its manifest. A setting that is added to a section counts
+unless it is excluded here. A forgotten exclusion can therefore cause an unnecessary run, but never a stale result.
 """
 
 from __future__ import annotations
@@ -20,26 +19,26 @@ SECTIONS = {
     "evaluate": ("seed", "evaluate"),
     "score": ("score",),
 }
-"""Stage → the sections it reads. The directories it reads are inputs of their own, by their digests."""
+"""Stage → the config sections that it reads. The directories that it reads are separate inputs, with their own digests."""
 
 _TRAINING = {"training.checkpoint_every_epochs", "training.tensorboard"}
 EXCLUDED = {
-    "prepare": {"data.expected"},  # checked, not written; its own input
+    "prepare": {"data.expected"},  # verified, not written; a separate input
     "backbone": _TRAINING | {"model.table_std", "model.table_init", "model.temperature"},
-    # The backbone's own settings are in the digest of backbone/.
+    # The digest of backbone/ covers the settings of the backbone.
     "pretrain": _TRAINING | {"model.backbone", "model.revision"},
     "finetune": _TRAINING | {"model.backbone", "model.revision", "model.table_std", "model.table_init"},
     "evaluate": set(),
-    # Files of rules count by their content.
+    # Rule files are inputs by their content.
     "score": {"score.num_actors", "score.batch_users", "score.rules"},
 }
-"""Stage → the settings of its sections that change nothing it writes."""
+"""Stage → the settings of its sections that do not affect its output."""
 
 
 def settings_digest(config: Config, stage: str) -> str:
-    """sha256 of all settings that decide what a stage writes.
+    """sha256 of all settings that determine the output of a stage.
 
-    `cluster` is in no section: a run may continue with another number of workers.
+    No stage includes the section `cluster`: a run may resume with another number of workers.
     """
     dumped = config.model_dump(mode="json", exclude_none=True)
     kept = {section: dumped[section] for section in SECTIONS[stage] if section in dumped}

@@ -1,4 +1,4 @@
-"""Array types by what they hold: shapes are in the names of variables (`item_BK`)."""
+"""Array types by the type of their values. Shapes are in the names of variables, such as `item_BK`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-"""Of several types, or of any."""
+"""Any type of values."""
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

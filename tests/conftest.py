@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from support.shared import SHARED
 
 import jobs  # noqa: F401 - sets what Ray reads from the environment
 from cllm4rec.config import Config
@@ -14,14 +15,13 @@ from cllm4rec.config import Config
 settings.register_profile("no deadline", deadline=None)  # a busy machine is no finding
 settings.load_profile("no deadline")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a local Ray would write a token into the home folder
-SHARED = Path(os.environ.get("CLLM4REC_SHARED", Path(__file__).parents[1].parent / "shared"))
 
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Real data and tokenizers that may not be copied into the repository."""
     if not SHARED.is_dir():
-        pytest.skip(f"no shared data at {SHARED}; set CLLM4REC_SHARED to their folder")
+        pytest.skip(f"no shared data at {SHARED}; set CLLM4REC_SHARED to its folder")
     return SHARED
 
 

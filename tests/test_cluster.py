@@ -1,4 +1,4 @@
-"""The cluster: what a local Ray is given, what each process gets, and waiting for resources."""
+"""The cluster: CPUs of a local Ray, resources of each process, and waiting for resources."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ MINIMAL = {"output_dir": "runs/x", "data": {"interactions": {"path": "reviews.js
 CONFIG = parse_config(MINIMAL)
 
 
-def test_a_local_ray_has_this_machine_and_what_reading_needs(monkeypatch):
+def test_a_local_ray_has_the_cpus_of_the_machine_and_cpus_for_reading(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     for num_workers, cpus in ((1, 4), (2, 4), (3, 5), (4, 6), (64, 6)):
         config = parse_config({**MINIMAL, "cluster": {"num_workers": num_workers}})
@@ -22,8 +22,8 @@ def test_a_local_ray_has_this_machine_and_what_reading_needs(monkeypatch):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:{port}", "http://127.0.0.1:{port}"])
-def test_a_cluster_that_does_not_answer_is_told_at_once(monkeypatch, address):
-    """Ray itself tries for some minutes."""
+def test_a_cluster_that_does_not_answer_is_reported_immediately(monkeypatch, address):
+    """Ray itself would retry for minutes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         monkeypatch.setenv("RAY_ADDRESS", address.format(port=probe.getsockname()[1]))
@@ -37,13 +37,13 @@ def cluster_of(monkeypatch, **existing):
     monkeypatch.setattr("ray.cluster_resources", lambda: existing)
 
 
-def test_too_small_a_cluster_is_told_with_what_was_asked_and_what_exists(monkeypatch):
+def test_a_cluster_that_is_too_small_is_reported_with_requested_and_existing_resources(monkeypatch):
     cluster_of(monkeypatch, CPU=2.0)
     started = time.monotonic()
     with pytest.raises(ResourceError) as caught:
         cluster.wait_for_resources({"CPU": 9, "GPU": 1}, 0.2, "score", "lower score.num_actors")
     assert str(caught.value) == (
-        "score asks for 9 CPUs and 1 GPUs and the cluster has 2 CPUs and 0 GPUs; lower score.num_actors"
+        "score needs 9 CPUs and 1 GPUs, but the cluster has 2 CPUs and 0 GPUs; lower score.num_actors"
     )
     assert time.monotonic() - started < 5
 
@@ -55,7 +55,7 @@ def test_a_cluster_that_grows_is_waited_for(monkeypatch):
     cluster.wait_for_resources({"CPU": 4}, 10.0, "score", "")
 
 
-def test_processes_ask_for_their_cpus_and_one_to_read_with(monkeypatch):
+def test_the_demand_of_processes_includes_cpus_for_reading(monkeypatch):
     monkeypatch.setattr("ray.nodes", lambda: [{}])
     config = parse_config({**MINIMAL, "score": {"num_actors": 3}, "cluster": {"cpus_per_worker": 2}})
     actors = cluster.processes(config.cluster, config.score.num_actors)
@@ -68,8 +68,8 @@ def test_processes_ask_for_their_cpus_and_one_to_read_with(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "num_nodes", "threads"),
     [
-        ({}, 1, 4),  # a local machine: its cores over the processes
-        ({"cpus_per_worker": 3}, 2, 3),  # a cluster: what a process reserves
+        ({}, 1, 4),  # a local machine: cores / processes
+        ({"cpus_per_worker": 3}, 2, 3),  # a cluster: the reserved CPUs
         ({"cpus_per_worker": 3, "use_gpu": True}, 1, 3),
         ({"threads_per_worker": 5}, 1, 5),
     ],

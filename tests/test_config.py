@@ -1,12 +1,12 @@
-"""The schema of a run: what is wrong is refused in a sentence that names the key, and nothing is read by chance."""
+"""The configuration of a run: wrong settings are refused in a sentence that names the key, and values keep their types."""
 
 from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from cllm4rec.config import BackboneSize, load_config, parse_config
+from cllm4rec.config import BackboneSize, load_config, parse_config, schema
 from cllm4rec.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
@@ -27,13 +27,34 @@ def refused(load, *overrides, **sections):
     with pytest.raises(ConfigError) as caught:
         load(*overrides, **sections)
     assert "\n" not in str(caught.value)
-    return str(caught.value).removeprefix("the config is refused: ")
+    return str(caught.value).removeprefix("invalid config: ")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_of_the_repository_loads(path):
     config = load_config(path)
     assert parse_config(config.model_dump()) == config
+
+
+def test_a_bare_word_names_a_shipped_config():
+    assert load_config("demo", ["seed=3"]) == load_config(CONFIGS[0].parent / "demo.yaml", ["seed=3"])
+    with pytest.raises(
+        ConfigError, match=r"no shipped config of that name; the shipped configs are .*\bdemo, my_data\b"
+    ):
+        load_config("nowhere")
+
+
+def test_every_setting_is_described():
+    sections = [thing for thing in vars(schema).values() if is_section(thing) and thing is not BaseModel]
+    assert schema.Config in sections
+    for section in sections:
+        for name, field in section.model_fields.items():
+            # The docstring of a section describes it wherever it is a setting.
+            assert field.description or (is_section(field.annotation) and field.annotation.__doc__), (section, name)
+
+
+def is_section(thing):
+    return isinstance(thing, type) and issubclass(thing, BaseModel)
 
 
 PAPER = {
@@ -46,7 +67,7 @@ PAPER = {
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_configs_say_what_the_paper_says(name):
+def test_paper_configs_hold_the_settings_of_the_paper(name):
     config = load_config(CONFIGS[0].parent / f"paper_{name}.yaml")
     counts, figures = PAPER[name]
     assert tuple(config.data.expected.model_dump().values()) == counts
@@ -70,7 +91,7 @@ def test_the_papers_configs_say_what_the_paper_says(name):
     assert "2311.01343" in config.evaluate.published.source
 
 
-def test_the_beauty_that_is_not_the_papers_says_so():
+def test_the_beauty_config_without_reviews_says_it_is_not_comparable():
     config = load_config(CONFIGS[0].parent / "compare_beauty.yaml")
     assert "cannot be compared" in config.evaluate.published.note
     assert config.data.min_rating is None
@@ -109,8 +130,8 @@ def test_a_config_is_frozen(load):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("pretrain.epoch=3", "pretrain.epoch is no setting"),
-        ("pretrane.epochs=3", "pretrane is no setting"),
+        ("pretrain.epoch=3", "pretrain.epoch is not a setting"),
+        ("pretrane.epochs=3", "pretrane is not a setting"),
         ("model.table_start=noise", "model.table_start is now model.table_init"),
         ("data.interactions={format: yelp}", "data.interactions.path is missing"),
         ("pretrain.epochs=-1", "pretrain.epochs is -1 and should be greater than or equal to 0"),
@@ -130,7 +151,7 @@ def test_a_wrong_setting_is_named(load, override, sentence):
     assert refused(load, override).startswith(sentence)
 
 
-def test_what_no_file_may_leave_out_is_named(load):
+def test_missing_required_settings_are_named(load):
     assert refused(load, text="seed: 1\n") == "output_dir is missing; data is missing"
 
 
@@ -138,12 +159,12 @@ def test_what_no_file_may_leave_out_is_named(load):
     ("backbone", "sentence"),
     [
         ("{layers: 0}", "model.backbone.layers is 0 and should be greater than or equal to 1"),
-        ("{depth: 3}", "model.backbone.depth is no setting"),
+        ("{depth: 3}", "model.backbone.depth is not a setting"),
         ("{heads: 3}", "model.backbone.width 128 does not divide by 3 heads"),
         ("5", "model.backbone is 5 and should be a valid string or be a valid dictionary"),
     ],
 )
-def test_a_wrong_backbone_is_told_without_the_branches_of_the_union(load, backbone, sentence):
+def test_errors_of_a_backbone_do_not_mention_branches_of_the_union(load, backbone, sentence):
     assert refused(load, f"model.backbone={backbone}") == sentence
 
 
@@ -172,7 +193,7 @@ def test_a_name_or_a_size_makes_a_backbone(load):
         ),
         (
             ["serve.min_replicas=3", "serve.max_replicas=2"],
-            "serve.min_replicas 3 is above serve.max_replicas 2; raise that",
+            "serve.min_replicas 3 is above serve.max_replicas 2; raise the latter",
         ),
         (
             ["data.max_text_tokens=250"],
@@ -180,11 +201,11 @@ def test_a_name_or_a_size_makes_a_backbone(load):
         ),
         (
             ["finetune.mask_fraction=[0.9, 0.1]"],
-            "finetune.mask_fraction [0.9, 0.1] is no range; write the smaller share first",
+            "finetune.mask_fraction [0.9, 0.1] is not a range; write the smaller share first",
         ),
     ],
 )
-def test_settings_that_contradict_each_other_are_told_with_their_numbers(load, overrides, sentence):
+def test_contradicting_settings_are_named_with_their_values(load, overrides, sentence):
     assert refused(load, *overrides) == sentence
 
 
@@ -193,7 +214,7 @@ def test_alternating_steps_need_the_torch_engine(load):
     assert load("pretrain.alternate=true", "training.engine=torch").pretrain.alternate
 
 
-def test_what_is_read_may_not_be_recommended(load):
+def test_items_that_are_read_must_be_masked(load):
     assert "set evaluate.mask to train+validation" in refused(
         load, "evaluate.read=train+validation", "evaluate.mask=train"
     )
@@ -206,7 +227,7 @@ def test_published_figures_are_shares_of_known_metrics(load):
     assert "pattern" in refused(load, published.format("hits: 0.1"))
 
 
-def test_values_of_a_sweep_keep_what_they_are(load):
+def test_values_of_a_sweep_keep_their_types(load):
     sweep = "compare.sweeps=[{name: x, settings: [a], values: [0, 1e-4, 0.5, true, gpt2, [0.1, 0.9]]}]"
     values = load(sweep).compare.sweeps[0].values
     assert values == [0, 1e-4, 0.5, True, "gpt2", [0.1, 0.9]]
@@ -216,23 +237,26 @@ def test_values_of_a_sweep_keep_what_they_are(load):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("compare={seeds: [0, 1], sweep_seeds: [2]}", "compare.sweep_seeds [2] should be some of compare.seeds [0, 1]"),
+        (
+            "compare={seeds: [0, 1], sweep_seeds: [2]}",
+            "compare.sweep_seeds [2] should be a subset of compare.seeds [0, 1]",
+        ),
         ("compare={sweep_seeds: [0, 0]}", "compare.sweep_seeds [0, 0] names a seed twice"),
         (
             "compare.sweeps=[{name: a b, settings: [x], values: [1, 2]}, {name: a_b, settings: [y], values: [1, 2]}]",
-            "compare.sweeps a_b, a_b: two have one name",
+            "compare.sweeps a_b, a_b: two have the same name",
         ),
         ("compare.sweeps=[{name: ../a, settings: [x], values: [1, 2]}]", "compare.sweeps.0.name"),
         ("compare.sweeps=[{name: a, settings: [x], values: [1]}]", "compare.sweeps.0.values"),
     ],
 )
-def test_sweeps_that_cannot_be_are_refused(load, override, sentence):
+def test_impossible_sweeps_are_refused(load, override, sentence):
     assert refused(load, override).startswith(sentence)
 
 
-def test_several_mistakes_are_told_at_once(load):
+def test_several_mistakes_are_reported_at_once(load):
     assert refused(load, "score.k=0", "pretrain.epoch=3") == (
-        "pretrain.epoch is no setting; score.k is 0 and should be greater than or equal to 1"
+        "pretrain.epoch is not a setting; score.k is 0 and should be greater than or equal to 1"
     )
 
 
@@ -293,27 +317,27 @@ def test_an_override_through_a_value_is_refused(load):
     assert "goes through 'epochs', which is a value" in refused(load, "pretrain.epochs.x=1", pretrain={"epochs": 3})
 
 
-def test_an_override_that_is_no_yaml_is_refused(load):
+def test_an_override_that_is_not_yaml_is_refused(load):
     assert "is not valid YAML" in refused(load, "pretrain.epochs={")
 
 
 # The file itself
 
 
-def test_a_key_that_stands_twice_is_refused(load):
-    assert "'output_dir' stands twice" in refused(load, text=f"{yaml.safe_dump(MINIMAL)}output_dir: elsewhere\n")
+def test_a_repeated_key_is_refused(load):
+    assert "'output_dir' appears twice" in refused(load, text=f"{yaml.safe_dump(MINIMAL)}output_dir: elsewhere\n")
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         (b"a: [", "is not valid YAML"),
-        (b"just words", "holds no sections"),
-        (b"", "holds no sections"),
+        (b"just words", "has no sections"),
+        (b"", "has no sections"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),
     ],
 )
-def test_a_file_that_is_no_config_is_refused(tmp_path, content, sentence):
+def test_a_file_without_a_config_is_refused(tmp_path, content, sentence):
     (tmp_path / "run.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=sentence):
         load_config(tmp_path / "run.yaml")

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "nightly": BASE | {"cluster", "reporting", "staleness", "data", "metrics", "model", "scoring"},
     "privacy": BASE | {"data", "nightly"},
     "pipeline": BASE | {"cluster", "progress", "data", "metrics", "training", "evaluation", "nightly"},
+    "python_api": BASE | {"cluster", "data", "metrics", "model", "training"},
     "serving": BASE | {"scoring"},
     "experiments": BASE
     | {
@@ -53,7 +54,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["commands"] = {*MAY_IMPORT}
 RAY_IS_ALLOWED_IN = (
-    "cllm4rec.cluster", "cllm4rec.data.", "cllm4rec.training.ray_trainer", "cllm4rec.nightly.ray_job",
+    "cllm4rec.cluster.", "cllm4rec.data.ray_data.", "cllm4rec.training.ray_trainer.", "cllm4rec.nightly.ray_job.",
     "cllm4rec.serving.", "cllm4rec.commands.",
 )  # fmt: skip
 
@@ -69,8 +70,30 @@ MODULES = {module_name(path): path for folder in ("cllm4rec", "jobs") for path i
 @functools.cache
 def imports(module: str) -> frozenset[str]:
     """Modules that a module imports, at its top or in a function; for `from a import b` b if it is one."""
-    found = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+    return imported(module, list(ast.walk(syntax_of(module))))
+
+
+@functools.cache
+def imports_when_loaded(module: str) -> frozenset[str]:
+    """Modules that are imported when a module is imported: those outside of functions."""
+    nodes, waiting = [], [syntax_of(module)]
+    while waiting:
+        nodes.append(waiting.pop())
+        waiting += [node for node in ast.iter_child_nodes(nodes[-1]) if not isinstance(node, FUNCTIONS)]
+    return imported(module, nodes)
+
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
+@functools.cache
+def syntax_of(module: str) -> ast.AST:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def imported(module: str, nodes: list[ast.AST]) -> frozenset[str]:
+    found: set[str] = set()
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
@@ -132,14 +155,23 @@ def test_importing_what_does_not_need_ray_starts_and_imports_nothing_of_it():
 
     @functools.cache
     def needs_ray(module: str) -> bool:
-        return any(name.split(".")[0] == "ray" or (name in MODULES and needs_ray(name)) for name in imports(module))
+        return any(
+            name.split(".")[0] == "ray" or (name in MODULES and needs_ray(name)) for name in imports_when_loaded(module)
+        )
 
     plain = [
         module
         for module in MODULES
         if module.startswith("cllm4rec") and not needs_ray(module) and not module.endswith("__main__")
     ]
-    for must in ("cllm4rec", "cllm4rec.scoring.scorer", "cllm4rec.model.saved_model", "cllm4rec.training.loop"):
+    for must in (
+        "cllm4rec",
+        "cllm4rec.data.prepare",
+        "cllm4rec.python_api",
+        "cllm4rec.scoring.scorer",
+        "cllm4rec.model.saved_model",
+        "cllm4rec.training.loop",
+    ):
         assert must in plain
     code = f"import importlib, sys, threading\nfor name in {plain!r}: importlib.import_module(name)\n"
     code += "print(sorted({name.split('.')[0] for name in sys.modules} & {'ray', 'deepspeed', 'jobs'}))\n"

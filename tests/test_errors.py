@@ -1,4 +1,4 @@
-"""What is behind an error, through whatever wrapped it."""
+"""The causes of an error, through all wrappers."""
 
 import errno
 
@@ -8,7 +8,7 @@ from cllm4rec.errors import DataError, causes, is_full_disk
 
 
 class WrapperError(Exception):
-    """As Ray's: what a task raised is its `cause`."""
+    """Like Ray's wrapper: its `cause` is the error of a task."""
 
     def __init__(self, cause):
         super().__init__("a task failed")
@@ -31,13 +31,13 @@ def test_causes_come_outermost_first_through_wrappers():
     assert list(causes(chained(middle, outer))) == [outer, middle, inner]
 
 
-def test_a_circle_of_causes_ends():
+def test_circular_causes_end():
     error = WrapperError(None)
     error.cause = error
     assert list(causes(error)) == [error]
 
 
-def test_what_was_raised_from_none_is_not_a_cause():
+def test_a_suppressed_context_is_not_a_cause():
     def raise_from_none():
         try:
             raise OSError(errno.ENOSPC, "full")
@@ -58,12 +58,12 @@ def test_what_was_raised_from_none_is_not_a_cause():
         RuntimeError("OutOfDiskError: local disk is full"),  # Ray
     ],
 )
-def test_a_full_disk_is_seen_behind_every_wrapper(full):
+def test_a_full_disk_is_detected_through_wrappers(full):
     assert is_full_disk(full)
     assert is_full_disk(WrapperError(full))
     assert is_full_disk(chained(WrapperError(full), RuntimeError("training stopped")))
 
 
-def test_other_io_errors_are_no_full_disk():
+def test_other_io_errors_are_not_a_full_disk():
     assert not is_full_disk(PermissionError(errno.EACCES, "Permission denied"))
     assert not is_full_disk(chained(FileNotFoundError("x"), DataError("y")))

@@ -1,8 +1,8 @@
-"""The stages of a run: which are skipped, which run, in which order."""
+"""The stages of a run: their order, and which are skipped."""
 
 import pytest
 
-from cllm4rec.commands.cli import shown_log
+from cllm4rec.commands.cli import show_log
 from cllm4rec.config import parse_config
 from cllm4rec.errors import ArtifactError
 from cllm4rec.pipeline import PIPELINE, Stage, run_stage
@@ -12,13 +12,13 @@ MINIMAL = {"output_dir": "runs/x", "data": {"interactions": {"path": "reviews.js
 
 @pytest.fixture(autouse=True)
 def shown():
-    """The library's lines on stdout, as a command shows them."""
-    with shown_log():
+    """Prints the library's log records on stdout, as a command does."""
+    with show_log():
         yield
 
 
 class Recorded:
-    """A stage that notes how it was asked."""
+    """A stage that records its calls."""
 
     def __init__(self, is_done):
         self.runs = []
@@ -32,19 +32,19 @@ class Recorded:
 CONFIG = parse_config(MINIMAL)
 
 
-def test_a_stage_that_is_done_is_skipped_with_a_line_that_says_so(capsys):
+def test_an_up_to_date_stage_is_skipped_with_a_message(capsys):
     recorded = Recorded(is_done=True)
-    told = run_stage(recorded.stage, CONFIG, force=False)
-    assert (told, recorded.runs) == ({"directory": "runs/x/model", "report": None, "skipped": True}, [])
-    assert capsys.readouterr().out == "finetune: up to date, skipped (runs/x/model); --force runs it\n"
+    result = run_stage(recorded.stage, CONFIG, force=False)
+    assert (result, recorded.runs) == ({"directory": "runs/x/model", "report": None, "skipped": True}, [])
+    assert capsys.readouterr().out == "finetune: up to date, skipped (runs/x/model); use --force to run it\n"
 
 
 @pytest.mark.parametrize(("is_done", "force"), [(True, True), (False, False), (False, True)])
 def test_a_stage_runs_when_it_is_not_done_or_forced(is_done, force, capsys):
     recorded = Recorded(is_done)
-    told = run_stage(recorded.stage, CONFIG, force)
+    result = run_stage(recorded.stage, CONFIG, force)
     assert recorded.runs == [force]
-    assert (told["directory"], told["skipped"], told["counts"]) == ("runs/x/model", False, {"users": 40})
+    assert (result["directory"], result["skipped"], result["counts"]) == ("runs/x/model", False, {"users": 40})
     assert capsys.readouterr().out.startswith("finetune: writing runs/x/model\nfinetune: done in ")
 
 
@@ -59,7 +59,7 @@ def test_the_pipeline_has_the_stages_of_the_contract_in_order():
     ]
 
 
-def test_a_stage_whose_inputs_are_missing_says_so(tmp_path):
+def test_a_stage_with_missing_inputs_is_an_error(tmp_path):
     config = parse_config({**MINIMAL, "output_dir": str(tmp_path)})
     for stage in PIPELINE[1:]:
         with pytest.raises(

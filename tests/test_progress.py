@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: a bar on a terminal, plain lines elsewhere."""
+"""The progress of a running stage: a bar on a terminal, log lines elsewhere."""
 
 import json
 import sys
@@ -7,14 +7,14 @@ import time
 import pytest
 
 from cllm4rec import progress
-from cllm4rec.commands.cli import shown_log
+from cllm4rec.commands.cli import show_log
 from cllm4rec.commands.console import say
 
 
 @pytest.fixture(autouse=True)
 def shown():
-    """The library's lines on stdout, as a command shows them."""
-    with shown_log():
+    """Prints the library's log records on stdout, as a command does."""
+    with show_log():
         yield
 
 
@@ -35,10 +35,10 @@ def run_dir(tmp_path, monkeypatch):
     return folder
 
 
-def until(is_so):
-    give_up = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < give_up
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
@@ -46,21 +46,21 @@ def lines_shown(capsys):
     return [line.strip() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_epochs_are_shown_as_plain_lines_where_there_is_no_terminal(run_dir, tmp_path, capsys):
+def test_epochs_are_shown_as_lines_without_a_terminal(run_dir, tmp_path, capsys):
     with (run_dir / "metrics.jsonl").open("w") as file:
-        file.write(epoch(1) + epoch(2))  # an earlier, interrupted run: shown then
+        file.write(epoch(1) + epoch(2))  # of an earlier, interrupted run that has shown them
         file.flush()
-        with progress.watched(str(run_dir)):
+        with progress.show_training(str(run_dir)):
             file.write(STEP + epoch(3, **{"validation_recall@20": 0.5}))
             file.flush()
             shown = []
-            until(lambda: shown.extend(lines_shown(capsys)) or shown)
+            wait_until(lambda: shown.extend(lines_shown(capsys)) or shown)
     assert shown == [
         "pretrain 3/3: loss 1.250, validation recall@20 0.5000, 1,000 tokens/s, 10 users/s, at most 0 s left"
     ]
 
 
-def test_a_half_written_line_is_shown_once_when_it_is_whole(run_dir, capsys):
+def test_a_partially_written_line_is_shown_once_it_is_complete(run_dir, capsys):
     follower = progress.RunFollower(str(run_dir))
     whole = epoch(1).encode()
     (run_dir / "metrics.jsonl").write_bytes(whole[:40])
@@ -72,44 +72,44 @@ def test_a_half_written_line_is_shown_once_when_it_is_whole(run_dir, capsys):
     assert len(lines_shown(capsys)) == 1
 
 
-def test_the_last_epochs_are_shown_where_the_run_was_faster_than_the_follower(run_dir, monkeypatch, capsys):
+def test_the_last_epochs_are_shown_if_the_run_ends_before_the_next_poll(run_dir, monkeypatch, capsys):
     monkeypatch.setattr(progress, "_POLL_S", 60.0)
-    with progress.watched(str(run_dir)):
+    with progress.show_training(str(run_dir)):
         (run_dir / "metrics.jsonl").write_text(epoch(1) + epoch(2) + epoch(3))
     assert [line[:12] for line in lines_shown(capsys)] == ["pretrain 1/3", "pretrain 2/3", "pretrain 3/3"]
 
 
-def test_a_worker_that_fails_is_named_with_its_cause_and_what_happens_next(run_dir, capsys):
+def test_a_worker_failure_is_shown_with_its_cause_and_the_next_step(run_dir, capsys):
     entry = {"worker": 3, "cause": "the disk is full", "failure": 1, "max_failures": 1}
-    with progress.watched(str(run_dir)):
+    with progress.show_training(str(run_dir)):
         (run_dir / "failures.jsonl").write_text(json.dumps(entry) + "\n" + json.dumps(entry | {"failure": 2}) + "\n")
     assert lines_shown(capsys) == [
-        "warning: worker 3 failed (failure 1, cluster.max_failures 1): the disk is full; it is started again",
-        "warning: worker 3 failed (failure 2, cluster.max_failures 1): the disk is full; no further start is allowed",
+        "warning: worker 3 failed (failure 1, cluster.max_failures 1): the disk is full; restarting",
+        "warning: worker 3 failed (failure 2, cluster.max_failures 1): the disk is full; no more restarts are allowed",
     ]
 
 
 def test_the_expected_time_is_shown_before_the_first_epoch(run_dir, capsys):
     entry = {"event": "expected", "phase": "pretrain", "epochs": 40, "seconds": 600.0}
-    with progress.watched(str(run_dir)):
+    with progress.show_training(str(run_dir)):
         (run_dir / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
-    assert lines_shown(capsys) == ["pretrain: about 10 min for at most 40 epochs of 15 s"]
+    assert lines_shown(capsys) == ["pretrain: about 10 min for up to 40 epochs of 15 s each"]
 
 
 @pytest.mark.parametrize(
     ("seconds", "words"), [(0.31, "0.31 s"), (48.2, "48 s"), (125, "2 min"), (4000, "67 min"), (7300, "2.0 h")]
 )
-def test_times_are_told_as_people_say_them(seconds, words):
+def test_durations_are_human_readable(seconds, words):
     assert progress.duration(seconds) == words
 
 
-def test_a_resumed_run_goes_on_after_its_checkpoint_and_says_so(run_dir, capsys):
+def test_a_resumed_run_is_shown_from_its_checkpoint_on(run_dir, capsys):
     path = run_dir / "metrics.jsonl"
     path.write_text(epoch(1) + epoch(2))
     follower = progress.RunFollower(str(run_dir))
     path.write_text(
         epoch(1) + json.dumps({"event": "resumed", "after": "pretrain epoch 1"}) + "\n"
-    )  # cut back to the checkpoint of epoch 1
+    )  # truncated to the checkpoint of epoch 1
     follower.show_new()
     path.write_text(
         epoch(1)
@@ -122,10 +122,10 @@ def test_a_resumed_run_goes_on_after_its_checkpoint_and_says_so(run_dir, capsys)
     shown = lines_shown(capsys)
     assert shown[0] == "resuming from the checkpoint after pretrain epoch 1"
     assert [line[:12] for line in shown[1:3]] == ["pretrain 2/3", "pretrain 3/3"]
-    assert shown[3:] == ["pretrain: stopped, no better validation since epoch 1"]
+    assert shown[3:] == ["pretrain: stopped early, the best validation was in epoch 1"]
 
 
-def test_a_file_that_goes_away_and_comes_back_shows_nothing_twice(run_dir, capsys):
+def test_a_file_that_is_removed_and_recreated_shows_no_line_twice(run_dir, capsys):
     path = run_dir / "metrics.jsonl"
     path.write_text(epoch(1))
     follower = progress.RunFollower(str(run_dir))
@@ -136,7 +136,7 @@ def test_a_file_that_goes_away_and_comes_back_shows_nothing_twice(run_dir, capsy
     assert [line[:12] for line in lines_shown(capsys)] == ["pretrain 2/3"]
 
 
-def test_on_a_terminal_a_line_does_not_tear_the_bar(run_dir, monkeypatch, capsys):
+def test_on_a_terminal_a_line_does_not_break_the_bar(run_dir, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     path = run_dir / "metrics.jsonl"
     follower = progress.RunFollower(str(run_dir))
@@ -146,17 +146,17 @@ def test_on_a_terminal_a_line_does_not_tear_the_bar(run_dir, monkeypatch, capsys
     path.write_text(epoch(1) + json.dumps({"event": "warning", "message": "checkpoint 2 is damaged"}) + "\n")
     follower.show_new()
     follower.stop()
-    told = capsys.readouterr()
-    assert told.out == "a line of the stage\nwarning: checkpoint 2 is damaged\n"
-    assert "pretrain:" in told.err  # the bar
+    output = capsys.readouterr()
+    assert output.out == "a line of the stage\nwarning: checkpoint 2 is damaged\n"
+    assert "pretrain:" in output.err  # the bar
 
 
-def test_users_are_counted_as_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
+def test_counts_are_shown_as_lines_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(progress, "_COUNT_S", 0.02)
     numbers = iter([100, 150, 150, *[2000] * 10_000])
     shown = []
-    with progress.counted(lambda: next(numbers), 2000, "users"):
-        until(lambda: shown.extend(lines_shown(capsys)) or len(shown) >= 3)
+    with progress.show_count(lambda: next(numbers), 2000, "users"):
+        wait_until(lambda: shown.extend(lines_shown(capsys)) or len(shown) >= 3)
     assert shown[0].startswith("150 of 2,000 users, ")
     assert shown[0].endswith(" s left")
     assert shown[2].startswith("2,000 of 2,000 users, ")

@@ -1,4 +1,4 @@
-"""Every setting of the schema, changed in turn: which stages run again because of it, and no other."""
+"""Changes each setting of the schema in turn and checks which stages become stale."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cllm4rec.training.fit import backbone_inputs, finetune_inputs, pretrain_inp
 
 TRAINING = {"backbone", "pretrain", "finetune"}
 EXPECTED: dict[str, set[str]] = {
-    # The longest prefix of a setting decides.
+    # The longest matching prefix of a setting applies.
     "output_dir": set(),
     "seed": TRAINING | {"evaluate"},
     "run_date": {"score"},
@@ -42,13 +42,13 @@ EXPECTED: dict[str, set[str]] = {
     "score": {"score"},
     "score.num_actors": set(),
     "score.batch_users": set(),
-    "nightly": set(),  # of a nightly run, not of `score`
+    "nightly": set(),  # settings of a nightly run, not of `score`
     "promote": set(),
     "serve": set(),
     "cluster": set(),
 }
 SPECIAL: dict[str, Any] = {
-    # A value that the schema takes, where the next one of its type does not do.
+    # Valid values of settings for which `_another` would give an invalid one.
     "data.interactions.path": ["more.jsonl", "interactions.jsonl"],
     "data.interactions.format": "amazon2014",
     "data.interactions.columns.text": "review",
@@ -140,7 +140,7 @@ def _another(key: str, value: Any, folder: Path) -> Any:
 
 
 def _below(value: Any, folder: Path) -> Any:
-    """File names as paths in the folder of the test."""
+    """Replace file names by paths in the folder of the test."""
     if isinstance(value, str) and value.endswith(".jsonl"):
         return str(folder / value)
     if isinstance(value, list):
@@ -161,7 +161,7 @@ def inputs(config: Config) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose stages are all done, as far as their inputs look at them."""
+    """A run with finished directories of all stages, as far as the input digests need them."""
     folder = tmp_path_factory.mktemp("staleness")
     for name in ("interactions", "more", "items"):
         (folder / f"{name}.jsonl").write_text(f'{{"u": "{name}", "i": "i", "r": 5}}\n')
@@ -184,15 +184,15 @@ LEAVES = [key for key in leaves(parse_config(raw_config(Path("x")))) if key != "
 
 def expected(key: str) -> set[str]:
     prefixes = [prefix for prefix in EXPECTED if key == prefix or key.startswith(f"{prefix}.")]
-    assert prefixes, f"{key} is new: say in EXPECTED which stages run again when it changes"
+    assert prefixes, f"{key} is new: add to EXPECTED which stages become stale when it changes"
     return EXPECTED[max(prefixes, key=len)]
 
 
 @pytest.mark.parametrize("key", LEAVES)
-def test_a_changed_setting_makes_these_stages_run_again_and_no_other(folder: Path, key: str) -> None:
+def test_a_changed_setting_makes_exactly_these_stages_stale(folder: Path, key: str) -> None:
     before = parse_config(raw_config(folder))
     after = changed(before, key, folder)
-    assert after != before, f"{key} was not changed; give it another value in SPECIAL"
+    assert after != before, f"{key} was not changed; add another value to SPECIAL"
     old, new = inputs(before), inputs(after)
     assert {stage for stage in old if old[stage] != new[stage]} == expected(key)
 

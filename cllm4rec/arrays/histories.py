@@ -1,33 +1,32 @@
-"""What every user has, by split."""
+"""The items of each user, by split."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.typing import Array, IntArray
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True)
 class Histories:
-    """Every user's items by split, oldest first; rows in the order of `user`. Item indices."""
+    """Item indices of each user by split, oldest first; row r belongs to user index `user[r]`."""
 
-    user: npt.NDArray[np.int64]
+    user: IntArray
     train: Ragged
     validation: Ragged
     test: Ragged
 
     def together(self, *splits: str) -> Ragged:
-        """The items of several splits, a row a user."""
+        """The items of several splits, one row per user."""
         return Ragged.interleave(*(getattr(self, split) for split in splits))
 
-    def take(self, rows: npt.NDArray[Any]) -> Histories:
+    def take(self, rows: Array) -> Histories:
         return Histories(self.user[rows], self.train.take(rows), self.validation.take(rows), self.test.take(rows))
 
     @classmethod

@@ -1,7 +1,7 @@
-"""Random numbers without a generator's state: a hash of what they are for.
+"""Random numbers without a generator that has a state: each number is a hash of what it is used for.
 
-A number is a function of (seed, epoch, stream, keys) alone, so it does not matter which worker draws it, in which order, or
-whether the run was interrupted: epoch 7 is epoch 7.
+A number is a function of (seed, epoch, stream, keys) and nothing else. It does not depend on which worker draws it, in which
+order, or whether the run was interrupted before.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Stream(IntEnum):
 
 
 def hash_uniform(seed: int, epoch: int, stream: int, *keys: Array) -> FloatArray:
-    """Numbers in [0, 1), one for each entry of the first key, a function of all arguments alone (splitmix64, Steele 2014).
+    """Numbers in [0, 1), one for each entry of the first key, as a hash of all arguments (splitmix64, Steele 2014).
 
-    The other keys are as long, or a single number.
+    The other keys have the same length or are single numbers.
     """
     state = _mix(np.uint64(seed & 0xFFFFFFFFFFFFFFFF) ^ _mix(np.uint64(epoch * 64 + stream)))
     mixed = np.full(np.shape(keys[0]), state, np.uint64)

@@ -1,8 +1,9 @@
 """The `cllm4rec` program: `cllm4rec <command> --config FILE [--force] [section.key=value ...]`.
 
-`python -m jobs.<command>` is the same for `ray job submit`. Exit status 0 and a short last line of JSON on success, with
-everything in `<output_dir>/run.json`; otherwise one sentence on stderr, the same line with `error`, and status 1 (the
-run), 2 (the config or the command line) or 3 (an audit). An unexpected error adds its traceback.
+`python -m jobs.<command>` is the same program for `ray job submit`. The last line on stdout is a short JSON object; the whole
+result is in `<output_dir>/run.json`. On success the exit status is 0. On failure the JSON object has `error`, the same
+sentence is on stderr, and the exit status is 1 (the run), 2 (the config or the command line), 3 (an audit) or 130
+(interrupted). An unexpected error also prints its traceback.
 """
 
 from __future__ import annotations
@@ -27,37 +28,42 @@ from cllm4rec.errors import Cllm4RecError, ConfigError, ResourceError, causes, i
 from cllm4rec.storage.files import exists, join, write_json
 
 RUN_FILE = "run.json"
-_AFTER_VERB = "section.key=value after these replace settings of the file; --config stands before the verb"
+_VERB_EPILOG = (
+    "Overrides (section.key=value) come last and replace settings of the file. --config comes before the verb."
+)
 
 COMMANDS = {
     "prepare": "raw interactions and texts → prepared/",
     "backbone": "build, load or train the language model → backbone/",
-    "pretrain": "content warm-up and pretraining of the ID tables → pretrained/",
-    "finetune": "recommendation-oriented finetuning → model/",
-    "evaluate": "full ranking beside popularity and EASE → evaluation/",
-    "score": "a list for every user → dump/",
-    "serve": "the live endpoint",
-    "pipeline": "all of the above, in order, skipping what is up to date",
-    "nightly": "score with new events, rules, audit and drift → the next version of dump/",
+    "pretrain": "warm up and pretrain the ID tables → pretrained/",
+    "finetune": "finetune the ID tables for recommendation → model/",
+    "evaluate": "compare the model with popularity and EASE by full ranking → evaluation/",
+    "score": "recommend a list to every user → dump/",
+    "serve": "run the HTTP endpoint",
+    "pipeline": "run all of the above in order and skip stages that are up to date",
+    "nightly": "score with new events and rules, audit, measure drift → the next version of dump/",
     "promote": "make a new model current if it is at least as good",
-    "dump": "versions, comparison, restore, export, lookup and vacuum of the published table",
+    "dump": "list versions of the published table; compare, restore, export, look up, vacuum",
     "erase": "erase users from every directory",
-    "compare": "every method on the same splits with the same budget",
-    "benchmark": "how fast this machine is and how much of that is used",
-    "demo": "the whole chain over a generated sample world",
+    "compare": "compare methods on the same splits with the same tuning budget",
+    "benchmark": "measure the speed of this machine and its utilization",
+    "demo": "run the pipeline on a generated sample world",
 }
-"""Command → one line of help; the module of the same name holds the rest."""
+"""Command → one line of help. The module of the same name implements the command."""
 
 Job = Callable[[Config, argparse.Namespace], dict[str, Any]]
-"""Does the work. Of what it returns, `report` (a path) is shown on the last line, everything is in `run.json`."""
+"""Does the work of a command. `run.json` gets the whole result, the last line on stdout gets `report` (a path)."""
 AddVerb = Callable[[str, str], argparse.ArgumentParser]
-"""Name of a verb and a line of help → its parser, for operands and flags."""
+"""Adds a verb with a line of help and returns its parser, for operands and flags."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command of the program. With `add_verbs` it does several things (`args.verb`), and overrides stand after the
-    verb and its operands.
+    """A command of the program.
+
+    add_verbs: adds subcommands (`args.verb`). Overrides then come after the verb and its operands.
+    default_config: used without --config; None makes --config required.
+    needs_ray: connect to Ray before `run`.
     """
 
     run: Job
@@ -69,7 +75,7 @@ class Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The console script: the first word names the command."""
+    """The entry point of the console script. The first word is the command."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
         print(cllm4rec.__version__)
@@ -78,30 +84,30 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(_overview())
         sys.exit(0 if words else 2)
     if words[0] not in COMMANDS:
-        sys.exit(_Outcome(words[0]).failed(f"cllm4rec has no command {words[0]!r}; it has {', '.join(COMMANDS)}", 2))
+        sys.exit(_Outcome(words[0]).failed(f"unknown command {words[0]!r}; the commands are {', '.join(COMMANDS)}", 2))
     run_command(words[0], f"cllm4rec {words[0]}", words[1:])
 
 
 def run_command(name: str, prog: str, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Parse, connect to Ray where the command needs it, run it, print the last line, exit."""
+    """Parse the arguments, connect to Ray if needed, run the command, print the last line, and exit."""
     set_default_environment()
     command: Command = importlib.import_module(f"cllm4rec.commands.{name}").COMMAND
     sys.exit(execute(command, name, prog, sys.argv[1:] if arguments is None else arguments))
 
 
 def execute(command: Command, name: str, prog: str, arguments: Sequence[str]) -> int:
-    """Run a command and print its last line; returns the exit status."""
+    """Run a command, print its last line, and return the exit status."""
     outcome = _Outcome(name)
     try:
         args = _parser(command, prog).parse(arguments)
         config = load_config(args.config, args.overrides)
         outcome.output_dir = config.output_dir
-        with shown_log():
+        with show_log():
             if command.needs_ray:
                 connect(config)
             result = command.run(config, args)
     except KeyboardInterrupt:
-        return outcome.failed("interrupted; the same command continues where it stopped", 130)
+        return outcome.failed("interrupted; run the same command again to continue", 130)
     except Exception as error:
         expected = _expected(error)
         if expected is not None:
@@ -113,7 +119,7 @@ def execute(command: Command, name: str, prog: str, arguments: Sequence[str]) ->
 
 
 class _Outcome:
-    """How a command ends: a short last line on stdout, and the whole in `run.json`."""
+    """The end of a command: a short last line on stdout, and the whole result in `run.json`."""
 
     def __init__(self, command: str) -> None:
         self.output_dir: str | None = None
@@ -128,7 +134,7 @@ class _Outcome:
 
     def _end(self, short: dict[str, Any], result: Mapping[str, Any], exit_status: int) -> int:
         short |= {"seconds": round(time.monotonic() - self._started, 1)}
-        # A full or read-only disk must not change how a run ends, and a command that only looks makes no folder.
+        # A full or read-only disk must not change the exit status. A read-only command must not create the directory.
         with contextlib.suppress(OSError):
             if self.output_dir is not None and exists(self.output_dir):
                 write_json(join(self.output_dir, RUN_FILE), {"command": self._command, **short, "result": result})
@@ -137,10 +143,10 @@ class _Outcome:
 
 
 def stage_command(stage: str, description: str | None) -> Command:
-    """The command that runs one stage of the pipeline."""
+    """A command that runs one stage of the pipeline."""
 
     def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-        from cllm4rec.pipeline import STAGES, run_stage  # here: --help and a wrong config should not wait for torch
+        from cllm4rec.pipeline import STAGES, run_stage  # not at the top: --help should not wait for torch
 
         result = run_stage(STAGES[stage], config, args.force)
         return {stage: result, "report": result.get("report")}
@@ -150,14 +156,14 @@ def stage_command(stage: str, description: str | None) -> Command:
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
         [
             "usage: cllm4rec <command> --config FILE [--force] [section.key=value ...]",
             "",
             *lines,
             "",
-            "cllm4rec <command> --help describes a command; --config takes a file or the name of a shipped config.",
+            "cllm4rec <command> --help describes a command. --config takes a file or the name of a shipped config.",
         ]
     )
 
@@ -168,7 +174,7 @@ class _Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         if not self.has_verbs:
             return self.parse_intermixed_args(arguments)
-        # argparse knows verbs or lets overrides stand anywhere, not both: here they are what the verb does not take.
+        # argparse cannot combine subparsers with intermixed arguments: words that the verb does not take are overrides.
         args, words = self.parse_known_args(arguments)
         flags = [word for word in words if word.startswith("-")]
         if flags:
@@ -177,7 +183,7 @@ class _Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {self.prog} --help shows how to call it")
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def _parser(command: Command, prog: str) -> _Parser:
@@ -186,41 +192,41 @@ def _parser(command: Command, prog: str) -> _Parser:
         "--config",
         required=command.default_config is None,
         default=command.default_config,
-        help="YAML file of the run, or the name of a shipped config such as demo",
+        help="YAML config file, or the name of a shipped config such as demo",
     )
     parser.add_argument("--force", action="store_true", help="run even if the output is up to date")
     if command.add_verbs is None:
-        parser.add_argument(
-            "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"
-        )
+        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a setting of the file")
     else:
         parser.has_verbs = True
         verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
-        command.add_verbs(lambda verb, what: verbs.add_parser(verb, help=what, description=what, epilog=_AFTER_VERB))
+        command.add_verbs(
+            lambda verb, summary: verbs.add_parser(verb, help=summary, description=summary, epilog=_VERB_EPILOG)
+        )
     if command.add_flags is not None:
         command.add_flags(parser)
     return parser
 
 
 def _expected(error: BaseException) -> Cllm4RecError | None:
-    """Our own error behind what was raised, if there is one; Ray's wrappers (with a `cause`) look like ours."""
-    ours = [one for one in causes(error) if isinstance(one, Cllm4RecError) and not hasattr(one, "cause")]
-    if is_full_disk(error) and not any(isinstance(one, ResourceError) for one in ours):
+    """The Cllm4RecError that caused an error, or None. Ray's wrappers, which have a `cause`, are instances of it too."""
+    own_errors = [cause for cause in causes(error) if isinstance(cause, Cllm4RecError) and not hasattr(cause, "cause")]
+    if is_full_disk(error) and not any(isinstance(own_error, ResourceError) for own_error in own_errors):
         return ResourceError("a disk is full; free some space and run the same command again")
-    return ours[0] if ours else None
+    return own_errors[0] if own_errors else None
 
 
 class _SayHandler(logging.Handler):
-    """The library's log lines as a command shows them: on stdout, warnings marked, without tearing a progress bar."""
+    """Prints log records to stdout above a progress bar, with the level as a prefix of warnings and errors."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        is_marked = record.levelno >= logging.WARNING
-        say(f"{record.levelname.lower()}: {record.getMessage()}" if is_marked else record.getMessage())
+        has_prefix = record.levelno >= logging.WARNING
+        say(f"{record.levelname.lower()}: {record.getMessage()}" if has_prefix else record.getMessage())
 
 
 @contextlib.contextmanager
-def shown_log() -> Iterator[None]:
-    """Show the library's log lines while a command runs."""
+def show_log() -> Iterator[None]:
+    """Print the log records of the library until the block ends."""
     library, handler = logging.getLogger("cllm4rec"), _SayHandler()
     level, propagates = library.level, library.propagate
     library.addHandler(handler)

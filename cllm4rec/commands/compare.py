@@ -19,8 +19,8 @@ from typing import Any
 from cllm4rec.commands.cli import Command
 from cllm4rec.commands.console import say
 from cllm4rec.config import Config
-from cllm4rec.data.ingest import each
 from cllm4rec.data.prepare import prepare, prepare_inputs
+from cllm4rec.data.ray_data import ray_map
 from cllm4rec.experiments.comparison.examples import examples
 from cllm4rec.experiments.comparison.language import backbone_inputs, run_backbone
 from cllm4rec.experiments.comparison.methods import DEPENDS_ON, chosen_methods
@@ -35,7 +35,7 @@ from cllm4rec.storage.tombstones import Tombstones
 _QUICK_SEEDS, _QUICK_TRIALS, _QUICK_EPOCHS = 2, 2, 25
 
 Map = Callable[[Iterable[Any], Callable[[Any], Any]], Iterator[Any]]
-"""Calls a task for each input and yields the results; `each` does so on Ray."""
+"""Calls a task for each input and yields the results; `ray_map` does so on Ray."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    return compare(quick(config) if args.quick else config, each, args.force)
+    return compare(quick(config) if args.quick else config, ray_map, args.force)
 
 
 def compare(config: Config, parallel_map: Map, force: bool = False) -> dict[str, Any]:

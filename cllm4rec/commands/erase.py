@@ -1,13 +1,13 @@
-"""Erase users: known to nobody from the first second, then out of prepared data, models, evaluation, table and staging.
+"""Erase users: they are ignored at once, then removed from prepared data, models, evaluation, table and staging.
 
     cllm4rec erase --config demo --user u00017
     cllm4rec erase --config demo --user u00017 --user u00023
 
-Stop training first; the endpoint may go on, and knows an erased user no more within a second. Takes about as long as
-reading and writing the directories once, and starts no Ray. Interrupted at any point, the same command finishes the
-rest, and so does one without --user. Ends with a receipt, `erasures/<time>-<hash>.json`, which also lists what is left
-to you: the raw files, and retraining if the weights are to forget as well. Older versions of the table, staged lists and
-interrupted runs are removed whole where they could hold the user. An id that is still found afterwards: exit status 3.
+Stop training first; the endpoint may keep running, and ignores an erased user within a second. Takes about as long as
+reading and writing the directories once; Ray is not started. If it is interrupted, the same command finishes the rest, and
+so does one without --user. The receipt, `erasures/<time>-<hash>.json`, also lists what remains to be done: the raw files,
+and training again if the weights must not depend on the users. Older versions of the table, staged lists and interrupted
+runs that may contain the users are removed. If an id is still found afterwards, the exit status is 3.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from cllm4rec.privacy.erasure import erase
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--user", action="append", default=[], metavar="ID", help="the id as it stands in the data; may be repeated"
+        "--user", action="append", default=[], metavar="ID", help="the id as it is in the data; may be repeated"
     )
 
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    told = erase(config, args.user)
-    if told["already_done"]:
-        say("erase: was done before; looked again and found nothing")
-    elif not told["touched"]:
-        say("erase: nothing was found of these users; from now on they are left out of whatever is prepared or scored")
+    result = erase(config, args.user)
+    if result["already_done"]:
+        say("erase: already done; a new search found nothing")
+    elif not result["touched"]:
+        say("erase: these users were not found; from now on they are left out of all prepared data and lists")
     else:
-        say(f"erase: done, {told['touched']} places were changed")
-    say(f"erase: the receipt is {told['receipt']}" if told["receipt"] else "erase: nobody was erased here yet")
-    return told
+        say(f"erase: done, {result['touched']} directories and files were changed")
+    say(f"erase: the receipt is {result['receipt']}" if result["receipt"] else "erase: no user was erased here yet")
+    return result
 
 
 COMMAND = Command(run, __doc__ or "", add_flags=add_flags, needs_ray=False)

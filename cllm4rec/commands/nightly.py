@@ -1,11 +1,11 @@
-"""Every night: what happened since training is merged, everybody is scored, audited, and published in one commit.
+"""Merge new interactions, score all users, audit the lists and publish them as the next version of the table.
 
     cllm4rec nightly --config FILE run_date=2026-11-20
-    ray job submit --submission-id nightly-2026-11-20 --working-dir . -- cllm4rec nightly --config FILE run_date=2026-11-20
+    ray job submit --submission-id nightly-2026-11-20 --working-dir . -- python -m jobs.nightly --config FILE run_date=2026-11-20
 
-The same night again does nothing. A night that was killed goes on with the users it has not scored; a second one beside
-a running one is refused. Lists that fail the audit, or are further from the last ones than nightly.drift allows, are not
-published (status 3). The report lies in <output_dir>/nightly/<date>-<run>-<attempt>/.
+The same run again does nothing. A run that was killed continues with the users that are not scored yet. A second run on
+the same table is refused. Lists that fail the audit, or exceed a limit of nightly.drift, are not published (exit status
+3). The report is in <output_dir>/nightly/<date>-<run>-<attempt>/.
 """
 
 from __future__ import annotations
@@ -22,22 +22,26 @@ from cllm4rec.storage.table import current_run
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--accept-drift", action="store_true", help="publish though the drift is above its limits")
+    parser.add_argument("--accept-drift", action="store_true", help="publish even if the drift exceeds its limits")
 
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     plan = plan_score(config, args.force, nightly=True)
     directory = {"directory": plan.dump_dir, "report": plan.report_dir}
     if not args.force and current_run(plan.dump_dir) == plan.run_id:
-        say(f"nightly: run {plan.run_id} of {plan.run_date} is published already; --force scores it anew")
+        say(f"nightly: run {plan.run_id} of {plan.run_date} is already published; --force scores all users again")
         return {"nightly": {**directory, "skipped": True}}
     say(f"nightly: run {plan.run_id} of {plan.run_date}, model {plan.model_version} from {plan.model_dir}")
-    facts = run_score(plan, args.force, args.accept_drift)
-    say(f"nightly: {facts['users']:,} users published as version {facts['table_version']}; {plan.report_dir}/report.md")
-    return {"nightly": {**directory, "skipped": False, **{name: facts[name] for name in _TOLD if name in facts}}}
+    report = run_score(plan, args.force, args.accept_drift)
+    say(f"nightly: {report.users:,} users published as version {report.table_version}; {plan.report_dir}/report.md")
+    content = report.to_json()
+    return {"nightly": {**directory, "skipped": False, **{name: content[name] for name in _SUMMARY if name in content}}}
 
 
-_TOLD = ("run_id", "table_version", "users", "short_lists", "users_per_s", "cost", "seconds", "drift", "drift_breaches")
+_SUMMARY = (
+    "run_id", "table_version", "users", "short_lists", "users_per_s", "cost", "seconds", "drift", "drift_breaches"
+)  # fmt: skip
+"""Fields of the report that `run.json` repeats."""
 
 
 COMMAND = Command(run, __doc__ or "", add_flags=add_flags)

@@ -1,10 +1,10 @@
-"""Every stage from one config: prepare → backbone → pretrain → finetune → evaluate → score → serve.
+"""Run the pipeline from one config: prepare → backbone → pretrain → finetune → evaluate → score → serve.
 
     cllm4rec pipeline --config demo
     ray job submit --working-dir . -- cllm4rec pipeline --config my.yaml pretrain.epochs=20
 
-Stages whose inputs and settings did not change are skipped. The command ends with the table of results, the directories
-of the run and the endpoint's answer to one request. --serve keeps the endpoint running after that.
+Stages whose inputs and settings have not changed are skipped. At the end the command prints the table of results, the output
+directories, and the response of the endpoint to one request. --serve keeps the endpoint running.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from cllm4rec.commands.cli import Command
 from cllm4rec.commands.console import say
 from cllm4rec.config import Config
 from cllm4rec.evaluation.report import table
+from cllm4rec.evaluation.results import EvaluationReport
 from cllm4rec.pipeline import PIPELINE, run_stage
-from cllm4rec.storage.files import read_json
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     say("serve: starting the endpoint")
     checked = serve.check(config)
     result["serve"] = checked.summary
-    _show(config, checked)
+    _show_results(config, checked)
     say(f"pipeline: done in {time.monotonic() - started:.0f} s")
     if args.serve:
         args.check = False
@@ -40,16 +40,16 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _show(config: Config, checked: serve.Check) -> None:
+def _show_results(config: Config, checked: serve.Check) -> None:
     say("")
-    say(table(read_json(f"{config.run.evaluation}/metrics.json")))
+    say(table(EvaluationReport.load(config.run.evaluation)))
     say("")
-    for name, what in (
+    for name, content in (
         ("model", "the trained model"),
         ("evaluation", "report.md, plots, per-user values"),
         ("dump", "the Delta table with a list for every user"),
     ):
-        say(f"{config.run.directory(name):<32} {what}")
+        say(f"{config.run.directory(name):<32} {content}")
     say("")
     checked.show()
     say("")

@@ -1,13 +1,13 @@
-"""Make the newly trained model the one that scores and answers, if it is at least as good as the present one.
+"""Make the newly trained model the current one, which scores and serves, if it is at least as good.
 
     cllm4rec evaluate --config demo
     cllm4rec promote --config demo
     cllm4rec promote --config demo --rollback
 
-Ranks the held-out users once more with the present model (as long as an evaluation takes), compares user by user within
-the limits of `promote` in the config, copies `model/` to `models/` and moves `models/current.json`. The nightly job and
-a running endpoint take it from there. A model that does not pass: exit status 3, nothing changes, and the numbers are in
-`models/report-<time>.json`. --rollback goes back to the model before.
+Ranks the held-out users again with the current model (takes as long as an evaluation), compares user by user within the
+limits of `promote` in the config, copies `model/` to `models/` and moves the pointer `models/current.json`. The nightly
+run and a running endpoint follow the pointer. If the model does not pass, the exit status is 3, nothing changes, and the
+numbers are in `models/report-<time>.json`. --rollback makes the previous model current again.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from cllm4rec.evaluation.promotion import promote, roll_back
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rollback", action="store_true", help="make the model before the present one current again")
+    parser.add_argument("--rollback", action="store_true", help="make the previous model current again")
 
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    told = roll_back(config) if args.rollback else promote(config)
-    if told.get("already_current"):
-        say(f"promote: this model is current already, as {told['to']}; nothing to do")
+    result = roll_back(config) if args.rollback else promote(config)
+    if result.get("already_current"):
+        say(f"promote: this model is already current, as {result['to']}; nothing to do")
     elif args.rollback:
-        say(f"promote: back from {told['from']} to {told['to']}")
+        say(f"promote: back from {result['from']} to {result['to']}")
     else:
-        say(f"promote: {told['to']} is current, after {told['from'] or 'none'}; the numbers are in {told['report']}")
-    return told
+        say(
+            f"promote: {result['to']} is current, after {result['from'] or 'none'}; the numbers are in {result['report']}"
+        )
+    return result
 
 
 COMMAND = Command(run, __doc__ or "", add_flags=add_flags, needs_ray=False)

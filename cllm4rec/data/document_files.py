@@ -1,8 +1,8 @@
-"""The last two passes of prepare: chosen texts → tokenized documents → one sorted file a bucket, audited.
+"""The last two passes of prepare: selected texts → tokenized documents → one sorted and audited file per bucket.
 
-Tokenizing writes one file a staging file, sorted by bucket. A second pass gathers each bucket from all of them, adds
-the interaction documents and writes what `cllm4rec.data.prepared` describes. Sorted, a bucket's bytes do not depend on
-which task was done first. Both passes hold a few buckets in one process at a time, never the data set.
+Tokenizing turns each staging file of texts into a file of draft documents, sorted by bucket. The second pass gathers each
+bucket from all drafts, adds the interaction documents, and writes the files that `cllm4rec.data.prepared` describes. A
+bucket is sorted, so its bytes do not depend on which task finished first. A process holds a few buckets at a time.
 """
 
 from __future__ import annotations
@@ -13,47 +13,44 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
-import ray.data
 
 from cllm4rec.arrays.histories import SPLITS
 from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.documents import Documents, Kind, Prompts
-from cllm4rec.data.ingest import by_column, run_dataset
+from cllm4rec.data.ingest import by_column
 from cllm4rec.data.prepared import bucket_name, bucket_of
+from cllm4rec.data.ray_data import Executor
 from cllm4rec.data.tokenizer import Encoder
 from cllm4rec.storage.files import filesystem, join, list_files, read_tables, write_table
-
-Array = npt.NDArray[Any]
+from cllm4rec.typing import Array
 
 LEAKS = ("pairs_in_two_splits", "held_out_texts", "held_out_items")
-"""Counts of the audit that must be 0."""
+"""Counts of the audit that must all be 0."""
 MAX_BUCKETS_PER_TASK = 16
 ROW_GROUP_ROWS = 8192
 _COUNTS = pa.schema([("name", pa.string()), ("count", pa.int64())])
 SPELLED_ID = re.compile(r"\b(?:user|item)_\d+")
-"""What an ID token would look like, were it spelled: harmless here, the authors' code takes it for the ID."""
+"""An ID token as text. Harmless here; the code of the paper's authors would read it as the ID."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
-    """What the tasks of both passes need to know: where things lie, and the sizes of all that is numbered."""
+class PrepareContext:
+    """What the tasks of both passes share: folders, prompts, and the sizes of the data set."""
 
     staging: str
-    fragments: list[str]
+    text_files: list[str]
+    """Names of the staging files that hold texts."""
     prepared: str
     tokenizer_digest: str
     prompts: Prompts
-    space: TokenSpace
-    buckets: int
+    token_space: TokenSpace
+    num_buckets: int
     max_text_tokens: int
 
     @property
@@ -64,8 +61,8 @@ class Corpus:
         return join(self.prepared, table, bucket_name(bucket))
 
     def first_user(self, bucket: int) -> int:
-        """The inverse of `bucket_of`."""
-        return -(-bucket * self.space.num_users // self.buckets)
+        """The first user of a bucket (see `prepared.bucket_of`)."""
+        return -(-bucket * self.token_space.num_users // self.num_buckets)
 
     @property
     def encoder(self) -> Encoder:
@@ -74,74 +71,70 @@ class Corpus:
 
 @functools.lru_cache(maxsize=1)
 def _load_encoder(directory: str, digest: str) -> Encoder:
-    """Loaded once a process; the digest tells apart what lay in the same place at different times."""
+    """Loaded once per process. The digest distinguishes tokenizers that were in this folder at different times."""
     return Encoder.load(directory)
 
 
-def chosen_texts(staging: str, fragments: list[str], chosen: pa.Table) -> Iterator[tuple[pa.Table, list[str]]]:
-    """The texts of chosen rows, one staging file at a time.
+def read_texts(staging: str, text_files: list[str], selected: pa.Table) -> Iterator[tuple[pa.Table, list[str]]]:
+    """The selected rows of each staging file with their texts, one file at a time.
 
-    `chosen` has columns fragment (a number into `fragments`), place (a row of that file), user, item and kind.
+    `selected` has the columns text_file (an index into `text_files`), text_row (a row of that file), user, item and kind.
     """
-    for rows in by_column([chosen], "fragment"):
-        texts = read_tables([join(staging, fragments[rows["fragment"][0].as_py()])], ["text"])["text"]
-        yield rows, texts.take(rows["place"]).to_pylist()
+    for rows in by_column([selected], "text_file"):
+        texts = read_tables([join(staging, text_files[rows["text_file"][0].as_py()])], ["text"])["text"]
+        yield rows, texts.take(rows["text_row"]).to_pylist()
 
 
-def tokenize(corpus: Corpus, chosen: pa.Table) -> int:
-    """Tokenize the chosen texts in parallel and leave them as draft documents. Returns how many texts spell an ID."""
-    blocks = list(by_column([chosen], "fragment"))
-    if not blocks:
-        return 0
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        functools.partial(_tokenize_block, corpus=corpus), batch_size=None, batch_format="pyarrow"
-    )
-    return sum(int(block["spelled"].to_numpy().sum()) for block in run_dataset(dataset))
+def tokenize(context: PrepareContext, selected: pa.Table, executor: Executor) -> int:
+    """Write the selected texts as draft documents. Returns how many texts contain an ID token as text."""
+    task = functools.partial(_tokenize_block, context=context)
+    blocks = executor.map_tables(list(by_column([selected], "text_file")), task)
+    return sum(int(block["spelled"].to_numpy().sum()) for block in blocks)
 
 
-def _tokenize_block(chosen: pa.Table, corpus: Corpus) -> Iterator[pa.Table]:
-    """Ray Data task: the texts of one staging file as documents, sorted by bucket."""
-    for rows, texts in chosen_texts(corpus.staging, corpus.fragments, chosen):
-        documents = text_documents(corpus, rows, corpus.encoder.encode(texts, corpus.max_text_tokens))
-        bucket = _bucket_of_documents(documents, corpus)
+def _tokenize_block(selected: pa.Table, context: PrepareContext) -> Iterator[pa.Table]:
+    """Task: the texts of one staging file as documents, sorted by bucket."""
+    for rows, texts in read_texts(context.staging, context.text_files, selected):
+        documents = text_documents(context, rows, context.encoder.encode(texts, context.max_text_tokens))
+        bucket = _bucket_of_documents(documents, context)
         order = np.argsort(bucket, kind="stable")
         table = documents.take(order).to_arrow().append_column("bucket", pa.array(bucket[order], pa.int64()))
-        name = corpus.fragments[rows["fragment"][0].as_py()]
-        write_table(table, join(corpus.drafts, name), row_group_size=ROW_GROUP_ROWS)
+        name = context.text_files[rows["text_file"][0].as_py()]
+        write_table(table, join(context.drafts, name), row_group_size=ROW_GROUP_ROWS)
         yield pa.table({"spelled": [sum(SPELLED_ID.search(text) is not None for text in texts)]})
 
 
-def text_documents(corpus: Corpus, rows: pa.Table, words: Ragged) -> Documents:
-    """One document for every row that has words; `rows` has columns kind, user, item."""
+def text_documents(context: PrepareContext, rows: pa.Table, words: Ragged) -> Documents:
+    """One document for each row that has words; `rows` has the columns kind, user and item."""
     kind, user, item = (rows[name].to_numpy() for name in ("kind", "user", "item"))
-    parts = []
+    documents = []
     for text_kind in np.unique(kind):
         mine = np.flatnonzero((kind == text_kind) & (words.lengths > 0))
-        parts.append(_of_kind(Kind(text_kind), corpus, user[mine], item[mine], words.take(mine)))
-    return Documents.concat(parts)
+        documents.append(_of_kind(Kind(text_kind), context, user[mine], item[mine], words.take(mine)))
+    return Documents.concat(documents)
 
 
-def _of_kind(kind: Kind, corpus: Corpus, user: Array, item: Array, words: Ragged) -> Documents:
+def _of_kind(kind: Kind, context: PrepareContext, user: Array, item: Array, words: Ragged) -> Documents:
     if kind == Kind.REVIEW:
-        return corpus.prompts.reviews(corpus.space, user, item, words)
+        return context.prompts.reviews(context.token_space, user, item, words)
     if kind == Kind.USER_TEXT:
-        return corpus.prompts.user_texts(corpus.space, user, words)
+        return context.prompts.user_texts(context.token_space, user, words)
     assert kind == Kind.ITEM_TEXT
-    return corpus.prompts.item_texts(corpus.space, item, words)
+    return context.prompts.item_texts(context.token_space, item, words)
 
 
-def _bucket_of_documents(documents: Documents, corpus: Corpus) -> Array:
-    """The user's bucket; for item texts, which have no user, the item's."""
-    of_user = bucket_of(documents.user, corpus.space.num_users, corpus.buckets)
-    of_item = bucket_of(documents.item, corpus.space.num_items, corpus.buckets)
+def _bucket_of_documents(documents: Documents, context: PrepareContext) -> Array:
+    """The bucket of the user; for item texts, which have no user, the bucket of the item."""
+    of_user = bucket_of(documents.user, context.token_space.num_users, context.num_buckets)
+    of_item = bucket_of(documents.item, context.token_space.num_items, context.num_buckets)
     return np.where(documents.user >= 0, of_user, of_item)
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
-    """Interactions of consecutive users, sorted by user, time, item. `split` indexes SPLITS, `time` is unix seconds.
+class Interactions:
+    """Interactions of consecutive users, sorted by user, time and item. `split` indexes SPLITS, `time` is Unix seconds.
 
-    Of all users, in one process, users and items are int32; of a few, as they are written, int64.
+    For all users, `user` and `item` are int32, to save memory; `of_users` returns int64, the type of the files.
     """
 
     user: Array
@@ -149,15 +142,17 @@ class Facts:
     split: Array
     time: Array
 
-    def of_users(self, first: int, last: int) -> Facts:
-        """Those of users first..last-1."""
-        rows = slice(*np.searchsorted(self.user, np.array([first, last], self.user.dtype)))  # another type would copy
-        return Facts(
+    def of_users(self, first: int, last: int) -> Interactions:
+        """The interactions of users first..last-1."""
+        rows = slice(
+            *np.searchsorted(self.user, np.array([first, last], self.user.dtype))
+        )  # another type would copy the column
+        return Interactions(
             self.user[rows].astype(np.int64), self.item[rows].astype(np.int64), self.split[rows], self.time[rows]
         )
 
     def items_in(self, split: int, users: Array) -> Ragged:
-        """Each user's items of one split, oldest first."""
+        """The items of each user in one split, oldest first; `users` are consecutive."""
         mine = self.split == split
         return Ragged.from_rows(self.item[mine], self.user[mine] - users[:1].sum(), len(users))
 
@@ -166,31 +161,34 @@ class Facts:
         return pa.table({"user": self.user, "item": self.item, "split": names, "time": self.time})
 
 
-def write_buckets(corpus: Corpus, user_ids: Array, facts: Facts) -> Counter[str]:
-    """Write `interactions`, `histories` and `documents`. Returns the counts of `audit_bucket`, summed over buckets."""
-    ranges = [_range_table(corpus, first, last, user_ids, facts) for first, last in _bucket_ranges(corpus.buckets)]
-    dataset = ray.data.from_arrow(ranges).map_batches(
-        functools.partial(_write_range, corpus=corpus), batch_size=None, batch_format="pyarrow"
-    )
+def write_buckets(
+    context: PrepareContext, user_ids: Array, interactions: Interactions, executor: Executor
+) -> Counter[str]:
+    """Write `interactions`, `histories` and `documents`. Returns the counts of `audit_bucket`, summed over all buckets."""
+    ranges = [
+        _range_table(context, first, last, user_ids, interactions)
+        for first, last in _bucket_ranges(context.num_buckets, executor.num_cpus)
+    ]
     totals: Counter[str] = Counter()
-    for block in run_dataset(dataset):
+    for block in executor.map_tables(ranges, functools.partial(_write_range, context=context)):
         for name, count in zip(block["name"].to_pylist(), block["count"].to_pylist(), strict=True):
             totals[name] += count
     return totals
 
 
-def _bucket_ranges(buckets: int) -> list[tuple[int, int]]:
-    """First and last + 1 of the buckets that one task writes: few enough to fit, enough tasks for every core."""
-    cores = int(ray.cluster_resources().get("CPU", 1))
-    tasks = min(buckets, max(cores, -(-buckets // MAX_BUCKETS_PER_TASK)))
-    bounds = np.linspace(0, buckets, tasks + 1).astype(int).tolist()
+def _bucket_ranges(num_buckets: int, num_cpus: int) -> list[tuple[int, int]]:
+    """The buckets first..last-1 of each task: few enough to fit in memory, with at least one task per CPU."""
+    num_tasks = min(num_buckets, max(num_cpus, -(-num_buckets // MAX_BUCKETS_PER_TASK)))
+    bounds = np.linspace(0, num_buckets, num_tasks + 1).astype(int).tolist()
     return list(itertools.pairwise(bounds))
 
 
-def _range_table(corpus: Corpus, first: int, last: int, user_ids: Array, facts: Facts) -> pa.Table:
-    """One row that holds everything about the users of buckets first..last-1."""
-    low, high = corpus.first_user(first), corpus.first_user(last)
-    part = facts.of_users(low, high)
+def _range_table(
+    context: PrepareContext, first: int, last: int, user_ids: Array, interactions: Interactions
+) -> pa.Table:
+    """One row with everything about the users of buckets first..last-1."""
+    low, high = context.first_user(first), context.first_user(last)
+    part = interactions.of_users(low, high)
     columns = {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}
     ids = pa.array([user_ids[low:high].tolist()], pa.large_list(pa.string()))
     return pa.table(
@@ -198,60 +196,73 @@ def _range_table(corpus: Corpus, first: int, last: int, user_ids: Array, facts: 
     )
 
 
-def _write_range(table: pa.Table, corpus: Corpus) -> Iterator[pa.Table]:
-    """Ray Data task: write and audit some buckets."""
+def _write_range(table: pa.Table, context: PrepareContext) -> Iterator[pa.Table]:
+    """Task: write and audit the buckets of each row of a range table."""
     totals: Counter[str] = Counter()
     for row in range(len(table)):
         first, last, user_ids = (table[name][row].as_py() for name in ("first", "last", "user_ids"))
-        facts = Facts(*(np.asarray(table[field.name][row].values) for field in dataclasses.fields(Facts)))
-        drafts = _drafts(corpus, first, last)
+        interactions = Interactions(
+            *(np.asarray(table[field.name][row].values) for field in dataclasses.fields(Interactions))
+        )
+        drafts = _drafts(context, first, last)
         for bucket in range(first, last):
-            low, high = corpus.first_user(bucket), corpus.first_user(bucket + 1)
-            ids = user_ids[low - corpus.first_user(first) : high - corpus.first_user(first)]
+            low, high = context.first_user(bucket), context.first_user(bucket + 1)
+            ids = user_ids[low - context.first_user(first) : high - context.first_user(first)]
             texts = [Documents.from_arrow(draft.filter(pc.equal(draft["bucket"], bucket))) for draft in drafts]
-            _write_bucket(corpus, bucket, np.arange(low, high), ids, facts.of_users(low, high), texts)
-            totals += audit_bucket(corpus, bucket)
+            _write_bucket(context, bucket, np.arange(low, high), ids, interactions.of_users(low, high), texts)
+            totals += audit_bucket(context, bucket)
     yield pa.table([list(totals), list(totals.values())], schema=_COUNTS)
 
 
-def _drafts(corpus: Corpus, first: int, last: int) -> list[pa.Table]:
-    """The draft documents of buckets first..last-1; row groups of other buckets are not read."""
-    fs, folder = filesystem(corpus.drafts)
+def _drafts(context: PrepareContext, first: int, last: int) -> list[pa.Table]:
+    """The draft documents of buckets first..last-1. Row groups of other buckets are not read."""
+    fs, folder = filesystem(context.drafts)
     within = [("bucket", ">=", first), ("bucket", "<", last)]
-    files = list_files(corpus.drafts)
+    files = list_files(context.drafts)
     return [pq.read_table(f"{folder}/{name}", filesystem=fs, filters=within) for name in files]
 
 
 def _write_bucket(
-    corpus: Corpus, bucket: int, users: Array, user_ids: list[str], facts: Facts, texts: list[Documents]
+    context: PrepareContext,
+    bucket: int,
+    users: Array,
+    user_ids: list[str],
+    interactions: Interactions,
+    texts: list[Documents],
 ) -> None:
-    histories = {name: facts.items_in(split, users) for split, name in enumerate(SPLITS)}
+    histories = {name: interactions.items_in(split, users) for split, name in enumerate(SPLITS)}
     train = histories["train"]
     active = np.flatnonzero(train.lengths)
-    sequences = corpus.prompts.interactions(corpus.space, users[active], train.take(active))
+    sequences = context.prompts.interactions(context.token_space, users[active], train.take(active))
     rows = {"user": pa.array(users, pa.int64()), "user_id": pa.array(user_ids, pa.string())}
     rows |= {name: items.to_arrow() for name, items in histories.items()}
-    write_table(facts.to_arrow(), corpus.path("interactions", bucket))
-    write_table(pa.table(rows), corpus.path("histories", bucket))
-    write_table(Documents.concat([sequences, *texts]).in_order().to_arrow(), corpus.path("documents", bucket))
+    write_table(interactions.to_arrow(), context.path("interactions", bucket))
+    write_table(pa.table(rows), context.path("histories", bucket))
+    write_table(Documents.concat([sequences, *texts]).in_order().to_arrow(), context.path("documents", bucket))
 
 
-def audit_bucket(corpus: Corpus, bucket: int) -> Counter[str]:
-    """Counts from the bucket's files as they lie there: documents and tokens by kind, and what must always be 0.
+def audit_bucket(context: PrepareContext, bucket: int) -> Counter[str]:
+    """Read the files of a bucket and count: documents and tokens by kind, and the leaks of LEAKS.
 
-    That is `pairs_in_two_splits`, `held_out_texts` (reviews of validation or test pairs among the documents) and
+    Leaks are `pairs_in_two_splits`, `held_out_texts` (reviews of validation or test pairs among the documents) and
     `held_out_items` (validation or test items in interaction documents).
     """
-    facts = read_tables([corpus.path("interactions", bucket)])
-    documents = Documents.from_arrow(read_tables([corpus.path("documents", bucket)]))
-    pair = facts["user"].to_numpy() * corpus.space.num_items + facts["item"].to_numpy()
-    held_out = pair[pc.not_equal(facts["split"], "train").to_numpy()]
+    table = read_tables([context.path("interactions", bucket)])
+    documents = Documents.from_arrow(read_tables([context.path("documents", bucket)]))
+    token_space = context.token_space
+
+    def pairs(user: Array, item: Array) -> Array:
+        """User and item as one integer."""
+        return user * token_space.num_items + item
+
+    written = pairs(table["user"].to_numpy(), table["item"].to_numpy())
+    held_out = written[pc.not_equal(table["split"], "train").to_numpy()]
     reviews = documents.of_kinds([Kind.REVIEW])
     sequences = documents.of_kinds([Kind.INTERACTIONS])
-    read = sequences.user[sequences.main.rows] * corpus.space.num_items + corpus.space.item_index(sequences.main.values)
+    read = pairs(sequences.user[sequences.main.rows], token_space.item_index(sequences.main.values))
     counts = Counter(
-        pairs_in_two_splits=len(pair) - len(np.unique(pair)),
-        held_out_texts=int(np.isin(reviews.user * corpus.space.num_items + reviews.item, held_out).sum()),
+        pairs_in_two_splits=len(written) - len(np.unique(written)),
+        held_out_texts=int(np.isin(pairs(reviews.user, reviews.item), held_out).sum()),
         held_out_items=int(np.isin(read, held_out).sum()),
     )
     for kind in np.unique(documents.kind):

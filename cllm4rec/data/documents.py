@@ -1,7 +1,7 @@
-"""Documents: a prompt (context, no loss) and a main text of one kind of token (carries the loss). method.md, Documents.
+"""Documents: a prompt (context, no loss) and a main text of one kind of token, which carries the loss.
 
-`prepared/documents` holds the documents that do not change from epoch to epoch, tokenized once. What changes (the order
-of a user's items, the held-out part, a hidden user) is made from them by `cllm4rec.training.epochs`.
+docs/method.md describes them. `prepared/documents` holds the documents that do not change from epoch to epoch, tokenized
+once. `cllm4rec.training.epochs` makes from them what changes: the order of a user's items, held-out items, hidden users.
 
 Lengths: D documents.
 """
@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cllm4rec.arrays.ids import TokenSpace
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.typing import Array, BoolArray, IntArray
 
 
 class Kind(IntEnum):
@@ -34,14 +35,14 @@ TEXT_KINDS = (Kind.REVIEW, Kind.USER_TEXT, Kind.ITEM_TEXT)
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """D documents as columns. `user` and `item` are indices, -1 where the kind has none.
+    """D documents as columns. `user` and `item` are indices, or -1 for kinds that have none.
 
-    `prompt` and `main` are token ids. `target` is item indices, for recommendation documents only (else empty rows).
+    `prompt` and `main` are token ids. `target` holds item indices for recommendation documents, and is empty for others.
     """
 
     kind: npt.NDArray[np.int8]
-    user: npt.NDArray[np.int64]
-    item: npt.NDArray[np.int64]
+    user: IntArray
+    item: IntArray
     prompt: Ragged
     main: Ragged
     target: Ragged
@@ -50,17 +51,17 @@ class Documents:
         return len(self.kind)
 
     @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of prompt and main text together."""
+    def lengths(self) -> IntArray:
+        """The number of tokens of prompt and main text together."""
         return self.prompt.lengths + self.main.lengths
 
     @property
     def num_bytes(self) -> int:
         ragged = (self.prompt, self.main, self.target)
-        arrays = [self.kind, self.user, self.item, *(each for rows in ragged for each in (rows.values, rows.offsets))]
+        arrays = [self.kind, self.user, self.item, *(array for rows in ragged for array in (rows.values, rows.offsets))]
         return sum(array.nbytes for array in arrays)
 
-    def take(self, rows: npt.NDArray[Any]) -> Documents:
+    def take(self, rows: Array) -> Documents:
         return Documents(
             self.kind[rows],
             self.user[rows],
@@ -70,18 +71,18 @@ class Documents:
             self.target.take(rows),
         )
 
-    def rows_of(self, kinds: Sequence[Kind]) -> npt.NDArray[np.int64]:
+    def rows_of(self, kinds: Sequence[Kind]) -> IntArray:
         return np.flatnonzero(np.isin(self.kind, [int(kind) for kind in kinds]))
 
     def of_kinds(self, kinds: Sequence[Kind]) -> Documents:
         return self.take(self.rows_of(kinds))
 
     def in_order(self) -> Documents:
-        """Sorted by kind, user, item: the same whatever files and blocks the documents came from."""
+        """Sorted by kind, user and item, so that the order does not depend on files and blocks."""
         return self.take(np.lexsort((self.item, self.user, self.kind)))
 
     def to_arrow(self) -> pa.Table:
-        """Columns kind, user, item, prompt, main, as stored in `prepared/documents`."""
+        """The columns kind, user, item, prompt and main, as in `prepared/documents`."""
         return pa.table(
             {
                 "kind": pa.array(self.kind, pa.int8()),
@@ -93,6 +94,12 @@ class Documents:
         )
 
     @classmethod
+    def empty(cls) -> Documents:
+        """No documents."""
+        none = np.empty(0, np.int64)
+        return cls(none.astype(np.int8), none, none, Ragged.empty(0), Ragged.empty(0), Ragged.empty(0))
+
+    @classmethod
     def from_arrow(cls, table: pa.Table) -> Documents:
         num_rows = len(table)
         return cls(
@@ -101,7 +108,7 @@ class Documents:
             table["item"].to_numpy().astype(np.int64),
             Ragged.from_arrow(table["prompt"]),
             Ragged.from_arrow(table["main"]),
-            no_values(num_rows),
+            Ragged.empty(num_rows),
         )
 
     @classmethod
@@ -118,7 +125,7 @@ class Documents:
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The words of every prompt, tokenized once by the backbone's tokenizer (token ids, all below N)."""
+    """The words of all prompts as token ids of the tokenizer of the backbone, all below N."""
 
     has_interacted: list[int]
     writes_review: list[int]
@@ -131,7 +138,7 @@ class Prompts:
 
     @classmethod
     def tokenize(cls, encode: Any) -> Prompts:
-        """`encode` maps a text to a list of word tokens, without special tokens."""
+        """`encode` turns a text into a list of word tokens, without special tokens."""
         return cls(
             has_interacted=encode(" has interacted with"),
             writes_review=encode(" writes the review for"),
@@ -144,32 +151,32 @@ class Prompts:
         )
 
     def overhead(self) -> int:
-        """Tokens of the longest prompt of a history (recommendation), without its items."""
+        """The number of tokens of the longest prompt with a history (recommendation), without its items."""
         return 2 + len(self.has_interacted) + len(self.comma) + len(self.will_interact)
 
     def interactions(
         self,
         token_space: TokenSpace,
-        user: npt.NDArray[Any],
+        user: Array,
         items: Ragged,
-        hidden: npt.NDArray[np.bool_] | None = None,
+        hidden: BoolArray | None = None,
     ) -> Documents:
-        """`<user> has interacted with` → items. `items` holds item indices, a row a user.
+        """`<user> has interacted with` → items. `items` holds item indices, one row per user.
 
-        NOBODY stands for user -1 and where `hidden` is true.
+        NOBODY replaces user -1 and users for which `hidden` is true.
         """
         user_tokens = _column(_user_tokens(token_space, user, hidden))
         prompt = Ragged.interleave(user_tokens, _repeat(self.has_interacted, len(user)))
         main = Ragged(token_space.item_token(items.values).astype(np.int32), items.offsets)
-        return _documents(Kind.INTERACTIONS, user, None, prompt, main, no_values(len(user)))
+        return _documents(Kind.INTERACTIONS, user, None, prompt, main, Ragged.empty(len(user)))
 
     def recommendation(
         self,
         token_space: TokenSpace,
-        user: npt.NDArray[Any],
+        user: Array,
         items: Ragged,
         target: Ragged,
-        hidden: npt.NDArray[np.bool_] | None = None,
+        hidden: BoolArray | None = None,
     ) -> Documents:
         """`<user> has interacted with <items> , <user> will interact with` → target item indices."""
         num_documents = len(user)
@@ -182,11 +189,9 @@ class Prompts:
             user_tokens,
             _repeat(self.will_interact, num_documents),
         )
-        return _documents(Kind.RECOMMENDATION, user, None, prompt, no_values(num_documents), target)
+        return _documents(Kind.RECOMMENDATION, user, None, prompt, Ragged.empty(num_documents), target)
 
-    def reviews(
-        self, token_space: TokenSpace, user: npt.NDArray[Any], item: npt.NDArray[Any], words: Ragged
-    ) -> Documents:
+    def reviews(self, token_space: TokenSpace, user: Array, item: Array, words: Ragged) -> Documents:
         """`<user> writes the review for <item> :` → words."""
         prompt = Ragged.interleave(
             _column(token_space.user_token(user)),
@@ -194,21 +199,21 @@ class Prompts:
             _column(token_space.item_token(item)),
             _repeat(self.colon, len(user)),
         )
-        return _documents(Kind.REVIEW, user, item, prompt, words, no_values(len(user)))
+        return _documents(Kind.REVIEW, user, item, prompt, words, Ragged.empty(len(user)))
 
-    def user_texts(self, token_space: TokenSpace, user: npt.NDArray[Any], words: Ragged) -> Documents:
+    def user_texts(self, token_space: TokenSpace, user: Array, words: Ragged) -> Documents:
         """`The biography of <user> is:` → words."""
         prompt = Ragged.interleave(
             _repeat(self.biography, len(user)), _column(token_space.user_token(user)), _repeat(self.copula, len(user))
         )
-        return _documents(Kind.USER_TEXT, user, None, prompt, words, no_values(len(user)))
+        return _documents(Kind.USER_TEXT, user, None, prompt, words, Ragged.empty(len(user)))
 
-    def item_texts(self, token_space: TokenSpace, item: npt.NDArray[Any], words: Ragged) -> Documents:
+    def item_texts(self, token_space: TokenSpace, item: Array, words: Ragged) -> Documents:
         """`The content of <item> is:` → words."""
         prompt = Ragged.interleave(
             _repeat(self.content, len(item)), _column(token_space.item_token(item)), _repeat(self.copula, len(item))
         )
-        return _documents(Kind.ITEM_TEXT, None, item, prompt, words, no_values(len(item)))
+        return _documents(Kind.ITEM_TEXT, None, item, prompt, words, Ragged.empty(len(item)))
 
 
 def _documents(kind: Kind, user: Any, item: Any, prompt: Ragged, main: Ragged, target: Ragged) -> Documents:
@@ -223,13 +228,11 @@ def _documents(kind: Kind, user: Any, item: Any, prompt: Ragged, main: Ragged, t
     )
 
 
-def _user_tokens(
-    token_space: TokenSpace, user: npt.NDArray[Any], hidden: npt.NDArray[np.bool_] | None
-) -> npt.NDArray[Any]:
+def _user_tokens(token_space: TokenSpace, user: Array, hidden: BoolArray | None) -> Array:
     return np.asarray(token_space.user_token(user if hidden is None else np.where(hidden, -1, user)))
 
 
-def _column(values: npt.NDArray[Any]) -> Ragged:
+def _column(values: Array) -> Ragged:
     """Rows of one value each."""
     return Ragged(np.asarray(values).astype(np.int32), np.arange(len(values) + 1, dtype=np.int64))
 

@@ -1,4 +1,4 @@
-"""The supported formats: how their records are written and which column means what. No file is opened here."""
+"""The supported formats: how records are written and what each column means. This module opens no file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NONE = Columns()
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """What a format fixes: how records are written and which column means what, for each role."""
+    """How the records of a format are written, and its own column names for each role."""
 
     shape: Literal["json", "csv", "plain", "parquet"]
     interactions: Columns = _NONE
@@ -30,7 +30,7 @@ _AMAZON_REVIEWS = Columns(
     user="reviewerID", item="asin", rating="overall", text="reviewText", timestamp="unixReviewTime"
 )
 FORMATS: dict[str, Format] = {
-    # `biography` is the sample world's: Amazon published no texts about users.
+    # `biography` exists only in the sample world: Amazon published no texts about users.
     "amazon2014": Format(
         "json",
         _AMAZON_REVIEWS,
@@ -80,7 +80,7 @@ MOVIELENS_NAMES: dict[tuple[str, str], tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One source, looked at: its files, how their records are written, and the columns that are read."""
+    """One source after inspection: its files, how their records are written, and the columns that are read."""
 
     role: Role
     files: tuple[str, ...]
@@ -88,7 +88,7 @@ class Layout:
     columns: Columns
     delimiter: str = ""
     names: tuple[str, ...] = ()
-    """Column names by place, where records do not carry them."""
+    """The names of all columns in file order, for formats whose records do not contain them."""
 
     @property
     def shape(self) -> str:
@@ -105,13 +105,13 @@ class Layout:
 
     @property
     def file_labels(self) -> list[str]:
-        """Names of the files without the folder they share: what quarantine and messages call them."""
+        """The names of the files without their common folder, for quarantine and messages."""
         folder = posixpath.dirname(posixpath.commonprefix([f"{posixpath.dirname(file)}/" for file in self.files]))
         return [file[len(folder) :].lstrip("/") for file in self.files]
 
 
 def named_columns(columns: Columns) -> list[str]:
-    """The columns that mean something, without repeats."""
+    """The names of all columns that are read, without repeats."""
     text = columns.text if isinstance(columns.text, list) else [columns.text]
     names = [columns.user, columns.item, columns.rating, *text, columns.timestamp]
     return list(dict.fromkeys(name for name in names if name is not None))

@@ -1,51 +1,43 @@
-"""The first pass of prepare: every raw file through Ray Data, read and validated, texts set down in staging.
+"""The first pass of prepare: read and validate every raw file, and write the texts to staging files.
 
-A file is read by one task and its records are validated by many. Texts stay behind in staging files; the driver gets
-integers and reasons only, and one dictionary of the distinct ids.
+A file is read by one task and its records are validated by many. Texts stay in the staging files. This process receives
+integers, the reasons of refused rows, and each distinct id once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
-import ray.data
 
 from cllm4rec.data.formats import Layout
+from cllm4rec.data.ray_data import Batch, Executor, Task
 from cllm4rec.data.records import Limits, parse_records, read_records
-from cllm4rec.errors import Cllm4RecError
 from cllm4rec.storage.files import join, write_table
+from cllm4rec.typing import Array
 
-Array = npt.NDArray[Any]
-
-BLOCK_BYTES = 8 << 20
-"""Raw bytes that one task validates: small enough that a single file keeps many cores busy."""
 _REFUSED = pa.schema([("source", pa.int8()), ("file", pa.int32()), ("line", pa.int64()), ("reason", pa.string())])
 _TYPES: dict[str, Any] = {"rating": np.float64, "time": np.int64}
-"""Of columns of `Rows` that are more than int32."""
+"""Types of the columns of `Rows` that are not int32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The good rows of one source in the order of files and lines; ids as codes into `Staged.user_ids`, `item_ids`."""
+    """The valid rows of one source, ordered by file and line. `user` and `item` index the ids of `Ingested`; -1 is none."""
 
     user: Array
     item: Array
     rating: Array
     time: Array
-    fragment: Array
-    place: Array
-    """A row's text is row `place` of staging file `Staged.fragments[fragment]`."""
+    text_file: Array
+    text_row: Array
+    """The text of a row is row `text_row` of the staging file `Ingested.text_files[text_file]`."""
 
     def __len__(self) -> int:
         return len(self.user)
@@ -55,26 +47,27 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Staged:
-    """What the first pass leaves with the driver: the rows of each source (as `layouts`), and what was refused."""
+class Ingested:
+    """The result of the first pass: the valid rows of each source, in the order of the layouts, and the refused rows."""
 
     rows: list[Rows]
     user_ids: Array
     item_ids: Array
-    fragments: list[str]
+    text_files: list[str]
     refused: pa.Table
-    """source, file, line, reason: sorted, and never the text."""
+    """source, file, line and reason, sorted; never the text."""
     rows_in: list[int]
+    """How many rows each source has, refused ones included."""
 
 
 class IdEncoder(dict[str, int]):
-    """Strings → numbers in order of appearance; a missing string is -1."""
+    """Strings → numbers, in order of first appearance; a missing string is -1."""
 
     def __missing__(self, value: str) -> int:
         self[value] = len(self)
         return self[value]
 
-    def of(self, column: pa.ChunkedArray) -> Array:
+    def encode(self, column: pa.ChunkedArray) -> Array:
         encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
         codes = [-1 if value is None else self[value] for value in encoded.dictionary.to_pylist()]
         coded: Array = np.asarray(codes, np.int32)[np.asarray(encoded.indices)]
@@ -84,92 +77,30 @@ class IdEncoder(dict[str, int]):
         return np.array(list(self), object)
 
 
-def stage(layouts: Sequence[Layout], limits: Limits, staging: str) -> Staged:
-    """Read and validate every file of every source. Ray must be connected; `staging` is a folder all nodes can reach.
+def ingest(layouts: Sequence[Layout], limits: Limits, staging: str, executor: Executor) -> Ingested:
+    """Read and validate every file of every source. `staging` is a folder that all tasks can reach.
 
-    Raises DataError for a file that is not what its layout says. What one row has wrong is refused, not raised.
+    Raises DataError for a file that does not match its layout. A row that is wrong is refused and raises nothing.
     """
-    validate = functools.partial(_stage_block, layouts=layouts, limits=limits, staging=staging)
-    rows = records_of(layouts, limits).map_batches(validate, batch_size=None, batch_format="pyarrow")
-    return _collect(run_dataset(rows), layouts)
+    task = functools.partial(_validate_block, layouts=layouts, limits=limits, staging=staging)
+    return _collect(map_records(layouts, limits, task, executor), layouts)
 
 
-def records_of(layouts: Sequence[Layout], limits: Limits) -> Any:
-    """A Ray Dataset of the records of every file, with `source` (index into layouts) and `file` (of its files)."""
+def map_records(layouts: Sequence[Layout], limits: Limits, task: Task, executor: Executor) -> Iterator[pa.Table]:
+    """Apply `task` to blocks of the records of all files (schema RECORDS).
+
+    Two columns are added: `source` is an index into `layouts`, `file` an index into the files of that layout.
+    """
     files = [
         {"source": source, "number": number, "file": file}
         for source, layout in enumerate(layouts)
         for number, file in enumerate(layout.files)
     ]
-    num_readers = min(len(files), int(ray.cluster_resources().get("CPU", 1)) or 1)
-    read = functools.partial(_read_files, layouts=layouts, limits=limits)
-    # Readers wait for storage and gzip: they ask for no core, so that validating always finds one, and because Ray Data
-    # fuses two steps that ask for the same, which would leave a file to one core.
-    return ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
-        read, batch_size=1, num_cpus=0, compute=ray.data.TaskPoolStrategy(size=num_readers)
-    )
+    return executor.map_files(files, functools.partial(_read_files, layouts=layouts, limits=limits), task)
 
 
-def run_dataset(dataset: Any) -> Iterator[pa.Table]:
-    """The blocks of a Ray Data pipeline as they come. Raises a task's own error where it is ours or the disk's."""
-    with _own_errors():
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-
-
-def each(inputs: Iterable[Any], task: Callable[[Any], Any]) -> Iterator[Any]:
-    """What `task` returns for every input, run on the cluster, as it comes. Raises as `run_dataset`.
-
-    About as many run at once as there are CPUs, so the driver never holds more results than that.
-    """
-    most = 1 + int(ray.cluster_resources().get("CPU", 1))
-    shared, waiting = ray.put(task), iter(inputs)
-    running: list[Any] = []
-    with _own_errors():
-        while True:
-            running += [_call.remote(shared, one) for one in itertools.islice(waiting, most - len(running))]
-            if not running:
-                return
-            ready, running = ray.wait(running)
-            yield ray.get(ready[0])
-
-
-@ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]
-def _call(task: Callable[[Any], Any], one: Any) -> Any:
-    return task(one)
-
-
-@contextlib.contextmanager
-def _own_errors() -> Iterator[None]:
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, Cllm4RecError):  # Ray adds lines of advice that do not fit
-            raise type(cause)(str(cause).partition("\n")[0]) from None
-        if isinstance(cause, OSError):
-            raise cause from error
-        raise
-
-
-@contextlib.contextmanager
-def quiet_data_context() -> Iterator[None]:
-    """Ray Data without bars and notes, with blocks of BLOCK_BYTES; what was set before comes back afterwards."""
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = BLOCK_BYTES
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # a task's error is raised, once is enough
-    try:
-        with ray.data.DataContext.current(context):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _read_files(batch: dict[str, Array], layouts: Sequence[Layout], limits: Limits) -> Iterator[pa.Table]:
-    """Ray Data task: the records of one file."""
+def _read_files(batch: Batch, layouts: Sequence[Layout], limits: Limits) -> Iterator[pa.Table]:
+    """Task: the records of one file."""
     for source, number, file in zip(batch["source"], batch["number"], batch["file"], strict=True):
         for records in read_records(str(file), layouts[source], limits):
             yield records.append_column("source", _constant(source, len(records), pa.int8())).append_column(
@@ -177,25 +108,25 @@ def _read_files(batch: dict[str, Array], layouts: Sequence[Layout], limits: Limi
             )
 
 
-def _stage_block(records: pa.Table, layouts: Sequence[Layout], limits: Limits, staging: str) -> Iterator[pa.Table]:
-    """Ray Data task: validate records, set their texts down in staging, hand on the rest."""
+def _validate_block(records: pa.Table, layouts: Sequence[Layout], limits: Limits, staging: str) -> Iterator[pa.Table]:
+    """Task: validate records, write their texts to a staging file, and return the other columns."""
     for part in by_column(by_column([records], "source"), "file"):
         source, number, line = (part[name][0].as_py() for name in ("source", "file", "line"))
         rows = parse_records(part, layouts[source], limits)
-        # Named after its first record: a task that is run again writes the same file again.
-        fragment = f"source-{source}-file-{number:06d}-line-{line:012d}.parquet"
+        # Named after its first record, so that a task that runs again writes the same file again.
+        text_file = f"source-{source}-file-{number:06d}-line-{line:012d}.parquet"
         if layouts[source].text_columns:
-            write_table(rows.select(["text"]), join(staging, fragment))
+            write_table(rows.select(["text"]), join(staging, text_file))
         columns = {name: rows[name] for name in ("line", "user", "item", "rating", "time", "reason")}
         columns["source"] = _constant(source, len(rows), pa.int8())
         columns["file"] = _constant(number, len(rows), pa.int32())
-        columns["fragment"] = _constant(fragment, len(rows), pa.string())
-        columns["place"] = pa.array(np.arange(len(rows)), pa.int32())
+        columns["text_file"] = _constant(text_file, len(rows), pa.string())
+        columns["text_row"] = pa.array(np.arange(len(rows)), pa.int32())
         yield pa.table(columns)
 
 
 def by_column(tables: Iterable[pa.Table], name: str) -> Iterator[pa.Table]:
-    """Each table once for every value of an integer column, in the order of the values."""
+    """The rows of each table, grouped by the value of an integer column, in ascending order of the values."""
     for table in tables:
         values = table[name].to_numpy()
         order = np.argsort(values, kind="stable")
@@ -208,9 +139,9 @@ def _constant(value: Any, num_rows: int, kind: Any) -> Any:
     return pa.repeat(pa.scalar(value, kind), num_rows)
 
 
-def _collect(blocks: Iterable[pa.Table], layouts: Sequence[Layout]) -> Staged:
-    users, items, fragments = IdEncoder(), IdEncoder(), IdEncoder()
-    good: list[list[_Piece]] = [[] for _ in layouts]
+def _collect(blocks: Iterable[pa.Table], layouts: Sequence[Layout]) -> Ingested:
+    users, items, text_files = IdEncoder(), IdEncoder(), IdEncoder()
+    valid: list[list[_Stretch]] = [[] for _ in layouts]
     refused: list[pa.Table] = [_REFUSED.empty_table()]
     rows_in = [0] * len(layouts)
     for block in by_column(blocks, "source"):
@@ -218,48 +149,49 @@ def _collect(blocks: Iterable[pa.Table], layouts: Sequence[Layout]) -> Staged:
         rows_in[source] += len(block)
         refused.append(block.filter(pc.is_valid(block["reason"])).select(_REFUSED.names))
         for kept in by_column([block.filter(pc.is_null(block["reason"]))], "file"):
-            columns = {name: kept[name].to_numpy() for name in ("rating", "time", "place")}
-            columns |= {"user": users.of(kept["user"]), "item": items.of(kept["item"])}
-            columns |= {"fragment": fragments.of(kept["fragment"])}
-            good[source].append(_Piece.of(kept["file"][0].as_py(), kept["line"].to_numpy(), columns))
-    rows = [_in_order(pieces) for pieces in good]
-    quarantine = _labeled(pa.concat_tables(refused), layouts)
-    assert sum(rows_in) == sum(map(len, rows)) + len(quarantine), "a row was lost between reading and staging"
-    return Staged(rows, users.strings(), items.strings(), list(fragments), quarantine, rows_in)
+            columns = {name: kept[name].to_numpy() for name in ("rating", "time", "text_row")}
+            columns |= {"user": users.encode(kept["user"]), "item": items.encode(kept["item"])}
+            columns |= {"text_file": text_files.encode(kept["text_file"])}
+            valid[source].append(_Stretch.of(kept["file"][0].as_py(), kept["line"].to_numpy(), columns))
+    rows = [_joined(stretches) for stretches in valid]
+    refused_rows = _with_names(pa.concat_tables(refused), layouts)
+    assert sum(rows_in) == sum(map(len, rows)) + len(refused_rows), "a row was lost between reading and collecting"
+    return Ingested(rows, users.strings(), items.strings(), list(text_files), refused_rows, rows_in)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
-    """Good rows of consecutive lines of one file: columns of `Rows`. `first` and `last` are (file, line)."""
+class _Stretch:
+    """Valid rows of consecutive lines of one file, as columns of `Rows`. `first` and `last` are (file, line)."""
 
     first: tuple[int, int]
     last: tuple[int, int]
     columns: dict[str, Array]
 
     @classmethod
-    def of(cls, file: int, line: Array, columns: dict[str, Array]) -> _Piece:
+    def of(cls, file: int, line: Array, columns: dict[str, Array]) -> _Stretch:
         order = np.argsort(line)
         typed = {name: column[order].astype(_TYPES.get(name, np.int32)) for name, column in columns.items()}
         return cls((file, int(line[order[0]])), (file, int(line[order[-1]])), typed)
 
 
-def _in_order(pieces: list[_Piece]) -> Rows:
-    """The rows of one source by file and line, whichever task was done first. Takes the pieces' columns away."""
-    pieces = sorted(pieces, key=lambda piece: piece.first)
-    for one, after in itertools.pairwise(pieces):
-        assert one.last < after.first, "two tasks had lines of the same stretch"
+def _joined(stretches: list[_Stretch]) -> Rows:
+    """The rows of one source by file and line, whichever task finished first. Empties the stretches, to save memory."""
+    stretches = sorted(stretches, key=lambda stretch: stretch.first)
+    for earlier, later in itertools.pairwise(stretches):
+        assert earlier.last < later.first, "two tasks had overlapping lines"
     joined = {}
     for field in dataclasses.fields(Rows):
-        parts = [piece.columns.pop(field.name) for piece in pieces]
+        parts = [stretch.columns.pop(field.name) for stretch in stretches]
         joined[field.name] = np.concatenate([np.empty(0, _TYPES.get(field.name, np.int32)), *parts])
     return Rows(**joined)
 
 
-def _labeled(refused: pa.Table, layouts: Sequence[Layout]) -> pa.Table:
+def _with_names(refused: pa.Table, layouts: Sequence[Layout]) -> pa.Table:
+    """Refused rows, sorted, with the names of sources and files in place of their numbers."""
     refused = refused.sort_by([(name, "ascending") for name in ("source", "file", "line")])
     labels = [layout.file_labels for layout in layouts]
-    places = zip(refused["source"].to_pylist(), refused["file"].to_pylist(), strict=True)
-    files = [labels[source][file] for source, file in places]
+    numbers = zip(refused["source"].to_pylist(), refused["file"].to_pylist(), strict=True)
+    files = [labels[source][file] for source, file in numbers]
     roles = [layouts[source].role for source in refused["source"].to_pylist()]
     return pa.table(
         [pa.array(roles, pa.string()), pa.array(files, pa.string()), refused["line"], refused["reason"]],

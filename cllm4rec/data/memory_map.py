@@ -1,8 +1,8 @@
-"""Rows that a process reads as if they were in memory, and that the kernel may keep on disk.
+"""Documents and histories whose arrays are memory-mapped files, so that they need not fit in memory.
 
-    documents = on_disk(parts)
+    documents = memory_mapped(parts)
 
-The files lie in TMPDIR without a name, so they are gone with the process however it ends.
+The files are unnamed files in TMPDIR: the system removes them when the process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from cllm4rec.arrays.histories import Histories
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.documents import Documents
 from cllm4rec.errors import ResourceError
+from cllm4rec.typing import Array
 
 Rows = TypeVar("Rows", Documents, Histories)
 
 
-def on_disk(parts: Iterable[Rows]) -> Rows:
-    """All parts, one after another, as one whose arrays are maps of files. Only one part is in memory at a time.
+def memory_mapped(parts: Iterable[Rows]) -> Rows:
+    """Concatenate all parts into one object with memory-mapped arrays. One part is in memory at a time.
 
-    Raises ResourceError where TMPDIR is full, ValueError where there is no part.
+    Raises ResourceError if TMPDIR is full, and ValueError if there is no part.
     """
     columns: dict[str, _Column] = {}
     kind: type[Rows] | None = None
@@ -41,13 +41,13 @@ def on_disk(parts: Iterable[Rows]) -> Rows:
 
 
 class _Column:
-    """An array, or a Ragged's values and offsets."""
+    """One column: the file of an array, or the files of the values and offsets of a Ragged."""
 
     def __init__(self) -> None:
         self._files: list[_File] = []
         self._end = 0
 
-    def append(self, rows: npt.NDArray[Any] | Ragged) -> None:
+    def append(self, rows: Array | Ragged) -> None:
         if not self._files:
             self._files = [_File() for _ in range(2 if isinstance(rows, Ragged) else 1)]
             if isinstance(rows, Ragged):
@@ -59,17 +59,17 @@ class _Column:
         self._files[1].append(rows.offsets[1:] + self._end)
         self._end += len(rows.values)
 
-    def mapped(self) -> npt.NDArray[Any] | Ragged:
+    def mapped(self) -> Array | Ragged:
         arrays = [file.mapped() for file in self._files]
         return Ragged(*arrays) if len(arrays) == 2 else arrays[0]
 
 
 class _File:
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - its map outlives it
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - the memory map outlives it
         self._dtype: Any = None
 
-    def append(self, array: npt.NDArray[Any]) -> None:
+    def append(self, array: Array) -> None:
         assert self._dtype in (None, array.dtype), "parts differ in type"
         self._dtype = array.dtype
         try:
@@ -77,11 +77,11 @@ class _File:
             self._file.flush()
         except OSError as error:
             raise ResourceError(
-                f"{tempfile.gettempdir()} cannot take what a worker keeps on disk ({error.strerror}); set TMPDIR to a "
-                "folder with more room on every node"
+                f"a worker cannot write its documents to {tempfile.gettempdir()} ({error.strerror}); set TMPDIR to a folder with "
+                "more space on every node"
             ) from None
 
-    def mapped(self) -> npt.NDArray[Any]:
-        if not self._file.tell():  # nothing cannot be mapped
+    def mapped(self) -> Array:
+        if not self._file.tell():  # an empty file cannot be mapped
             return np.empty(0, self._dtype)
         return np.asarray(np.memmap(self._file, self._dtype, mode="r"))

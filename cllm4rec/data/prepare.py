@@ -1,11 +1,12 @@
-"""The prepare stage: raw interactions and texts → `prepared/` (see `cllm4rec.data.prepared` for what lies there).
+"""The prepare stage: raw interactions and texts → `prepared/` (`cllm4rec.data.prepared` describes its files).
 
     validate → erased users → duplicates → threshold → k-core → catalog → split → tokenize the training texts → buckets →
     audit
 
-Texts stay out of this process but for the catalog's own and, one file at a time, those a tokenizer learns from.
+This process holds the texts of the catalog and, one staging file at a time, the texts a tokenizer is trained on. All other
+texts are only read by tasks.
 
-Lengths: E interactions kept.
+Lengths: E interactions dataset.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cllm4rec.arrays.histories import SPLITS
 from cllm4rec.arrays.ids import Catalog, TokenSpace
 from cllm4rec.config import BackboneSize, Config, DataConfig, Source
-from cllm4rec.data.document_files import LEAKS, Corpus, Facts, chosen_texts, tokenize, write_buckets
+from cllm4rec.data.document_files import LEAKS, Interactions, PrepareContext, read_texts, tokenize, write_buckets
 from cllm4rec.data.documents import Kind
 from cllm4rec.data.formats import ROLES, Layout, Role
-from cllm4rec.data.ingest import Staged, quiet_data_context, stage
+from cllm4rec.data.ingest import Ingested, ingest
 from cllm4rec.data.prepared import PromptTokens, num_buckets
+from cllm4rec.data.ray_data import Executor, RayExecutor
 from cllm4rec.data.records import Limits
 from cllm4rec.data.sources import fingerprint, inspect, source_files
 from cllm4rec.data.split import TEST, TRAIN, hash_ids, k_core, last_of_pairs, shuffle_keys, split_rows
@@ -47,41 +48,42 @@ from cllm4rec.storage.files import (
     write_table,
 )
 from cllm4rec.storage.tombstones import Tombstones
-
-Array = npt.NDArray[Any]
+from cllm4rec.typing import Array
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(config: Config) -> Manifest:
-    """Run the stage and return the manifest of `config.run.prepared`. Ray must be connected.
+def prepare(config: Config, executor: Executor | None = None) -> Manifest:
+    """Write `config.run.prepared` and return its manifest.
 
-    The same input and config give the same bytes. Raises DataError or ConfigError with one sentence for input that does
-    not fit, and leaves what stood at the directory before.
+    Tasks run on `executor`, by default on the connected Ray cluster. The same input and config give the same bytes with
+    any executor. Raises DataError or ConfigError with one sentence for input that does not fit; the directory that was
+    there before then stays.
     """
+    executor = executor or RayExecutor()
     layouts = [inspect(source, role, config.data.min_rating) for role, source in _sources(config.data)]
     inputs, resolved = prepare_inputs(config), config.model_dump(mode="json")
     uri = config.run.prepared
-    with write_directory(uri, kind="prepared", inputs=inputs, config=resolved) as draft, quiet_data_context():
+    with write_directory(uri, kind="prepared", inputs=inputs, config=resolved) as draft, executor.session():
         staging = absolute(draft.path("staging"))
-        staged = stage(layouts, Limits.of(config.data), staging)
-        _quarantine(staged, layouts, config.data, draft)
-        # Read after the inputs' digest: who is erased meanwhile is left out too, and the stage runs once more.
-        staged = _without_erased(staged, Tombstones.load(config.output_dir), draft.counts)
-        kept = _keep(staged, config.data, draft.counts)
-        chosen, fragments = _choose_texts(kept, staged, layouts, draft.counts), staged.fragments
-        del staged  # the rows: most of what this process has held so far
-        logger.info(f"tokenizing {len(chosen):,} texts")
-        _write_catalog(kept, chosen, fragments, staging, draft)
-        corpus = _corpus(config, kept, chosen, fragments, staging, draft)
-        spelled = tokenize(corpus, chosen)
-        _audit(write_buckets(corpus, kept.user_ids, kept.facts), spelled, draft)
+        ingested = ingest(layouts, Limits.of(config.data), staging, executor)
+        _quarantine(ingested, layouts, config.data, draft)
+        # Read after the digest of the inputs: users who are erased meanwhile are left out, and the stage runs again.
+        ingested = _without_erased(ingested, Tombstones.load(config.output_dir), draft.counts)
+        dataset = _build_dataset(ingested, config.data, draft.counts)
+        selected, text_files = _select_texts(dataset, ingested, layouts, draft.counts), ingested.text_files
+        del ingested  # its rows are most of the memory used so far
+        logger.info(f"tokenizing {len(selected):,} texts")
+        _write_catalog(dataset, selected, text_files, staging, draft)
+        context = _make_context(config, dataset, selected, text_files, staging, draft)
+        spelled = tokenize(context, selected, executor)
+        _audit(write_buckets(context, dataset.user_ids, dataset.interactions, executor), spelled, draft)
         remove_directory(staging)
     return read_manifest(uri, "prepared")
 
 
 def prepare_inputs(config: Config) -> dict[str, str]:
-    """Digests of all that decides what prepare writes: the stage is current while they equal its manifest's."""
+    """Digests of everything that determines what prepare writes. The stage is up to date while its manifest has the same."""
     backbone = config.model.backbone
     tokenizer: list[Any] = ["from scratch", backbone.vocab_size] if isinstance(backbone, BackboneSize) else [backbone]
     if isinstance(backbone, str):
@@ -94,13 +96,13 @@ def prepare_inputs(config: Config) -> dict[str, str]:
         "files": digest_of([fingerprint(file) for file in files]),
         "tokenizer": digest_of(tokenizer),
         **({"erased": tombstones.digest} if len(tombstones) else {}),
-        # It decides nothing that is written, but numbers that were not checked yet have to be.
+        # It changes nothing that is written, but new expected counts must be checked.
         **({"expected": digest_of(expected.model_dump())} if expected else {}),
     }
 
 
 def _tokenizer_fingerprints(folder: str) -> list[tuple[str, str]]:
-    """Names and digests of the small files beside a backbone's weights; nothing for a name on the hub."""
+    """Names and digests of the small files beside the weights of a backbone; empty for a name on the hub."""
     if not os.path.isdir(folder):
         return []
     names = [name for name in list_files(folder) if name.endswith((".json", ".txt", ".model"))]
@@ -108,30 +110,30 @@ def _tokenizer_fingerprints(folder: str) -> list[tuple[str, str]]:
 
 
 def _sources(data: DataConfig) -> list[tuple[Role, Source]]:
-    """The sources that are given, interactions first."""
+    """The sources that the config names, interactions first."""
     sources = [(role, getattr(data, role)) for role in ROLES]
     return [(role, source) for role, source in sources if source is not None]
 
 
-def _quarantine(staged: Staged, layouts: list[Layout], data: DataConfig, draft: Draft) -> None:
-    """Write what was refused, and stop where that is too much of a source."""
-    write_table(staged.refused, draft.path("quarantine", "refused.parquet"))
+def _quarantine(ingested: Ingested, layouts: list[Layout], data: DataConfig, draft: Draft) -> None:
+    """Write the refused rows. Raises DataError if too many rows of a source were refused."""
+    write_table(ingested.refused, draft.path("quarantine", "refused.parquet"))
     draft.counts["rows"] = {}
-    for layout, rows_in, rows in zip(layouts, staged.rows_in, staged.rows, strict=True):
+    for layout, rows_in, rows in zip(layouts, ingested.rows_in, ingested.rows, strict=True):
         refused = rows_in - len(rows)
         draft.counts["rows"][layout.role] = {"in": rows_in, "good": len(rows), "quarantined": refused}
         logger.info(f"{layout.role}: {rows_in:,} rows in, {len(rows):,} good, {refused:,} quarantined")
         if refused > data.max_bad_fraction * rows_in:
             raise DataError(
                 f"{refused:,} of {rows_in:,} rows of data.{layout.role} were refused, more than data.max_bad_fraction "
-                f"{data.max_bad_fraction} allows: {_commonest(staged.refused, layout)}; correct the files or the config"
+                f"{data.max_bad_fraction} allows: {_common_reasons(ingested.refused, layout)}; correct the files or the config"
             )
         if refused:
-            logger.info(f"  quarantined because: {_commonest(staged.refused, layout)}")
+            logger.info(f"  quarantined because: {_common_reasons(ingested.refused, layout)}")
 
 
-def _commonest(refused: pa.Table, layout: Layout, most: int = 3) -> str:
-    """The commonest reasons, how often, and where each first stands."""
+def _common_reasons(refused: pa.Table, layout: Layout, most: int = 3) -> str:
+    """The most common reasons, how often each occurs, and the first line of each."""
     mine = refused.filter(pc.equal(refused["source"], layout.role))
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(mine["reason"]).to_pylist()}
     sentences = []
@@ -141,35 +143,35 @@ def _commonest(refused: pa.Table, layout: Layout, most: int = 3) -> str:
     return ", ".join(sentences)
 
 
-def _without_erased(staged: Staged, tombstones: Tombstones, counts: dict[str, Any]) -> Staged:
-    """Leave out every row of an erased user; only their number is told."""
+def _without_erased(ingested: Ingested, tombstones: Tombstones, counts: dict[str, Any]) -> Ingested:
+    """Leave out all rows of erased users. Only their number is logged."""
     if not len(tombstones):
-        return staged
-    erased = np.flatnonzero(tombstones.contains(staged.user_ids))
-    rows = [source.take(np.flatnonzero(~np.isin(source.user, erased))) for source in staged.rows]
-    left_out = sum(map(len, staged.rows)) - sum(map(len, rows))
+        return ingested
+    erased = np.flatnonzero(tombstones.contains(ingested.user_ids))
+    rows = [source.take(np.flatnonzero(~np.isin(source.user, erased))) for source in ingested.rows]
+    left_out = sum(map(len, ingested.rows)) - sum(map(len, rows))
     counts["erased"] = {"rows": left_out}
     logger.info(f"left out: {left_out:,} rows of erased users")
-    return dataclasses.replace(staged, rows=rows)
+    return dataclasses.replace(ingested, rows=rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kept:
-    """What is left after the rules: facts about users and items by index, and where the text of each fact lies."""
+class _Dataset:
+    """The users, items and interactions that are kept, by index, and where the text of each interaction is staged."""
 
     user_ids: Array
     item_ids: Array
     user_of_code: Array
     item_of_code: Array
-    """Index of each id code of `Staged`, -1 where the id was left out."""
-    facts: Facts
-    fragment: Array
-    place: Array
+    """The index of each id of `Ingested`; -1 for an id that is not dataset."""
+    interactions: Interactions
+    text_file: Array
+    text_row: Array
 
 
-def _keep(staged: Staged, data: DataConfig, counts: dict[str, Any]) -> _Kept:
-    """Duplicates, threshold, k-core, catalog and split. Raises DataError where nothing is left."""
-    rows = staged.rows[0]
+def _build_dataset(ingested: Ingested, data: DataConfig, counts: dict[str, Any]) -> _Dataset:
+    """Apply duplicates, threshold, k-core, catalog and split. Raises DataError if no interaction is left."""
+    rows = ingested.rows[0]
     latest = np.flatnonzero(last_of_pairs(rows.user, rows.item, rows.time))
     liked = latest if data.min_rating is None else latest[rows.rating[latest] > data.min_rating]
     core = liked[k_core(rows.user[liked], rows.item[liked], data.core)]
@@ -185,30 +187,31 @@ def _keep(staged: Staged, data: DataConfig, counts: dict[str, Any]) -> _Kept:
             f"{dropped['below_threshold']:,} not rated above data.min_rating {data.min_rating}, and of the rest no "
             f"users and items have data.core {data.core} with each other; lower data.core or data.min_rating"
         )
-    kept = _indexed(staged, core, data)
-    _count_facts(kept, counts)
+    dataset = _index_and_split(ingested, core, data)
+    _count(dataset, counts)
     _check_counts(counts, data)
-    return kept
+    return dataset
 
 
-def _indexed(staged: Staged, core: Array, data: DataConfig) -> _Kept:
-    """Give the users and items of these rows their indices (sorted by id) and every row its split, in the order user,
-    time, item.
+def _index_and_split(ingested: Ingested, core: Array, data: DataConfig) -> _Dataset:
+    """Number the users and items of these rows by sorted id, and assign a split to each row.
+
+    Interactions are sorted by user, time and item.
     """
-    rows = staged.rows[0]
-    user_ids, user_of_code = _cataloged(rows.user[core], staged.user_ids)
-    item_ids, item_of_code = _cataloged(rows.item[core], staged.item_ids)
+    rows = ingested.rows[0]
+    user_ids, user_of_code = _sorted_ids(rows.user[core], ingested.user_ids)
+    item_ids, item_of_code = _sorted_ids(rows.item[core], ingested.item_ids)
     user_E, item_E, time_E = user_of_code[rows.user[core]], item_of_code[rows.item[core]], rows.time[core]
     shuffle_E = shuffle_keys(hash_ids(user_ids)[user_E], hash_ids(item_ids)[item_E], data.split.seed)
     split_E = split_rows(user_E, time_E, shuffle_E, data.split)
     order = np.lexsort((item_E, time_E, user_E))
-    facts = Facts(user_E[order], item_E[order], split_E[order], time_E[order])
-    place = core[order]
-    return _Kept(user_ids, item_ids, user_of_code, item_of_code, facts, rows.fragment[place], rows.place[place])
+    interactions = Interactions(user_E[order], item_E[order], split_E[order], time_E[order])
+    texts = rows.text_file[core[order]], rows.text_row[core[order]]
+    return _Dataset(user_ids, item_ids, user_of_code, item_of_code, interactions, *texts)
 
 
-def _cataloged(code_E: Array, ids: Array) -> tuple[Array, Array]:
-    """The ids that occur, sorted, and the index of every code."""
+def _sorted_ids(code_E: Array, ids: Array) -> tuple[Array, Array]:
+    """The ids that occur, sorted, and the index of each code among them (-1 if it does not occur)."""
     codes = np.unique(code_E)
     codes = codes[np.argsort(ids[codes])]
     index = np.full(len(ids), -1, np.int32)
@@ -216,16 +219,16 @@ def _cataloged(code_E: Array, ids: Array) -> tuple[Array, Array]:
     return ids[codes], index
 
 
-def _count_facts(kept: _Kept, counts: dict[str, Any]) -> None:
-    facts = kept.facts
-    by_split = np.bincount(facts.split, minlength=len(SPLITS)).tolist()
-    tested = len(np.unique(facts.user[facts.split == TEST]))
+def _count(dataset: _Dataset, counts: dict[str, Any]) -> None:
+    interactions = dataset.interactions
+    by_split = np.bincount(interactions.split, minlength=len(SPLITS)).tolist()
+    num_tested = len(np.unique(interactions.user[interactions.split == TEST]))
     counts |= {
-        "users": len(kept.user_ids),
-        "items": len(kept.item_ids),
-        "interactions": len(facts.user),
+        "users": len(dataset.user_ids),
+        "items": len(dataset.item_ids),
+        "interactions": len(interactions.user),
         "by_split": dict(zip(SPLITS, by_split, strict=True)),
-        "users_without_test": len(kept.user_ids) - tested,
+        "users_without_test": len(dataset.user_ids) - num_tested,
     }
     logger.info(
         f"left out: {counts['duplicates']:,} duplicates, {counts['below_threshold']:,} below the threshold, "
@@ -239,7 +242,7 @@ def _count_facts(kept: _Kept, counts: dict[str, Any]) -> None:
 
 
 def _check_counts(counts: dict[str, Any], data: DataConfig) -> None:
-    """Raises DataError where `data.expected` names other numbers than were kept."""
+    """Raises DataError if `data.expected` names other numbers than were dataset."""
     if data.expected is None:
         return
     expected = data.expected.model_dump()
@@ -252,81 +255,82 @@ def _check_counts(counts: dict[str, Any], data: DataConfig) -> None:
         )
 
 
-def _choose_texts(kept: _Kept, staged: Staged, layouts: list[Layout], counts: dict[str, Any]) -> pa.Table:
-    """The texts a model may see (as `chosen_texts` reads them): reviews of training pairs, items' and users' texts.
+def _select_texts(dataset: _Dataset, ingested: Ingested, layouts: list[Layout], counts: dict[str, Any]) -> pa.Table:
+    """The texts that a model may see, as a table for `read_texts`: reviews of training pairs, texts of items and users.
 
-    Leaving out the reviews of held-out pairs is the leak rule.
+    Reviews of validation and test pairs are left out: they would leak held-out data into training.
     """
     tables = []
-    for layout, rows in zip(layouts, staged.rows, strict=True):
+    for layout, rows in zip(layouts, ingested.rows, strict=True):
         if not layout.text_columns:
             continue
         if layout.role == "interactions":
-            train = np.flatnonzero(kept.facts.split == TRAIN)
-            user, item = kept.facts.user[train], kept.facts.item[train]
-            tables.append(_chosen(Kind.REVIEW, user, item, kept.fragment[train], kept.place[train]))
+            train = np.flatnonzero(dataset.interactions.split == TRAIN)
+            user, item = dataset.interactions.user[train], dataset.interactions.item[train]
+            tables.append(_text_table(Kind.REVIEW, user, item, dataset.text_file[train], dataset.text_row[train]))
             continue
-        index = kept.item_of_code[rows.item] if layout.role == "items" else kept.user_of_code[rows.user]
-        last = _last_of_each(index)
+        index = dataset.item_of_code[rows.item] if layout.role == "items" else dataset.user_of_code[rows.user]
+        last = _last_occurrences(index)
         counts[f"unknown_{layout.role}"] = int((index < 0).sum())
         none = np.full(len(last), -1, np.int64)
         user, item = (none, index[last]) if layout.role == "items" else (index[last], none)
         kind = Kind.ITEM_TEXT if layout.role == "items" else Kind.USER_TEXT
-        tables.append(_chosen(kind, user, item, rows.fragment[last], rows.place[last]))
-    return pa.concat_tables(tables) if tables else _chosen(Kind.REVIEW, *[np.empty(0, np.int64)] * 4)
+        tables.append(_text_table(kind, user, item, rows.text_file[last], rows.text_row[last]))
+    return pa.concat_tables(tables) if tables else _text_table(Kind.REVIEW, *[np.empty(0, np.int64)] * 4)
 
 
-def _chosen(kind: Kind, user: Array, item: Array, fragment: Array, place: Array) -> pa.Table:
-    columns = {"fragment": fragment, "place": place, "user": user, "item": item}
+def _text_table(kind: Kind, user: Array, item: Array, text_file: Array, text_row: Array) -> pa.Table:
+    columns = {"text_file": text_file, "text_row": text_row, "user": user, "item": item}
     return pa.table(
         {name: pa.array(column, pa.int32()) for name, column in columns.items()}
         | {"kind": pa.repeat(pa.scalar(int(kind), pa.int8()), len(user))}
     )
 
 
-def _last_of_each(index: Array) -> Array:
-    """Places of the last occurrence of every index, -1 left out."""
-    backwards = index[::-1]
-    found, place = np.unique(backwards, return_index=True)
-    return np.sort(len(index) - 1 - place[found >= 0])
+def _last_occurrences(index: Array) -> Array:
+    """Where each index occurs last, ascending; -1 is left out."""
+    found, from_end = np.unique(index[::-1], return_index=True)
+    return np.sort(len(index) - 1 - from_end[found >= 0])
 
 
-def _write_catalog(kept: _Kept, chosen: pa.Table, fragments: list[str], staging: str, draft: Draft) -> None:
-    user_texts, item_texts = [""] * len(kept.user_ids), [""] * len(kept.item_ids)
-    described = chosen.filter(pc.not_equal(chosen["kind"], int(Kind.REVIEW)))
-    for rows, texts in chosen_texts(staging, fragments, described):
+def _write_catalog(dataset: _Dataset, selected: pa.Table, text_files: list[str], staging: str, draft: Draft) -> None:
+    user_texts, item_texts = [""] * len(dataset.user_ids), [""] * len(dataset.item_ids)
+    described = selected.filter(pc.not_equal(selected["kind"], int(Kind.REVIEW)))
+    for rows, texts in read_texts(staging, text_files, described):
         for user, item, text in zip(rows["user"].to_pylist(), rows["item"].to_pylist(), texts, strict=True):
             if user >= 0:
                 user_texts[user] = text
             else:
                 item_texts[item] = text
-    trained = kept.facts.item[kept.facts.split == TRAIN]
-    num_train = np.bincount(trained, minlength=len(kept.item_ids)).tolist()
-    Catalog(kept.user_ids.tolist(), kept.item_ids.tolist(), user_texts, item_texts, num_train).save(draft.uri)
+    trained = dataset.interactions.item[dataset.interactions.split == TRAIN]
+    num_train = np.bincount(trained, minlength=len(dataset.item_ids)).tolist()
+    Catalog(dataset.user_ids.tolist(), dataset.item_ids.tolist(), user_texts, item_texts, num_train).save(draft.uri)
 
 
-def _corpus(config: Config, kept: _Kept, chosen: pa.Table, fragments: list[str], staging: str, draft: Draft) -> Corpus:
-    """Write the tokenizer and the prompts, and gather what the tasks need to know."""
-    texts = (text for _, texts in chosen_texts(staging, fragments, chosen) for text in texts)
+def _make_context(
+    config: Config, dataset: _Dataset, selected: pa.Table, text_files: list[str], staging: str, draft: Draft
+) -> PrepareContext:
+    """Write the tokenizer and the prompts, and return what the tasks share."""
+    texts = (text for _, texts in read_texts(staging, text_files, selected) for text in texts)
     save_tokenizer(config.model, texts, draft.path("tokenizer"))
     encoder = Encoder.load(draft.path("tokenizer"))
     prompt_tokens = PromptTokens(tokenize_prompts(encoder), encoder.num_words)
     prompt_tokens.save(draft.uri)
     draft.counts["num_words"] = prompt_tokens.num_words
-    return Corpus(
+    return PrepareContext(
         staging=staging,
-        fragments=fragments,
+        text_files=text_files,
         prepared=absolute(draft.uri),
         tokenizer_digest=digest_of_file(draft.path("tokenizer", "tokenizer.json")),
         prompts=prompt_tokens.prompts,
-        space=TokenSpace(prompt_tokens.num_words, len(kept.user_ids), len(kept.item_ids)),
-        buckets=num_buckets(len(kept.user_ids)),
+        token_space=TokenSpace(prompt_tokens.num_words, len(dataset.user_ids), len(dataset.item_ids)),
+        num_buckets=num_buckets(len(dataset.user_ids)),
         max_text_tokens=config.data.max_text_tokens,
     )
 
 
 def _audit(totals: Counter[str], spelled: int, draft: Draft) -> None:
-    """Print and save the leakage audit; a leak would be our mistake, and stops the stage."""
+    """Write and log the leakage audit. A leak is a bug of this package, so it stops the stage with an AssertionError."""
     leaks = {name: totals[name] for name in LEAKS}
     write_json(draft.path("audit.json"), leaks | {"texts_that_spell_an_id": spelled})
     for table in ("documents", "tokens"):

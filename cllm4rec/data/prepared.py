@@ -1,43 +1,44 @@
-"""What is in a `prepared/` directory and how to read it: the contract between `prepare` and every later stage.
+"""The files of a `prepared/` directory and how to read them: the contract between `prepare` and all later stages.
 
     prepared/
       users.parquet, items.parquet         the Catalog: index, id, text (items also num_train, the training interactions)
       tokenizer/                           the backbone's tokenizer, as `save_pretrained` writes it
-      prompts.json                         the prompts' words as token ids (Prompts), and num_words (N)
+      prompts.json                         the words of the prompts as token ids (Prompts), and num_words (N)
       interactions/bucket-00000.parquet    user, item, split (SPLITS), time; sorted by user, time, item
-      histories/bucket-00000.parquet       the same facts, a row a user: user, user_id, train, validation, test (lists of
-                                           item indices, oldest first): what streams through scoring
-      documents/bucket-00000.parquet       kind, user, item, prompt, main (Documents), in order of kind, user, item
-      quarantine/                          file, line, reason of every refused row; never its text
+      histories/bucket-00000.parquet       the same with one row per user: user, user_id, train, validation, test (lists
+                                           of item indices, oldest first); read by scoring
+      documents/bucket-00000.parquet       kind, user, item, prompt, main (Documents); sorted by kind, user, item
+      quarantine/                          file, line and reason of each refused row; never its text
       audit.json                           the leakage audit
-Buckets partition the users (and, for item texts, the items): a worker owns whole buckets, so a user's documents are all on one worker.
+
+Buckets partition the users (and, for item texts, the items). A worker reads whole buckets, so all documents of a user are on
+one worker.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cllm4rec.arrays.histories import SPLITS, Histories
 from cllm4rec.arrays.ids import TokenSpace, read_sizes
 from cllm4rec.data.documents import Documents, Prompts
 from cllm4rec.storage.files import filesystem, join, read_json, read_tables, write_json
+from cllm4rec.typing import Array, IntArray
 
 USERS_PER_BUCKET = 4096
 MIN_BUCKETS = 16
 
 
 def num_buckets(num_users: int) -> int:
-    """Enough buckets that one is small beside a worker's memory and that 16 workers can share the smallest data set."""
+    """So many buckets that each fits easily in memory, and that 16 workers can share even the smallest data set."""
     return max(MIN_BUCKETS, -(-num_users // USERS_PER_BUCKET))
 
 
-def bucket_of(index: npt.NDArray[Any], total: int, buckets: int) -> npt.NDArray[np.int64]:
-    """Bucket of each user (or item) index out of `total`: contiguous ranges of nearly equal size."""
+def bucket_of(index: Array, total: int, buckets: int) -> IntArray:
+    """The bucket of each user (or item) index out of `total`. Buckets are contiguous ranges of nearly equal size."""
     return np.asarray(index, np.int64) * buckets // max(total, 1)
 
 
@@ -46,7 +47,7 @@ def bucket_name(bucket: int) -> str:
 
 
 def bucket_paths(prepared_dir: str, table: str, rank: int = 0, world_size: int = 1) -> list[str]:
-    """Files of `interactions`, `histories` or `documents` that belong to worker `rank` of `world_size`, in order."""
+    """The files of `interactions`, `histories` or `documents` that worker `rank` of `world_size` reads, in order."""
     fs, path = filesystem(join(prepared_dir, table))
     names = sorted(str(name).rsplit("/", 1)[-1] for name in fs.ls(path, detail=False))
     return [join(prepared_dir, table, name) for name in names if name.endswith(".parquet")][rank::world_size]
@@ -54,7 +55,7 @@ def bucket_paths(prepared_dir: str, table: str, rank: int = 0, world_size: int =
 
 @dataclasses.dataclass(frozen=True)
 class PromptTokens:
-    """What the tokenizer fixed at prepare: the prompts' tokens and N."""
+    """The tokens of the prompts and the number of words N, as `prepare` wrote them."""
 
     prompts: Prompts
     num_words: int
@@ -69,22 +70,22 @@ class PromptTokens:
 
 
 def load_histories(prepared_dir: str) -> Histories:
-    """Everybody's history, in order of user."""
+    """The histories of all users, in order of user index."""
     return Histories.from_arrow(read_tables(bucket_paths(prepared_dir, "histories"), ["user", *SPLITS]))
 
 
 def load_documents(prepared_dir: str, rank: int = 0, world_size: int = 1) -> Documents:
-    """One worker's documents, read without Ray; see `cllm4rec.training.ray_trainer` for the same through Ray Data."""
+    """The documents of one worker, read without Ray. `cllm4rec.training.ray_trainer` reads them with Ray Data."""
     return Documents.from_arrow(read_tables(bucket_paths(prepared_dir, "documents", rank, world_size))).in_order()
 
 
 def documents_by_bucket(prepared_dir: str) -> Iterator[Documents]:
-    """All documents, a bucket of users at a time: no more of them is in memory."""
+    """All documents, one bucket at a time, so that only one bucket is in memory."""
     for path in bucket_paths(prepared_dir, "documents"):
         yield Documents.from_arrow(read_tables([path]))
 
 
 def load_token_space(prepared_dir: str) -> tuple[PromptTokens, TokenSpace]:
-    """What the tokenizer fixed and the sizes of the token ids; the catalog is not read."""
+    """The prompts and the token space, without reading the catalog."""
     prompt_tokens = PromptTokens.load(prepared_dir)
     return prompt_tokens, TokenSpace(prompt_tokens.num_words, *read_sizes(prepared_dir))

@@ -1,9 +1,9 @@
-"""Raw bytes → records → validated rows. Plain functions; `cllm4rec.data.ingest` hands them to Ray Data.
+"""Raw bytes → records → validated rows, as plain functions. `cllm4rec.data.ingest` runs them as tasks.
 
-    for records in read_records(file, layout, limits):         records of one file, streaming, bounded memory
-        rows = parse_records(records, layout, limits)          validated, or refused with a reason
+    for records in read_records(file, layout, limits):         # streams one file in bounded memory
+        rows = parse_records(records, layout, limits)          # valid rows, and refused ones with a reason
 
-Nothing of a refused record but its file, line and reason goes on. Rows in = rows good + rows refused.
+Of a refused record only file, line and reason are kept. Each record becomes one valid or one refused row.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BAD_TIME = "timestamp is not a time"
 TOO_DEEP = "text is nested too deeply"
 
 RECORDS = pa.schema([("line", pa.int64()), ("record", pa.large_binary()), ("reason", pa.string())])
-"""What `read_records` yields: a record's bytes, or a null and the reason why there are none."""
+"""What `read_records` yields: the bytes of a record, or null and the reason why it was refused."""
 
 ROWS = pa.schema(
     [
@@ -62,11 +62,11 @@ ROWS = pa.schema(
         ("reason", pa.string()),
     ]
 )
-"""What `parse_records` returns: `time` in unix seconds; a refused row has a `reason` and nothing else but its line."""
+"""What `parse_records` returns. `time` is in Unix seconds. A refused row has only `line` and `reason`."""
 
 
-class Refused(Exception):  # noqa: N818 - a verdict on a row, not an error of the program
-    """A record that is not taken; its message is the reason."""
+class Refused(Exception):  # noqa: N818 - describes a row, not an error of the program
+    """A record is refused; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Limits:
 
 
 def require(names: Iterable[str], found: Sequence[str], layout: Layout) -> None:
-    """Raise DataError for the first name that is not among the columns found."""
+    """Raise DataError for the first of `names` that is not in `found`."""
     missing = [name for name in names if name not in found]
     if missing:
         advice = ", or set data.min_rating to null" if missing[0] == layout.columns.rating else ""
@@ -91,7 +91,7 @@ def require(names: Iterable[str], found: Sequence[str], layout: Layout) -> None:
 
 
 def open_file(file: str, layout: Layout) -> Any:
-    """The bytes of a file, unpacked where its name ends in .gz."""
+    """The bytes of a file, unpacked if its name ends in .gz."""
     fs, path = filesystem(file)
     stream = fs.open(path, "rb")
     packed = stream.read(2) == b"\x1f\x8b"
@@ -133,8 +133,8 @@ def header_of(line: bytes, layout: Layout) -> tuple[str, ...]:
 def read_records(file: str, layout: Layout, limits: Limits) -> Iterator[pa.Table]:
     """The records of one file as tables of schema RECORDS, about CHUNK_BYTES each.
 
-    Lines are counted from 1, a header included; a parquet file's records are blocks of rows, its lines row numbers.
-    A line above the limit is dropped as it streams by, so neither it nor a gzip bomb is ever whole in memory.
+    Lines are counted from 1 and include the header. The records of a Parquet file are blocks of rows, and its lines are row
+    numbers. A line above the limit is dropped while it is read, so neither it nor a gzip bomb is ever in memory as a whole.
     """
     if layout.shape == "parquet":
         yield from _parquet_records(file, layout)
@@ -149,9 +149,9 @@ def read_records(file: str, layout: Layout, limits: Limits) -> Iterator[pa.Table
 
 
 def _lines(stream: Any, max_bytes: int) -> Iterator[bytes | str]:
-    """Every line without its end; a `str` stands for a line that is refused and says why."""
+    """Each line without its end as bytes. A `str` is the reason why a line is refused."""
     rest, skipping = b"", False
-    # One step at a time: where a gzip file breaks off, `read` would lose all that it had unpacked before.
+    # Small steps: at the end of a truncated gzip file, `read` would lose everything it has unpacked so far.
     read = getattr(stream, "read1", stream.read)
     while True:
         try:
@@ -172,7 +172,7 @@ def _lines(stream: Any, max_bytes: int) -> Iterator[bytes | str]:
 
 
 def numbered_lines(stream: Any, max_bytes: int) -> Iterator[tuple[int, bytes | str]]:
-    """Lines and their numbers from 1, without blank lines, carriage returns and a byte order mark."""
+    """Lines and their numbers from 1. Blank lines, carriage returns and a byte order mark are removed."""
     for number, line in enumerate(_lines(stream, max_bytes), start=1):
         if isinstance(line, bytes):
             line = line.rstrip(b"\r")
@@ -182,9 +182,9 @@ def numbered_lines(stream: Any, max_bytes: int) -> Iterator[tuple[int, bytes | s
 
 
 def _quoted_records(lines: Iterator[tuple[int, bytes | str]], max_bytes: int) -> Iterator[tuple[int, bytes | str]]:
-    """Lines joined where a quoted field goes over several of them.
+    """Join the lines of each quoted field that spans several lines.
 
-    A record that grows above the limit or is never closed is refused line by line, so that no line goes uncounted.
+    A record that exceeds the limit or never ends is refused line by line, so that each line is counted.
     """
     held: list[tuple[int, bytes]] = []
     size = 0
@@ -219,7 +219,7 @@ def _check_header(first: tuple[int, bytes | str], file: str, layout: Layout) -> 
     names = header_of(line, layout) if isinstance(line, bytes) else ()
     if names != layout.names:
         raise DataError(
-            f"{posixpath.basename(file)} has the columns {', '.join(names)} where {layout.file_labels[0]} has "
+            f"{posixpath.basename(file)} has the columns {', '.join(names)}, but {layout.file_labels[0]} has "
             f"{', '.join(layout.names)}; give all files of data.{layout.role} the same header"
         )
 
@@ -243,7 +243,7 @@ def _tables(lines: Iterator[tuple[int, bytes | str]]) -> Iterator[pa.Table]:
 
 
 def _parquet_records(file: str, layout: Layout) -> Iterator[pa.Table]:
-    """Blocks of rows in Arrow's own encoding, so that they travel in the same column as lines of text."""
+    """Blocks of rows as Arrow IPC streams, which fit in the same column as lines of text."""
     parquet = open_parquet(file, layout)
     names = named_columns(layout.columns)
     require(names, parquet.schema_arrow.names, dataclasses.replace(layout, files=(file,)))
@@ -257,9 +257,9 @@ def _parquet_records(file: str, layout: Layout) -> Iterator[pa.Table]:
 
 
 def parse_records(records: pa.Table, layout: Layout, limits: Limits) -> pa.Table:
-    """Validate records (schema RECORDS) of one source. Returns a table of schema ROWS, as many rows as records.
+    """Validate records (schema RECORDS) of one source. Returns a table of schema ROWS with one row per record.
 
-    (A parquet record holds many rows, and each counts.)
+    A record of a Parquet file holds several rows, and gives as many.
     """
     csv.field_size_limit(max(limits.max_line_bytes, 1))
     columns: list[list[Any]] = [[] for _ in ROWS]
@@ -316,7 +316,7 @@ def json_fields(text: str, layout: Layout) -> dict[str, Any]:
 
 
 def _python_literal(text: str) -> Any:
-    """Amazon 2014's metadata are Python dictionaries, with single quotes."""
+    """The metadata files of Amazon 2014 hold Python dictionaries, with single quotes."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -358,7 +358,7 @@ def _validated(
 
 
 def _identifier(value: Any, missing: str, too_long: str, limits: Limits) -> str:
-    """An id as a string; whole numbers are ids too."""
+    """An id as a string. Whole numbers are ids too."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
@@ -369,7 +369,7 @@ def _identifier(value: Any, missing: str, too_long: str, limits: Limits) -> str:
 
 
 def _clean(text: str) -> str:
-    """Text that Arrow can store: JSON's escapes can spell NUL and half characters, which are refused."""
+    """Stripped text that Arrow can store. Raises Refused for NUL and lone surrogates, which JSON escapes can contain."""
     if "\0" in text:
         raise Refused(NUL)
     if not text.isascii():
@@ -381,7 +381,7 @@ def _clean(text: str) -> str:
 
 
 def _number(value: Any, reason: str) -> float:
-    """A finite number, also as digits in a string (CSV has nothing else)."""
+    """A finite number, or a string with one (CSV has only strings)."""
     if value is None or isinstance(value, bool) or (isinstance(value, str) and "_" in value):
         raise Refused(reason)
     try:
@@ -394,7 +394,7 @@ def _number(value: Any, reason: str) -> float:
 
 
 def _seconds(value: Any, layout: Layout) -> int:
-    """Unix seconds from a number, digits in a string, an ISO date (taken as UTC) or a parquet time."""
+    """Unix seconds from a number, a string with one, an ISO date (UTC) or a time of a Parquet file."""
     if isinstance(value, str) and "-" in value[1:]:
         try:
             value = datetime.fromisoformat(value.strip())
@@ -405,13 +405,13 @@ def _seconds(value: Any, layout: Layout) -> int:
     if isinstance(value, date):
         return math.floor(datetime(value.year, value.month, value.day, tzinfo=UTC).timestamp())
     number = _number(value, BAD_TIME)
-    if abs(number) > 2**53:  # beyond it, neighboring seconds are the same float
+    if abs(number) > 2**53:  # above it, floats cannot distinguish neighboring seconds
         raise Refused(BAD_TIME)
     return math.floor(number / FORMATS[layout.format].ticks_per_second)
 
 
 def _words(value: Any, depth: int = 0) -> str:
-    """A text value as text: lists and dictionaries joined, missing ones empty."""
+    """A value as text: lists and dictionaries are joined, missing values are empty."""
     if isinstance(value, str):
         return value.strip()
     if depth > MAX_TEXT_DEPTH:

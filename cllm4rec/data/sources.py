@@ -1,6 +1,6 @@
-"""What a source in the config means: its files, and the columns that are really in them.
+"""Inspect a source of the config: list its files and find its columns in them.
 
-layout = inspect(source, "interactions", min_rating=3.0)   files listed, columns found, or one clear sentence
+layout = inspect(source, "interactions", min_rating=3.0)
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from cllm4rec.storage.files import absolute, digest_of_file, filesystem, join
 from cllm4rec.storage.table import delta_files
 
 MAX_DIGESTED_BYTES = 1 << 30
-"""A larger input file is told by its size and time instead of its sha256: reading it again would cost minutes."""
+"""Larger input files are identified by size and modification time instead of sha256, which would take minutes."""
 LOOK_AT_LINES = 1000
-"""Records of the first file that are read to learn which columns a JSON source has."""
+"""How many records of the first file are read to find the columns of a JSON source."""
 
 
 def inspect(source: Source, role: Role, min_rating: float | None) -> Layout:
-    """List a source's files and look at the head of the first: which columns are there, and do they fit the config?
+    """List the files of a source, and check that the first one has the columns that are needed.
 
-    Ratings are left out where `min_rating` is None. A built-in format's text and timestamp may be absent; columns the
-    config names may not. Raises ConfigError for a mapping that says too little, DataError for files that do not fit.
+    Ratings are not read if `min_rating` is None. Text and timestamp of a built-in format may be absent; columns that the
+    config names must exist. Raises ConfigError if needed columns are not named, and DataError for files that do not fit.
     """
     wanted = _wanted_columns(source, role, min_rating)
     files = tuple(source_files(source, role))
@@ -56,7 +56,7 @@ def inspect(source: Source, role: Role, min_rating: float | None) -> Layout:
 
 
 def source_files(source: Source, role: Role) -> list[str]:
-    """A source's files as absolute paths or URIs, globs expanded and sorted. Raises DataError where one is missing."""
+    """The files of a source as absolute paths or URIs, globs expanded and sorted. Raises DataError if one is missing."""
     patterns = [source.path] if isinstance(source.path, str) else source.path
     expand = _files_of_table if source.format == "delta" else _expand
     files = [file for pattern in patterns for file in expand(pattern, role)]
@@ -66,7 +66,7 @@ def source_files(source: Source, role: Role) -> list[str]:
 
 
 def fingerprint(file: str) -> tuple[str, int, str]:
-    """What tells one state of an input file from another: its name, size and sha256."""
+    """Name, size and sha256 of an input file, to recognize that it changed."""
     fs, path = filesystem(file)
     size = int(fs.size(path))
     content = digest_of_file(file) if size <= MAX_DIGESTED_BYTES else str(fs.modified(path))
@@ -80,11 +80,13 @@ def _files_of_table(uri: str, role: Role) -> list[str]:
     except DeltaError as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
-            f"data.{role}.path {uri} is no Delta table that can be read ({reason}); check the path, or write it anew "
-            "without the feature"
+            f"data.{role}.path {uri} cannot be read as a Delta table ({reason}); check the path, or write the table again "
+            "without the unsupported feature"
         ) from None
     if table.metadata().partition_columns:
-        raise DataError(f"data.{role}.path {uri} is a partitioned Delta table; name one without partitions")
+        raise DataError(
+            f"data.{role}.path {uri} is a partitioned Delta table, which is not supported; write it without partitions"
+        )
     if not files:
         raise DataError(f"data.{role}.path {uri} is a Delta table without rows; check the path")
     return files
@@ -105,7 +107,7 @@ def _expand(pattern: str, role: Role) -> list[str]:
 
 
 def _wanted_columns(source: Source, role: Role, min_rating: float | None) -> Columns:
-    """The format's own columns, overridden by those the config names; only those the role reads."""
+    """The columns that the role reads: those of the format, replaced by those the config names."""
     own: Columns = getattr(FORMATS[source.format], role)
     merged = own.model_copy(update=source.columns.model_dump(exclude_none=True))
     if role == "interactions":
@@ -116,7 +118,7 @@ def _wanted_columns(source: Source, role: Role, min_rating: float | None) -> Col
         merged = Columns(**merged.model_dump(include=set(needed)))
     missing = [name for name in needed if getattr(merged, name) is None]
     if missing:
-        advice = " (or set data.min_rating to null where there are no ratings)" if missing == ["rating"] else ""
+        advice = " (or set data.min_rating to null if there are no ratings)" if missing == ["rating"] else ""
         raise ConfigError(
             f"format {source.format} does not say which column of data.{role} is the {' and the '.join(missing)}; "
             f"add it to data.{role}.columns{advice}"
@@ -125,14 +127,14 @@ def _wanted_columns(source: Source, role: Role, min_rating: float | None) -> Col
 
 
 def _optional(source: Source, role: Role, wanted: Columns) -> set[str]:
-    """What a built-in format may lack: its text and timestamp, unless the config asks for them by name."""
+    """Columns that may be absent: text and timestamp of a built-in format, unless the config names them."""
     own: Columns = getattr(FORMATS[source.format], role)
     maybe = named_columns(Columns(text=own.text, timestamp=own.timestamp))
     return set(maybe) - set(named_columns(source.columns)) - {wanted.user, wanted.item, wanted.rating}
 
 
 def _columns_found(layout: Layout) -> tuple[list[str], Layout]:
-    """The columns of the first file, and the layout completed by what only the file tells."""
+    """The columns of the first file, and the layout with what is known only from that file."""
     file = layout.files[0]
     if layout.shape == "parquet":
         return open_parquet(file, layout).schema_arrow.names, layout
@@ -162,7 +164,7 @@ def _json_columns(head: list[bytes], layout: Layout) -> list[str]:
             names.update(dict.fromkeys(json_fields(decoded(line, layout), layout)))
     if not names:
         raise DataError(
-            f"{layout.file_labels[0]} is not of format {layout.format}: its first lines are no JSON objects; "
+            f"{layout.file_labels[0]} is not of format {layout.format}: its first lines are not JSON objects; "
             f"correct data.{layout.role}.format"
         )
     return list(names)

@@ -1,11 +1,9 @@
-"""Interactions as integer columns: threshold, duplicates, k-core and split. Pure numpy, a line of code per rule.
+"""Interactions as integer columns: duplicates, k-core and split. Pure functions on numpy arrays.
 
-Lengths: E interactions. `user` and `item` are codes from 0; a row's place is its place in the raw files.
+Lengths: E interactions, I users. `user` and `item` are codes from 0. Rows are in the order of the raw files.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +12,15 @@ import pandas as pd
 from cllm4rec.arrays.histories import SPLITS
 from cllm4rec.arrays.random import hash_uniform
 from cllm4rec.config import Split
+from cllm4rec.typing import Array, BoolArray, FloatArray
 
-Array = npt.NDArray[Any]
 TRAIN, VALIDATION, TEST = range(len(SPLITS))
 MIN_TO_SPLIT = 3
-"""A user with fewer interactions stays in train: one for each split is not there."""
+"""A user with fewer interactions stays in train, because there is not one for each split."""
 
 
-def last_of_pairs(user_E: Array, item_E: Array, time_E: Array) -> npt.NDArray[np.bool_]:
-    """True where a row is the last of its (user, item) pair by time; of equal times, the one that comes last."""
+def last_of_pairs(user_E: Array, item_E: Array, time_E: Array) -> BoolArray:
+    """True for the last row by time of each (user, item) pair; of rows with equal times, for the last in file order."""
     order = np.lexsort((time_E, item_E, user_E))
     same_as_next = (np.diff(user_E[order]) == 0) & (np.diff(item_E[order]) == 0)
     keep = np.ones(len(user_E), bool)
@@ -30,8 +28,8 @@ def last_of_pairs(user_E: Array, item_E: Array, time_E: Array) -> npt.NDArray[np
     return keep
 
 
-def k_core(user_E: Array, item_E: Array, core: int) -> npt.NDArray[np.bool_]:
-    """True for the rows of the largest subset in which every user and every item has `core` rows or more."""
+def k_core(user_E: Array, item_E: Array, core: int) -> BoolArray:
+    """True for the rows of the largest subset in which each user and each item has at least `core` rows."""
     keep = np.ones(len(user_E), bool)
     while True:
         users = np.bincount(user_E[keep], minlength=_size(user_E))
@@ -43,11 +41,11 @@ def k_core(user_E: Array, item_E: Array, core: int) -> npt.NDArray[np.bool_]:
 
 
 def split_rows(user_E: Array, time_E: Array, shuffle_E: Array, split: Split) -> npt.NDArray[np.int8]:
-    """TRAIN, VALIDATION or TEST for every row; each user is split alone.
+    """TRAIN, VALIDATION or TEST for each row. Each user is split separately.
 
-    `random` orders a user's rows by `shuffle_E` (see `shuffle_keys`), `temporal` and `leave_one_out` by time, then
-    place. The last go to test, those before them to validation: at least one each (unless the fraction is 0), and at
-    least one stays in train. Users with fewer than MIN_TO_SPLIT rows stay in train.
+    The rows of a user are ordered by `shuffle_E` (see `shuffle_keys`) for `random`, by time and then file order for
+    `temporal` and `leave_one_out`. The last rows go to test and those before them to validation: at least one each, unless
+    the fraction is 0. At least one stays in train. Users with fewer than MIN_TO_SPLIT rows stay in train.
     """
     key_E = shuffle_E if split.kind == "random" else time_E
     order = np.lexsort((key_E, user_E))
@@ -55,7 +53,7 @@ def split_rows(user_E: Array, time_E: Array, shuffle_E: Array, split: Split) -> 
     validation_I, test_I = _held_out(count_I, split)
     start_I = np.cumsum(count_I) - count_I
     sorted_user = user_E[order]
-    # How many of the user's rows come after this one: 0 for the last.
+    # How many rows of the same user follow: 0 for the last.
     after = count_I[sorted_user] - 1 - (np.arange(len(order)) - start_I[sorted_user])
     where = np.full(len(order), TRAIN, np.int8)
     where[after < (validation_I + test_I)[sorted_user]] = VALIDATION
@@ -66,7 +64,7 @@ def split_rows(user_E: Array, time_E: Array, shuffle_E: Array, split: Split) -> 
 
 
 def _held_out(count_I: Array, split: Split) -> tuple[Array, Array]:
-    """Rows in validation and in test for users with these many rows."""
+    """How many rows go to validation and to test, for users with these numbers of rows."""
     if split.kind == "leave_one_out":
         validation, test = np.ones_like(count_I), np.ones_like(count_I)
     else:
@@ -78,16 +76,16 @@ def _held_out(count_I: Array, split: Split) -> tuple[Array, Array]:
 
 
 def _share(count_I: Array, fraction: float) -> Array:
-    """The fraction of each count, rounded half up, at least one."""
+    """The fraction of each count, rounded half up; at least one, unless the fraction is 0."""
     if fraction == 0.0:
         return np.zeros_like(count_I)
     return np.asarray(np.maximum(1, np.floor(count_I * fraction + 0.5)), count_I.dtype)
 
 
-def shuffle_keys(user_id_E: Array, item_id_E: Array, seed: int) -> npt.NDArray[np.float64]:
-    """A pseudo-random number for each pair of ids, the same whatever else is in the data and in whatever order.
+def shuffle_keys(user_id_E: Array, item_id_E: Array, seed: int) -> FloatArray:
+    """A pseudo-random number for each pair of ids, independent of other rows and of the order of rows.
 
-    Takes hashes of the ids (`hash_ids`), not indices: an index shifts when another user joins.
+    Takes hashes of the ids (`hash_ids`) and not indices, because an index changes when another user is added.
     """
     return hash_uniform(seed, 0, 0, user_id_E, item_id_E)
 

@@ -1,4 +1,4 @@
-"""How telling a word is of a text: more where the text has it often, less where many texts have it.
+"""TF-IDF weights: high for words that are frequent in a text and rare in other texts.
 
 Shapes: D texts, W words.
 """
@@ -10,7 +10,7 @@ from scipy import sparse
 
 
 def tf_idf(count_DW: sparse.csr_array) -> sparse.csr_array:
-    """D × W: (1 + log count) · log(D / texts with the word), rows of length 1; a text without words is a row of zeros."""
+    """D × W weights (1 + log count) · log(D / texts with the word). Rows have length 1; zeros for a text without words."""
     num_texts, num_words = count_DW.shape
     idf_W = np.log(num_texts / np.bincount(count_DW.indices, minlength=num_words).clip(1))
     weight_DW = count_DW.copy()

@@ -1,11 +1,11 @@
-"""The backbone's tokenizer: written once by prepare, then used as plain `tokenizers` without loading transformers.
+"""The tokenizer of the backbone. Prepare writes it once; later it is read with `tokenizers`, without transformers.
 
     save_tokenizer(config.model, texts, directory)      the backbone's own, or a byte-level BPE trained on `texts`
     encoder = Encoder.load(directory)                   texts → word tokens, all below encoder.num_words (N)
     prompts = tokenize_prompts(encoder)
 
-No text can produce a special token: they are split while encoding and whatever is left of them is dropped. ID tokens
-are never added to a tokenizer; they are integers assembled afterwards (see `Prompts`).
+No text can produce a special token: their spellings are split while encoding, and remaining special tokens are dropped.
+ID tokens are never added to a tokenizer; they are integers that are inserted afterwards (see `Prompts`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged, slices
 from cllm4rec.config import BackboneSize, ModelConfig
 from cllm4rec.data.documents import Prompts
 from cllm4rec.errors import ConfigError
@@ -29,11 +29,11 @@ from cllm4rec.storage.files import copy_file, join, read_bytes
 END_OF_TEXT = "<|endoftext|>"
 HUB_TIMEOUT_S = 10.0
 BATCH = 1024
-"""Texts encoded at once: an encoding takes far more memory than the tokens that are kept of it."""
+"""Texts encoded at a time: an encoding takes far more memory than its tokens."""
 
 
 class Encoder:
-    """Texts → word tokens. `num_words` is N: every token is below it."""
+    """Texts → word tokens, all of them below `num_words` (N)."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         tokenizer.no_truncation()
@@ -46,7 +46,7 @@ class Encoder:
 
     @classmethod
     def load(cls, directory: str) -> Encoder:
-        """From the `tokenizer.json` in a folder or URI. Raises ArtifactError where it is missing."""
+        """Read `tokenizer.json` in a folder or URI. Raises ArtifactError if it is missing."""
         return cls(tokenizers.Tokenizer.from_buffer(read_bytes(join(directory, "tokenizer.json"))))
 
     def __call__(self, text: str) -> list[int]:
@@ -54,11 +54,11 @@ class Encoder:
         return tokens
 
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Ragged:
-        """Word tokens of each text, cut at `max_tokens`."""
+        """The word tokens of each text, at most `max_tokens` of each."""
         if not texts:
-            return no_values(0)
-        words = Ragged.concat([self._tokens(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH)])
-        # A SentencePiece vocabulary holds its special tokens as ordinary pieces too, so splitting alone is not enough.
+            return Ragged.empty(0)
+        words = Ragged.concat([self._tokens(texts[part]) for part in slices(len(texts), BATCH)])
+        # A SentencePiece vocabulary contains its special tokens as ordinary pieces too, so splitting is not enough.
         words = words.where(~np.isin(words.values, self.special_tokens))
         return words if max_tokens is None else words.where(words.places < max_tokens)
 
@@ -68,12 +68,12 @@ class Encoder:
 
 
 def tokenize_prompts(encoder: Encoder) -> Prompts:
-    """The prompts' words as tokens. Raises ConfigError where the tokenizer has no words for one of them."""
+    """Tokenize the words of the prompts. Raises ConfigError if the tokenizer has no tokens for one of them."""
     prompts = Prompts.tokenize(encoder)
     empty = [name for name, tokens in dataclasses.asdict(prompts).items() if not tokens]
     if empty:
         raise ConfigError(
-            f"the backbone's tokenizer has no tokens for the prompt's words ({', '.join(empty)}); "
+            f"the backbone's tokenizer has no tokens for the words of the prompts ({', '.join(empty)}); "
             "use another model.backbone"
         )
     return prompts
@@ -82,8 +82,8 @@ def tokenize_prompts(encoder: Encoder) -> Prompts:
 def save_tokenizer(model: ModelConfig, texts: Iterable[str], directory: str) -> None:
     """Write the tokenizer of `model.backbone` to a folder or URI, as `save_pretrained` does.
 
-    A backbone built from scratch gets a byte-level BPE trained on `texts`, which are read only then; the same texts
-    give the same bytes. Raises ConfigError for a backbone that is not there or has no fast tokenizer.
+    A backbone built from scratch gets a byte-level BPE that is trained on `texts`; the same texts give the same bytes. For
+    other backbones `texts` is not read. Raises ConfigError for a backbone that is not found or has no fast tokenizer.
     """
     backbone = model.backbone
     if isinstance(backbone, BackboneSize):
@@ -99,7 +99,9 @@ def save_tokenizer(model: ModelConfig, texts: Iterable[str], directory: str) -> 
 
 
 def _train(texts: Iterable[str], vocab_size: int) -> Any:
-    from transformers import PreTrainedTokenizerFast  # takes seconds; readers of a finished tokenizer never need it
+    from transformers import (
+        PreTrainedTokenizerFast,
+    )  # takes seconds to import, and readers of a finished tokenizer never need it
 
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -122,17 +124,17 @@ def _pretrained(name: str, revision: str | None) -> Any:
         return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=offline)
     except (OSError, ValueError, KeyError):
         raise ConfigError(
-            f"model.backbone {name} is neither a folder with a tokenizer, nor in this machine's cache, nor to be had "
-            "from the hub; correct the name, or give a size to build a backbone from scratch"
+            f"model.backbone {name} was found neither as a folder with a tokenizer, nor in the cache of this machine, nor on "
+            "the hub; correct the name, or give a size to build a backbone from scratch"
         ) from None
 
 
 def _hub_answers(name: str, revision: str | None) -> bool:
-    """Whether the hub has this model, asked once: transformers alone would retry for a minute before it gives up."""
+    """Whether the hub has this model. Asked first, because transformers would retry for a minute before giving up."""
     from huggingface_hub import HfApi
 
     try:
         HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
-    except Exception:  # which errors there are depends on the HTTP library below the client
+    except Exception:  # the types of errors depend on the HTTP library of the client
         return False
     return True

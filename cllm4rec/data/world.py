@@ -1,15 +1,16 @@
-"""Worlds whose truth is known: a sample world of any size, written as raw files, and the parity world for tests.
+"""Generated data sets with a known truth: a sample world of any size as raw files, and the parity world for tests.
 
     python -m cllm4rec.data.world --output sample_world --users 2000 --items 600 --seed 0
 
-The sample world has latent topics and styles, item quality, skewed popularity, and text that tells topic and style. A
-tenth of its items is new: five to eight interactions each, so that a recommender has to read their text. It is written
-as the Amazon 2014 release was, a chunk of users at a time, so memory does not grow with the number of users.
+The sample world has latent topics and styles, item quality, skewed popularity, and texts that reveal topic and style. Some
+of its items are new (NEW_ITEM_FRACTION): they have five to eight interactions each, so that a recommender must read their
+texts. It has the format of the Amazon 2014 release. It is written one chunk of users at a time, so memory does not grow with
+the number of users.
 
-The parity world is the smallest with an answer everyone knows: even users like even items, odd users odd ones, and each
-user hides one liked item in test and one in validation.
+The parity world is the smallest data set with an obvious answer: even users like even items and odd users odd items. Each
+user has one liked item in test and one in validation.
 
-Shapes: C users of one chunk, D draws a user, E interactions of one chunk.
+Shapes: C users of one chunk, D draws per user, E interactions of one chunk.
 """
 
 from __future__ import annotations
@@ -23,14 +24,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cllm4rec.arrays.histories import Histories
 from cllm4rec.arrays.ids import Catalog
-from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.arrays.ragged import Ragged, slices
 from cllm4rec.storage.files import filesystem, join, write_bytes
-
-Array = npt.NDArray[Any]
+from cllm4rec.typing import Array
 
 USERS_PER_CHUNK = 10_000
 FIRST_DAY = 1_356_998_400
@@ -39,7 +38,7 @@ DAYS = 730
 NEW_ITEM_FRACTION = 0.15
 NEW_ITEM_INTERACTIONS = (5, 8)
 DRAWS = (8, 14)
-"""Least and most items a user takes up; above the threshold 7 to 8 are left, as in the Amazon sets (Beauty has 8.9)."""
+"""Fewest and most items of a user. After the rating threshold 7 to 8 remain, as in the Amazon data (Beauty has 8.9)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ TITLE = "{brand} {adjective} {thing}, {style}"
 
 @dataclasses.dataclass(frozen=True)
 class _Phrases:
-    """Every sentence the sample world can say, as arrays of strings indexed by what they tell."""
+    """All sentences of the reviews, as arrays of strings indexed by what they describe."""
 
     openings: Array  # topic, thing, style, variant
     asides: Array  # topic, variant
@@ -154,8 +153,10 @@ def _expand(templates: Iterable[str], **slots: Iterable[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Items:
-    """The items of a sample world: what they are about, how good, how popular. Regular items are drawn by cell
-    (topic and style); new ones are handed to a few users who like their topic."""
+    """The items of a sample world: topic, style, quality and popularity.
+
+    Regular items are drawn by cell (topic and style). New items go to a few users who like their topic.
+    """
 
     topic: Array
     style: Array
@@ -163,11 +164,11 @@ class _Items:
     quality: Array
     is_new: Array
     by_cell: Array
-    """Regular items, those of one cell next to each other."""
+    """Regular items, sorted by cell."""
     mass: Array
     """Cumulative popularity along `by_cell`, from 0."""
     cell_start: Array
-    """Where each cell begins in `by_cell`; one entry more than there are cells."""
+    """Where each cell begins in `by_cell`, and the end of the last."""
 
     @classmethod
     def draw(cls, num_items: int, rng: np.random.Generator) -> _Items:
@@ -195,7 +196,7 @@ class _Items:
 
 @dataclasses.dataclass(frozen=True)
 class _Fans:
-    """Who takes up the new items, and when: known before the chunks of users are written. Sorted by user."""
+    """The users of the new items, drawn before the chunks of users are written. Sorted by user."""
 
     user: Array
     item: Array
@@ -213,14 +214,14 @@ class _Fans:
         return cls(pairs[:, 0], pairs[:, 1])
 
     def of_users(self, first: int, last: int) -> tuple[Array, Array]:
-        """The rows of users first..last-1: user and item."""
+        """User and item of the rows of users first..last-1."""
         low, high = np.searchsorted(self.user, [first, last])
         return self.user[low:high], self.item[low:high]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tastes:
-    """What the users of one chunk like: two topics and a style."""
+    """The preferences of the users of one chunk: two topics and a style."""
 
     first: Array
     second: Array
@@ -237,17 +238,17 @@ def sample_world(directory: str, num_users: int = 2000, num_items: int = 600, se
     """Write `reviews.json.gz` (reviewerID, asin, reviewText, overall, unixReviewTime), `items.jsonl.gz` (asin, title,
     description) and `users.jsonl.gz` (reviewerID, biography) to a local folder or fsspec URI.
 
-    The same arguments give the same bytes. Memory does not grow with the users, but for one byte each.
+    The same arguments give the same bytes. Memory grows by one byte per user.
     """
     rng = np.random.default_rng([seed, 0])
     items = _Items.draw(num_items, rng)
-    # Some topics have more friends than others, as in any shop.
+    # Some topics are more popular than others.
     shares = rng.dirichlet(np.full(len(TOPICS), 8.0))
     first_topic = rng.choice(len(TOPICS), size=num_users, p=shares).astype(np.int8)
     fans = _Fans.draw(items, first_topic, rng)
     _write_gzip(join(directory, "items.jsonl.gz"), [_item_lines(items, rng)])
     phrases = _Phrases.build()
-    chunks = [range(start, min(start + USERS_PER_CHUNK, num_users)) for start in range(0, num_users, USERS_PER_CHUNK)]
+    chunks = [range(part.start, part.stop) for part in slices(num_users, USERS_PER_CHUNK)]
 
     def user_lines() -> Iterator[str]:
         for number, users in enumerate(chunks):
@@ -311,7 +312,7 @@ def _review_lines(
     time_E = _times(items.is_new[item_E], rng)
     order = np.lexsort((time_E, user_E))
     user_E, item_E, rating_E, time_E = user_E[order], item_E[order], rating_E[order], time_E[order]
-    # No sentence holds a character that JSON would escape, so a line is plain concatenation: json.dumps is far slower.
+    # No sentence contains a character that JSON would escape, so lines are concatenated: json.dumps is far slower.
     columns = zip(
         user_E + users.start,
         item_E,
@@ -345,7 +346,7 @@ def _interactions(
 
 
 def _ratings(user_E: Array, item_E: Array, tastes: _Tastes, items: _Items, rng: np.random.Generator) -> Array:
-    """1 to 5: how well topic and style match, and how good the item is. New items please those who take them up."""
+    """Ratings from 1 to 5 by match of topic and style and by quality. New items are liked by all their users."""
     topic_E = items.topic[item_E]
     liked_topic = (topic_E == tastes.first[user_E]) | (topic_E == tastes.second[user_E])
     liked_style = items.style[item_E] == tastes.style[user_E]
@@ -386,7 +387,7 @@ def _item_id(item: int) -> str:
 
 
 def _write_gzip(uri: str, chunks: Iterable[str]) -> None:
-    """Written beside its name and moved there when whole; no clock and no name inside: equal content is equal bytes."""
+    """Write under a temporary name and rename. The gzip header has no time and no name: equal content gives equal bytes."""
     fs, path = filesystem(uri)
     fs.makedirs(fs._parent(path), exist_ok=True)
     with (
@@ -400,7 +401,7 @@ def _write_gzip(uri: str, chunks: Iterable[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ParityWorld:
-    """Users `user-00`.. and items `item-00`..: index i is number i, and like parity likes like."""
+    """Users `user-00`, ... and items `item-00`, ...: index i has number i, and users like items of their parity."""
 
     histories: Histories
     catalog: Catalog
@@ -414,17 +415,17 @@ class ParityWorld:
         return self.catalog.num_items
 
     def review(self, user: int, item: int) -> str:
-        """What a user writes about an item: it tells the item's parity and, in words, nothing else."""
+        """The review of an item by a user. Its words reveal the parity of the item and nothing else."""
         return f"{_PARITY_WORDS[item % 2]} and {_MOODS[(user + item) % len(_MOODS)]}"
 
     def reviews(self) -> tuple[Array, Array, list[str]]:
-        """User, item and text of every training pair."""
+        """User, item and text of each training pair."""
         user, item = self.histories.user[self.histories.train.rows], self.histories.train.values
         return user, item, [self.review(int(one), int(other)) for one, other in zip(user, item, strict=True)]
 
     def write(self, directory: str) -> None:
         """Raw `interactions.jsonl` (user, item, rating, text, timestamp), `items.jsonl` (item, text) and `users.jsonl`
-        (user, text). Prepared with split kind leave_one_out and core 1 to 5, they give these histories."""
+        (user, text). Prepared with split kind leave_one_out and a core of 1 to 5, they give these histories."""
         catalog, everything = self.catalog, self.histories.together("train", "validation", "test")
         _write_jsonl(
             join(directory, "items.jsonl"), zip(catalog.item_ids, catalog.item_texts, strict=True), ("item", "text")
@@ -454,9 +455,9 @@ _MOODS = ("fine", "nice", "lovely", "pretty", "pleasant")
 
 
 def parity_world(num_users: int = 40, num_items: int = 20) -> ParityWorld:
-    """Even users like all even items, odd users all odd ones; each user hides one in test and one in validation.
+    """Even users like all even items and odd users all odd items; each user has one in test and one in validation.
 
-    The hidden items rotate through the catalog, so popularity does not give them away.
+    The held-out items rotate through the catalog, so popularity does not reveal them.
     """
     liked = [np.arange(user % 2, num_items, 2) for user in range(num_users)]
     turned = [np.roll(items, -(user // 2)) for user, items in enumerate(liked)]

@@ -1,4 +1,4 @@
-"""What every baseline is given and what it has to answer.
+"""The interface of baselines: what they may learn from, and what they return.
 
 Shapes: I users, J items, B users asked about, K size of a text's or a user's vector.
 """
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 import tokenizers
 from scipy import sparse
 
@@ -23,13 +22,12 @@ from cllm4rec.data.prepared import load_documents
 from cllm4rec.errors import DataError
 from cllm4rec.metrics.protocol import Recommender, Validation, interaction_matrix
 from cllm4rec.storage.files import join, read_bytes
-
-Vectors = npt.NDArray[np.float32]
+from cllm4rec.typing import BoolArray, Float32Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What a neural baseline may spend. Only where the seconds run out first does the result depend on the machine."""
+    """The limits of a neural baseline. The result depends on the machine only if the seconds run out first."""
 
     max_epochs: int = 200
     max_seconds: float = 600.0
@@ -37,12 +35,12 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """All a baseline may learn from. Row i of `histories` and of everything about users is user i.
+    """Everything a baseline may learn from. Row i of `histories` and of all user data belongs to user i.
 
     histories: training items, oldest first.
-    validation: what choices are made by (the epoch, settings); never fitted on.
-    item_texts, user_texts: one each, empty where there is none.
-    item_text_vectors (J×K), user_text_vectors (I×K): a language model's embeddings of them, for m6_retrieval.
+    validation: used to choose epochs and settings, never fitted on.
+    item_texts, user_texts: one per item or user, empty if there is none.
+    item_text_vectors (J×K), user_text_vectors (I×K): embeddings of them by a language model, for m6_retrieval.
     item_table (J×K), user_table (I×K): CLLM4Rec's z^{l,v} and z^{l,u}, for cllm4rec_emb.
     """
 
@@ -53,10 +51,10 @@ class TrainingData:
     user_texts: Sequence[str]
     seed: int = 0
     budget: Budget = Budget()
-    item_text_vectors: Vectors | None = None
-    user_text_vectors: Vectors | None = None
-    item_table: Vectors | None = None
-    user_table: Vectors | None = None
+    item_text_vectors: Float32Array | None = None
+    user_text_vectors: Float32Array | None = None
+    item_table: Float32Array | None = None
+    user_table: Float32Array | None = None
 
     @classmethod
     def of(
@@ -68,39 +66,39 @@ class TrainingData:
         seed: int = 0,
         budget: Budget = Budget(),
     ) -> Self:
-        """From a prepared data set; `item_texts` in place of the catalog's (see `item_texts_with_reviews`).
+        """From a prepared data set; `item_texts` replace those of the catalog (see `item_texts_with_reviews`).
 
-        Raises DataError where `histories` leave out a user.
+        Raises DataError if `histories` do not contain every user.
         """
         if not np.array_equal(histories.user, np.arange(catalog.num_users)):
             raise DataError(
-                f"there are histories of {len(histories.user)} of {catalog.num_users} users; baselines are fitted on "
-                "all of them, so load the whole of prepared/histories"
+                f"there are histories of {len(histories.user)} of {catalog.num_users} users, but baselines are fitted on all "
+                "users; load the whole of prepared/histories"
             )
         texts = catalog.item_texts if item_texts is None else item_texts
         return cls(catalog.num_items, histories.train, Validation(histories), texts, catalog.user_texts, seed, budget)
 
     @functools.cached_property
     def matrix(self) -> sparse.csr_array:
-        """I × J: 1 where a user has an item."""
+        """I × J: 1 if the user has the item."""
         return interaction_matrix(self.histories, self.num_items)
 
     @functools.cached_property
-    def is_taken(self) -> npt.NDArray[np.bool_]:
-        """J: False for cold items, those without a training interaction."""
+    def is_taken(self) -> BoolArray:
+        """J: False for cold items, which have no training interaction."""
         return np.bincount(self.histories.values, minlength=self.num_items) > 0
 
 
 class Baseline(Recommender, Protocol):
-    """A method that learns from `TrainingData` alone. The same training gives the same scores."""
+    """A method that learns from `TrainingData` alone. Equal training gives equal scores."""
 
     def fit(self, training: TrainingData) -> Self: ...
 
 
 def item_texts_with_reviews(prepared_dir: str, catalog: Catalog) -> list[str]:
-    """Each item's text followed by the training reviews of it, cut as CLLM4Rec reads them.
+    """The text of each item, followed by its training reviews, truncated as for CLLM4Rec.
 
-    Where items have no text of their own, this is what the other methods read.
+    Other methods read these texts if items have no texts of their own.
     """
     documents = load_documents(prepared_dir)
     reviews = documents.take(np.flatnonzero(documents.kind == Kind.REVIEW))

@@ -1,7 +1,7 @@
 """EASE: a linear item-to-item model in closed form (Steck,
 "Embarrassingly Shallow Autoencoders for Sparse Data", WWW 2019).
 
-Written by hand: the closed form is one matrix inverse, less than any adapter around a library would be.
+Implemented here because the closed form is one matrix inverse, shorter than an adapter for a library.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 from scipy import linalg, sparse
 from tqdm import tqdm
 
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.metrics.protocol import interaction_matrix, means, rank_with
-from cllm4rec.metrics.ranking import IntArray, depth
+from cllm4rec.metrics.ranking import depth
+from cllm4rec.typing import Float32Array, FloatArray, IntArray
 
 GRID = tuple(float(value) for value in np.logspace(1, 4, 9).round(1))
 """Regularizations tried on the validation split."""
@@ -24,7 +24,7 @@ GRID = tuple(float(value) for value in np.logspace(1, 4, 9).round(1))
 TUNED_ON = "recall@20"
 
 MAX_ITEMS = 20_000
-"""At this many a fit takes 9 GiB, three J × J matrices of float64, and its time grows with the cube."""
+"""A fit of this many items takes 9 GiB (three J × J matrices of float64); its time grows with the cube."""
 
 
 class EASE:
@@ -36,31 +36,31 @@ class EASE:
     def fit(self, training: TrainingData) -> Self:
         return self.fit_gram(gram(training.matrix))
 
-    def fit_gram(self, gram_JJ: npt.NDArray[np.float64]) -> Self:
-        """Fit from X'X alone, which a search over regularizations computes once."""
+    def fit_gram(self, gram_JJ: FloatArray) -> Self:
+        """Fit from X'X, which a search over regularizations computes once."""
         regularized_JJ = gram_JJ.copy()
         regularized_JJ[np.diag_indices_from(regularized_JJ)] += self.regularization
-        # The transpose of a symmetric matrix is itself in LAPACK's order: inverted in place, without a copy.
+        # A symmetric matrix equals its transpose, which has LAPACK's memory order: it is inverted in place, without a copy.
         weight_JJ = linalg.inv(regularized_JJ.T, overwrite_a=True, check_finite=False)
         weight_JJ /= -np.diag(weight_JJ)
         np.fill_diagonal(weight_JJ, 0.0)
         self.weight_JJ = weight_JJ.astype(np.float32, order="C")
         return self
 
-    def scores(self, users: IntArray, histories: Ragged) -> npt.NDArray[np.float32]:
+    def scores(self, users: IntArray, histories: Ragged) -> Float32Array:
         return np.asarray(interaction_matrix(histories, len(self.weight_JJ)) @ self.weight_JJ, np.float32)
 
 
-def gram(train_IJ: sparse.csr_array) -> npt.NDArray[np.float64]:
-    """X'X: how often two items were taken by the same user."""
+def gram(train_IJ: sparse.csr_array) -> FloatArray:
+    """X'X: the number of users who have both items."""
     return np.asarray((train_IJ.T @ train_IJ).toarray(), np.float64)
 
 
 def tune_ease(training: TrainingData, grid: tuple[float, ...] = GRID) -> tuple[EASE, dict[float, float]]:
-    """The best EASE of a grid by TUNED_ON of the validation split, and what every regularization reached.
+    """The best EASE of a grid by TUNED_ON on the validation split, and the value of every regularization.
 
-    Fitted on the training split and left so: CLLM4Rec's tables see no validation item either. Equal values take the
-    stronger regularization. Raises ValueError where no user has a validation item.
+    Fitted on the training split alone, like CLLM4Rec's tables. Of equal values the stronger regularization wins. Raises
+    ValueError if no user has a validation item.
     """
     validation = training.validation
     if not len(validation.users):

@@ -1,15 +1,14 @@
-"""Popularity: everyone gets the items most people took. The floor every recommender has to clear."""
+"""Popularity: every user gets the items with the most interactions. Every recommender should be better."""
 
 from __future__ import annotations
 
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.evaluation.baseline import TrainingData
-from cllm4rec.metrics.ranking import IntArray
+from cllm4rec.typing import Float32Array, IntArray
 
 
 class Popularity:
@@ -19,5 +18,5 @@ class Popularity:
         self.count_J = np.asarray(training.matrix.sum(axis=0), np.float32).ravel()
         return self
 
-    def scores(self, users: IntArray, histories: Ragged) -> npt.NDArray[np.float32]:
+    def scores(self, users: IntArray, histories: Ragged) -> Float32Array:
         return np.broadcast_to(self.count_J, (len(users), len(self.count_J)))

@@ -1,15 +1,15 @@
-"""The gate between training and everyone: is the new model at least as good as the one that answers now?
+"""The promotion gate: is the new model at least as good as the current one?
 
-Both rank for the same held-out users by the one protocol (`cllm4rec.metrics.protocol`), and the difference is taken
-user by user, which cancels what users have in common. The candidate passes when
+Both models rank for the same held-out users under the one protocol (`cllm4rec.metrics.protocol`), and the difference is
+taken user by user, which cancels what users have in common. The new model passes if
 
-    the 95 % interval of candidate - current does not reach below -promote.max_loss, and
-    its mean lies above that of popularity (promote.above_popularity): a floor that only a broken model misses.
+    the 95 % interval of new - current does not reach below -promote.max_loss, and
+    its mean is above that of popularity (promote.above_popularity), which every working model achieves.
 
-The first model of all has only the second to pass. The present model may have been trained on other data. It is given
-what the candidate is given, as far as it knows it: a user it has never seen is ranked for by history, and what it
-recommends that is no longer in the catalog is a miss, as it would be for the user. Where some of the held-out pairs
-may have been in its training data, the comparison favors it; that is said out loud.
+The first model only has to pass the second test. The current model may have been trained on other data. It receives what
+the new model receives, as far as it knows it: users it does not know are ranked from their history, and recommended items
+that are no longer in the catalog are misses, as they would be for the user. If some held-out interactions may have been in
+its training data, the comparison favors it, and a warning says so.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ids import Catalog, remap_items
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import load_histories
 from cllm4rec.errors import ArtifactError, PromotionError
 from cllm4rec.evaluation.stage import MODEL, evaluate_inputs, rank_with_scorer
-from cllm4rec.metrics.protocol import HeldOut, interval
-from cllm4rec.metrics.ranking import FloatArray, compute
+from cllm4rec.metrics.intervals import interval
+from cllm4rec.metrics.protocol import HeldOut
+from cllm4rec.metrics.ranking import compute
 from cllm4rec.scoring.scorer import Scorer
-from cllm4rec.scoring.user_histories import index_map, remap_items
 from cllm4rec.storage import artifacts, files
 from cllm4rec.storage.artifacts import read_manifest
 from cllm4rec.storage.files import read_tables
 from cllm4rec.storage.lease import hold
 from cllm4rec.storage.registry import Pointer, current_model, promote_directory, read_pointer, rollback
+from cllm4rec.typing import FloatArray
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ POPULARITY = "popularity"
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the gate found. Differences are {mean, low, high}; `reasons` say why it is shut, empty where it is open."""
+    """The result of the gate. Differences are {mean, low, high}; `reasons` say why a model does not pass."""
 
     metric: str
     users: int
@@ -61,9 +62,9 @@ class Verdict:
 
 
 def judge(candidate_B: FloatArray, current_B: FloatArray | None, popularity_B: FloatArray, config: Config) -> Verdict:
-    """Hold the candidate's values of `promote.metric`, one a user, against those of the present model and popularity.
+    """Compare values of `promote.metric`, one per user: the candidate with the current model and with popularity.
 
-    current_B: None where nothing was promoted yet.
+    current_B: None if no model was promoted yet.
     """
     samples, seed, limits = config.evaluate.bootstrap_samples, config.seed, config.promote
     above = interval(candidate_B - popularity_B, samples, seed)
@@ -71,11 +72,13 @@ def judge(candidate_B: FloatArray, current_B: FloatArray | None, popularity_B: F
     reasons = []
     if difference is not None and difference["low"] < -limits.max_loss:
         reasons.append(
-            f"against the current model it differs by {_told(difference)} and may not reach below {-limits.max_loss:g} "
+            f"it differs from the current model by {_in_words(difference)} and may not reach below {-limits.max_loss:g} "
             "(promote.max_loss)"
         )
     if limits.above_popularity and above["mean"] <= 0:
-        reasons.append(f"against popularity it differs by {_told(above)} and must be better (promote.above_popularity)")
+        reasons.append(
+            f"it differs from popularity by {_in_words(above)} and must be better (promote.above_popularity)"
+        )
     return Verdict(
         metric=limits.metric,
         users=len(candidate_B),
@@ -89,11 +92,10 @@ def judge(candidate_B: FloatArray, current_B: FloatArray | None, popularity_B: F
 
 
 def promote(config: Config) -> dict[str, Any]:
-    """Take `model/` through the gate and make it current; returns what to tell, and writes it to `models/report-*.json`.
+    """Make `model/` current if it passes the gate; returns the result, which is also written to `models/report-*.json`.
 
-    Does nothing where this very model is current already. Raises PromotionError where the gate stays shut (nothing
-    changes), ArtifactError where `evaluation/` is not of this model and data, ResourceError where another process
-    promotes.
+    Does nothing if this model is current already. Raises PromotionError if the model does not pass (nothing changes),
+    ArtifactError if `evaluation/` belongs to another model or other data, ResourceError if another process promotes.
     """
     with hold(config.run.models, "a promotion"):
         digest = read_manifest(config.run.model, "model").digest
@@ -103,35 +105,39 @@ def promote(config: Config) -> dict[str, Any]:
         verdict, warnings = measure(config, before)
         for warning in warnings:
             logger.warning("Note that %s", warning)
-        told = {"promoted": verdict.passes, "from": before and before.current, "to": None, "warnings": warnings}
-        told |= dataclasses.asdict(verdict)
+        result = {
+            "promoted": verdict.passes,
+            "from": before and before.current,
+            "to": None,
+            "warnings": warnings,
+            **dataclasses.asdict(verdict),
+        }
+        if verdict.passes:
+            pointer = promote_directory(config.output_dir, digest, _why(verdict), keep=config.promote.keep)
+            result["to"] = pointer.current
+        result["report"] = _write_report(config, result)
         if not verdict.passes:
-            told["report"] = _report(config, told)
             sentence = f"the model is not promoted: by {verdict.metric}, {' and '.join(verdict.reasons)}"
-            raise PromotionError(f"{sentence}; see {told['report']}", told)
-        told["to"] = promote_directory(config.output_dir, digest, _why(verdict), keep=config.promote.keep).current
-        told["report"] = _report(config, told)
-        return told
+            raise PromotionError(f"{sentence}; see {result['report']}", result)
+        return result
 
 
 def roll_back(config: Config) -> dict[str, Any]:
-    """Make the model before the present one current again, without a gate. Raises as `registry.rollback` and `promote`."""
+    """Make the previous model current again, without a gate. Raises like `registry.rollback` and `promote`."""
     with hold(config.run.models, "a rollback"):
         before, now = rollback(config.output_dir)
     return {"rolled_back": True, "from": before.current, "to": now.current, "from_promoted_at": before.promoted_at}
 
 
 def measure(config: Config, before: Pointer | None) -> tuple[Verdict, list[str]]:
-    """The verdict on `model/`, and what to keep in mind when reading it."""
+    """The verdict on `model/`, and warnings about how to read it."""
     if not artifacts.is_current(config.run.evaluation, "evaluation", evaluate_inputs(config)):
         raise ArtifactError(
-            f"{config.run.evaluation} is not of this model, data and settings; run cllm4rec evaluate first"
+            f"{config.run.evaluation} belongs to another model, other data or settings; run cllm4rec evaluate first"
         )
     prepared_dir = config.run.prepared
-    catalog, held_out = (
-        Catalog.load(prepared_dir),
-        HeldOut.test(load_histories(prepared_dir), config.evaluate.read, config.evaluate.mask),
-    )
+    catalog = Catalog.load(prepared_dir)
+    held_out = HeldOut.test(load_histories(prepared_dir), config.evaluate.read, config.evaluate.mask)
     candidate_B, popularity_B = (_measured(config, catalog, held_out, method) for method in (MODEL, POPULARITY))
     if before is None:
         return judge(candidate_B, None, popularity_B, config), []
@@ -141,29 +147,29 @@ def measure(config: Config, before: Pointer | None) -> tuple[Verdict, list[str]]
 
 
 def measure_with(scorer: Scorer, catalog: Catalog, held_out: HeldOut, config: Config) -> FloatArray:
-    """`promote.metric` of any model for the users of `held_out`, whose indices are those of `catalog`."""
+    """`promote.metric` of a model for the users of `held_out`, whose indices are those of `catalog`."""
     theirs, metric = scorer.catalog, config.promote.metric
-    item_of = index_map(catalog.item_ids, theirs.item_ids)
+    item_of = theirs.item_map(catalog.item_ids)
     asked = dataclasses.replace(
         held_out,
-        users=index_map(catalog.user_ids, theirs.user_ids)[held_out.users],
+        users=theirs.user_map(catalog.user_ids)[held_out.users],
         read=remap_items(held_out.read, item_of),
         masked=remap_items(held_out.masked, item_of),
     )
     item_BK = rank_with_scorer(scorer, asked, config.score.batch_users)
-    # -1, an empty place, reads the last entry; a place is then empty in our terms as well.
-    ours = np.append(index_map(theirs.item_ids, catalog.item_ids), -1)
+    # -1, an empty place, reads the last entry, which is -1 as well.
+    ours = np.append(catalog.item_map(theirs.item_ids), -1)
     return compute(ours[item_BK], held_out.relevant, [metric])[metric]
 
 
 def _measured(config: Config, catalog: Catalog, held_out: HeldOut, method: str) -> FloatArray:
-    """The values a user that `evaluation/` holds of a method, in the order of `held_out`."""
+    """The values of a method in `evaluation/`, in the order of `held_out`."""
     uri, metric = config.run.evaluation, config.promote.metric
     artifacts.verify_files(uri, read_manifest(uri, "evaluation"))
     rows = read_tables([files.join(uri, "per_user.parquet")], ["user_id", "method", metric])
     rows = rows.filter(pc.field("method") == method)
     if rows["user_id"].to_pylist() != catalog.user_ids[held_out.users].tolist():
-        raise ArtifactError(f"{uri} holds other users than the data; run cllm4rec evaluate --force")
+        raise ArtifactError(f"{uri} has other users than the data; run cllm4rec evaluate --force")
     return np.asarray(rows[metric].to_numpy(), np.float64)
 
 
@@ -172,23 +178,22 @@ def _warnings(prepared_dir: str, current_dir: str) -> list[str]:
     if trained_on == read_manifest(prepared_dir, "prepared").digest:
         return []
     return [
-        "the current model was trained on other prepared data; some of the held-out interactions may have been among "
-        "them, which favors it"
+        "the current model was trained on other prepared data, which may contain held-out interactions; this favors it"
     ]
 
 
 def _why(verdict: Verdict) -> str:
     if verdict.difference is None:
-        return f"the first: {verdict.metric} {verdict.candidate:.4f}, popularity {verdict.popularity:.4f}"
-    return f"{verdict.metric} {verdict.candidate:.4f}, {_told(verdict.difference)} against the one before"
+        return f"first model: {verdict.metric} {verdict.candidate:.4f}, popularity {verdict.popularity:.4f}"
+    return f"{verdict.metric} {verdict.candidate:.4f}, {_in_words(verdict.difference)} compared with the previous model"
 
 
-def _told(difference: dict[str, float]) -> str:
+def _in_words(difference: dict[str, float]) -> str:
     return f"{difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
 
 
-def _report(config: Config, told: dict[str, Any]) -> str:
+def _write_report(config: Config, result: dict[str, Any]) -> str:
     now = datetime.now(UTC)
     uri = files.join(config.run.models, f"report-{now:%Y%m%dT%H%M%S%fZ}.json")
-    files.write_json(uri, {**told, "at": now.isoformat(timespec="seconds")})
+    files.write_json(uri, {**result, "at": now.isoformat(timespec="seconds")})
     return uri

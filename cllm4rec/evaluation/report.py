@@ -1,6 +1,6 @@
-"""`metrics.json` for people: a table for the terminal, and `report.md` with its plots.
+"""An evaluation for people: a table for the terminal, and `report.md` with its plots.
 
-Everything here is made from the content of `metrics.json` alone, so a report can be drawn again without ranking again.
+Everything here is derived from `metrics.json` alone, so a report can be drawn again without ranking again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cllm4rec.reporting import INK, markdown_table, plain, png
+from cllm4rec.evaluation.results import (
+    EvaluationProtocol,
+    EvaluationReport,
+    Interval,
+    PairedComparison,
+    Results,
+    StratumResult,
+)
+from cllm4rec.reporting import INK, markdown_table, plain, png, text_table
 
 NAMES = {
     "cllm4rec": "CLLM4Rec",
@@ -38,7 +46,7 @@ NAMES = {
     "m6_retrieval": "M6-Retrieval",
     "cllm4rec_emb": "CLLM4Rec-Emb",
 }
-"""Methods as people write them, in the order of every table; others follow by the name they have."""
+"""Method → its usual name, in the order of every table; other methods follow under their own name."""
 
 COLORS = {"cllm4rec": "#0b6e99", "popularity": "#98a3ad", "ease": "#d9822b"}
 OTHER_COLORS = ("#6b4c9a", "#3a923a", "#c03d3e", "#845b53", "#d684bd", "#b7950b", "#4c72b0", "#1f9e89")
@@ -51,124 +59,116 @@ STRATA = {
 }
 
 
-def table(metrics: Mapping[str, Any]) -> str:
-    """Methods × metrics as plain text: mean and 95 % interval, what was skipped, and on whom it was measured."""
-    results, protocol = metrics["results"], metrics["protocol"]
-    columns = metric_names(metrics)
-    rows = [["", *columns]]
-    rows += [
+def table(report: EvaluationReport) -> str:
+    """Methods × metrics as plain text: mean and 95 % interval, what was skipped, and how it was measured."""
+    results, protocol = report.results, report.protocol
+    columns = metric_names(results)
+    rows = [
         [name_of(method), *(with_interval(results[method][name]) for name in columns)] for method in methods_of(results)
     ]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "─" * (sum(widths) + 2 * (len(widths) - 1)))
-    lines += [f"{name_of(method)} is skipped: {reason}" for method, reason in protocol["skipped"].items()]
-    return "\n".join(
-        [
-            *lines,
-            f"{protocol['users_evaluated']:,} users, {protocol['items_ranked']:,} items ranked; "
-            f"read: {protocol['read']}; masked: {protocol['mask']}; [95 % bootstrap interval over users]",
-        ]
+    skipped = [f"{name_of(method)} is skipped: {reason}" for method, reason in protocol.skipped.items()]
+    measured = (
+        f"{protocol.users_evaluated:,} users, {protocol.items_ranked:,} items ranked; "
+        f"read: {protocol.read}; masked: {protocol.mask}; [95 % bootstrap interval over users]"
     )
+    return "\n".join([text_table(["", *columns], rows), *skipped, measured])
 
 
-def render(metrics: Mapping[str, Any]) -> dict[str, bytes]:
-    """Files of the report by name: `report.md` and the plots it shows."""
-    plots = {"results.png": plot_results(metrics)}
-    plots |= {STRATA[kind][0]: plot_strata(kind, strata) for kind, strata in metrics["strata"].items()}
-    return {"report.md": markdown(metrics).encode(), **{name: png(figure) for name, figure in plots.items()}}
+def render(report: EvaluationReport) -> dict[str, bytes]:
+    """The files of the report by name: `report.md` and the plots it shows."""
+    plots = {"results.png": plot_results(report.results)}
+    plots |= {STRATA[kind][0]: plot_strata(kind, strata) for kind, strata in report.strata.items()}
+    return {"report.md": markdown(report).encode(), **{name: png(figure) for name, figure in plots.items()}}
 
 
-def markdown(metrics: Mapping[str, Any]) -> str:
-    """`report.md`: the table, what it says, the protocol in words, and the plots."""
-    protocol = metrics["protocol"]
+def markdown(report: EvaluationReport) -> str:
+    """`report.md`: the table, what it shows, the protocol in words, and the plots."""
+    protocol = report.protocol
     sections = [
         "# Evaluation",
-        _results_table(metrics),
-        f"Mean over {protocol['users_evaluated']:,} users and 95 % bootstrap interval; a column's best mean is bold. "
-        + verdict(metrics["comparison"]),
-        *(f"{name_of(method)} is skipped: {reason}." for method, reason in protocol["skipped"].items()),
+        _results_table(report),
+        f"Mean over {protocol.users_evaluated:,} users and 95 % bootstrap interval; the best mean of a column is bold. "
+        + verdict(report.comparison),
+        *(f"{name_of(method)} is skipped: {reason}." for method, reason in protocol.skipped.items()),
         "![Every method and metric with its interval](results.png)",
-        *published_sections(metrics),
+        *published_sections(report.published, report.results),
         "## Protocol",
         "\n".join(f"- {line}" for line in protocol_in_words(protocol)),
         "## Where the methods differ",
-        "By the length of the history: users in groups of nearly equal size by their number of training items.",
+        "By history length: users in groups of nearly equal size by their number of training items.",
         "![By history length](history_length.png)",
-        "By the popularity of what should be found: head, middle and tail of the catalog each hold a third of the "
-        "training interactions; a user counts in a group with the test items that belong to it.",
+        "By the popularity of the test items: head, middle and tail of the catalog each have a third of the training "
+        "interactions; a user counts in a group with the test items that belong to it.",
         "![By item popularity](item_popularity.png)",
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def published_sections(metrics: Mapping[str, Any]) -> list[str]:
-    """Figures of others beside those measured here, with what is to be said of the two; nothing where none are named."""
-    if "published" not in metrics:
+def published_sections(published: Mapping[str, Any] | None, results: Results) -> list[str]:
+    """Figures of others next to those measured here; nothing if the config names none."""
+    if published is None:
         return []
-    published, results = metrics["published"], metrics["results"]
     figures = published["results"]
     columns = sorted({name for row in figures.values() for name in row}, key=_by_function_and_k)
     rows = [
         [name_of(method), *(_pair(figures[method].get(name), results.get(method, {}).get(name)) for name in columns)]
         for method in methods_of(figures)
     ]
-    said = [f"Published: {published['source']}. Each cell: published / here.", published["note"]]
+    sentences = [f"Published: {published['source']}. Each cell: published / here.", published["note"]]
     return [
-        "## Beside published figures",
-        " ".join(sentence for sentence in said if sentence),
+        "## Published figures",
+        " ".join(sentence for sentence in sentences if sentence),
         markdown_table(["published / here", *columns], rows),
     ]
 
 
-def _pair(published: float | None, here: Mapping[str, float] | None) -> str:
+def _pair(published: float | None, here: Interval | None) -> str:
     return f"{'–' if published is None else _number(published)} / {'–' if here is None else _number(here['mean'])}"
 
 
-def verdict(comparison: Mapping[str, Any]) -> str:
-    """One sentence on CLLM4Rec against the best baseline, as far as the data allow one."""
-    difference = comparison["difference"]["cllm4rec"]
+def verdict(comparison: PairedComparison) -> str:
+    """One sentence on CLLM4Rec and the best baseline that claims no more than the interval allows."""
+    difference = comparison.difference["cllm4rec"]
     side = "above" if difference["mean"] >= 0 else "below"
     if difference["low"] > 0 or difference["high"] < 0:
-        meaning = "the interval does not hold 0, so users like these would show the same side again"
+        meaning = "the interval does not contain 0, so other users of this kind would give the same sign"
     else:
-        meaning = "the interval holds 0, so these users do not tell the two apart"
+        meaning = "the interval contains 0, so these users do not separate the two"
     return (
-        f"In {comparison['metric']} CLLM4Rec is {side} {name_of(comparison['baseline'])}, the best baseline: "
+        f"In {comparison.metric} CLLM4Rec is {side} {name_of(comparison.baseline)}, the best baseline: "
         f"{with_interval(difference, signed=True)}, paired over users; {meaning}."
     )
 
 
-def protocol_in_words(protocol: Mapping[str, Any]) -> list[str]:
-    split, interval = protocol["split"], protocol["interval"]
+def protocol_in_words(protocol: EvaluationProtocol) -> list[str]:
+    """One sentence per choice."""
+    interval = protocol.interval
     lines = [
-        _split_in_words(split),
-        f"Every method is fitted on the training split, reads {_splits(protocol['read'])} at test time and may not "
-        f"recommend {_splits(protocol['mask'])}.",
-        f"Ranking: {protocol['ranking']} ({protocol['items_ranked']:,} items, no sampled candidates).",
-        f"Users: {protocol['users_evaluated']:,} with {protocol['test_items']:,} test items; "
-        f"{protocol['users_dropped']:,} without test items dropped.",
-        *metrics_in_words(protocol["metrics"]),
+        _split_in_words(protocol.split),
+        f"Every method is fitted on the training split, reads {_splits(protocol.read)} at test time and may not "
+        f"recommend {_splits(protocol.mask)}.",
+        f"Ranking: {protocol.ranking} ({protocol.items_ranked:,} items, no sampled candidates).",
+        f"Users: {protocol.users_evaluated:,} with {protocol.test_items:,} test items; "
+        f"{protocol.users_dropped:,} without test items dropped.",
+        *metrics_in_words(protocol.metrics),
         f"Interval: {interval['kind']}, {interval['confidence']:.0%}, {interval['samples']:,} samples, "
         f"seed {interval['seed']}.",
-        f"Model: {protocol['model_version']}.",
+        f"Model: {protocol.model_version}.",
     ]
     return lines + [
-        _tuning_in_words(name_of(method), choice)
-        for method, choice in protocol["baselines"].items()
-        if "grid" in choice
+        _tuning_in_words(name_of(method), choice) for method, choice in protocol.baselines.items() if "grid" in choice
     ]
 
 
 def _split_in_words(split: Mapping[str, Any]) -> str:
     if split["kind"] == "leave_one_out":
-        return "Split: of each user the last item for test, the one before for validation."
+        return "Split: the last item of each user for test, the one before it for validation."
     shares = f"{split['validation']:.0%} of a user's items for validation and {split['test']:.0%} for test"
     return f"Split: {split['kind']}, {shares}, seed {split['seed']}."
 
 
 def metrics_in_words(metrics: Mapping[str, str]) -> list[str]:
-    """A line a definition, however many k it is taken at."""
+    """One line per definition, with the names of all metrics that share it."""
     names: dict[str, list[str]] = {}
     for name, definition in metrics.items():
         names.setdefault(definition, []).append(name)
@@ -180,25 +180,24 @@ def _tuning_in_words(name: str, choice: Mapping[str, Any]) -> str:
     return f"{name}: regularization {choice['regularization']:g}, tuned on {choice['tuned_on']} ({tried})."
 
 
-def _results_table(metrics: Mapping[str, Any]) -> str:
-    results, comparison = metrics["results"], metrics["comparison"]
-    columns = metric_names(metrics)
+def _results_table(report: EvaluationReport) -> str:
+    results, comparison = report.results, report.comparison
+    columns = metric_names(results)
     best = {name: max(row[name]["mean"] for row in results.values()) for name in columns}
-    header = ["", *columns, f"{comparison['metric']} less {name_of(comparison['baseline'])}'s"]
+    header = ["", *columns, f"{comparison.metric} minus {name_of(comparison.baseline)}"]
     rows = []
     for method in methods_of(results):
         cells = [
             with_interval(results[method][name], bold=results[method][name]["mean"] == best[name]) for name in columns
         ]
-        difference = comparison["difference"].get(method)
+        difference = comparison.difference.get(method)
         rows.append([name_of(method), *cells, with_interval(difference, signed=True) if difference else "–"])
     return markdown_table(header, rows)
 
 
-def plot_results(metrics: Mapping[str, Any]) -> Figure:
-    """A panel a metric, a row a method: the mean as a dot, the interval as a line."""
-    results = metrics["results"]
-    columns, methods = metric_names(metrics), methods_of(results)[::-1]
+def plot_results(results: Results) -> Figure:
+    """One panel per metric, one row per method: the mean as a dot, the interval as a line."""
+    columns, methods = metric_names(results), methods_of(results)[::-1]
     figure = Figure(figsize=(3.4 * len(columns) + 1, 1.3 + 0.45 * len(methods)), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(columns), sharey=True, gridspec_kw={"wspace": 0.08}))
     for axes, column in zip(panels, columns, strict=True):
@@ -213,28 +212,28 @@ def plot_results(metrics: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def plot_strata(kind: str, strata: Sequence[Mapping[str, Any]]) -> Figure:
-    """Groups side by side, in each a dot and an interval for every method."""
-    methods = methods_of(strata[0]["results"])
+def plot_strata(kind: str, strata: Sequence[StratumResult]) -> Figure:
+    """The strata side by side, with a dot and an interval for every method."""
+    methods = methods_of(strata[0].results)
     step = 0.6 / max(len(methods), 2)
     figure = Figure(figsize=(max(5.5, 1.2 + 1.6 * len(strata)), 3.8), layout="constrained")
     axes = figure.subplots()
     for place, method in enumerate(methods):
-        color = color_of(method, strata[0]["results"])
+        color = color_of(method, strata[0].results)
         for group, stratum in enumerate(strata):
-            dot(axes, stratum["results"][method], group + step * (place - (len(methods) - 1) / 2), color, vertical=True)
+            dot(axes, stratum.results[method], group + step * (place - (len(methods) - 1) / 2), color, vertical=True)
         axes.plot([], [], "o", color=color, label=name_of(method))
-    axes.set_xticks(range(len(strata)), [f"{stratum['label']}\n{stratum['users']:,} users" for stratum in strata])
+    axes.set_xticks(range(len(strata)), [f"{stratum.label}\n{stratum.users:,} users" for stratum in strata])
     axes.set_xlim(-0.5, len(strata) - 0.5)
-    axes.set_ylim(0, _limit(value for stratum in strata for value in stratum["results"].values()))
+    axes.set_ylim(0, _limit(value for stratum in strata for value in stratum.results.values()))
     axes.set_xlabel(STRATA[kind][1], color=INK)
-    axes.set_ylabel(strata[0]["metric"], color=INK)
+    axes.set_ylabel(strata[0].metric, color=INK)
     plain(axes, "y")
     figure.legend(loc="outside upper center", ncols=min(len(methods), 4), frameon=False, handletextpad=0.2)
     return figure
 
 
-def dot(axes: Axes, value: Mapping[str, float], place: float, color: str, *, vertical: bool) -> None:
+def dot(axes: Axes, value: Interval, place: float, color: str, *, vertical: bool) -> None:
     """A mean as a dot and its interval as a line through it."""
     mean, ends, places = value["mean"], [value["low"], value["high"]], [place, place]
     if vertical:
@@ -246,14 +245,14 @@ def dot(axes: Axes, value: Mapping[str, float], place: float, color: str, *, ver
     axes.annotate(f"{mean:.3f}", (mean, place), (0, 7), textcoords="offset points", ha="center", fontsize=9, color=INK)
 
 
-def _limit(values: Iterable[Mapping[str, float]]) -> float:
-    """End of a measured axis: a little above the highest interval, also where everything is 0."""
+def _limit(values: Iterable[Interval]) -> float:
+    """The end of a measured axis: a little above the highest interval, and above 0 if everything is 0."""
     return 1.08 * max(value["high"] for value in values) or 1.0
 
 
-def metric_names(metrics: Mapping[str, Any]) -> list[str]:
-    """Metrics in the order of the protocol: by function, then by k."""
-    return sorted(next(iter(metrics["results"].values())), key=_by_function_and_k)
+def metric_names(results: Results) -> list[str]:
+    """The metrics in the order of the tables: by function, then by k."""
+    return sorted(next(iter(results.values())), key=_by_function_and_k)
 
 
 def _by_function_and_k(metric: str) -> tuple[bool, int]:
@@ -278,7 +277,7 @@ def _splits(policy: str) -> str:
     return "the training and validation items" if policy == "train+validation" else "the training items"
 
 
-def with_interval(value: Mapping[str, float], *, signed: bool = False, bold: bool = False) -> str:
+def with_interval(value: Interval, *, signed: bool = False, bold: bool = False) -> str:
     mean = _number(value["mean"], signed)
     return f"{f'**{mean}**' if bold else mean} [{_number(value['low'], signed)}, {_number(value['high'], signed)}]"
 

@@ -1,10 +1,10 @@
-"""The evaluate stage: `prepared/` and `model/` in, `evaluation/` out. CLLM4Rec beside its baselines, by one protocol.
+"""The evaluate stage: reads `prepared/` and `model/`, writes `evaluation/`. CLLM4Rec and baselines under one protocol.
 
     evaluation/
       metrics.json      protocol (every choice), results (method → metric → mean, low, high), comparison, strata
       per_user.parquet  user_id, num_train, num_test, method, and every metric
       top100.parquet    user_id, item_ids: CLLM4Rec's lists
-      report.md, *.png  the same for people
+      report.md, *.png  the same content for people
 
 Shapes: B users, K places of a ranked list.
 """
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cllm4rec.arrays.histories import Histories
 from cllm4rec.arrays.ids import Catalog
-from cllm4rec.arrays.ragged import offsets_of
+from cllm4rec.arrays.ragged import chunks, offsets_of
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import load_histories
 from cllm4rec.errors import ArtifactError, DataError
@@ -32,23 +32,16 @@ from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.evaluation.ease import MAX_ITEMS, TUNED_ON, tune_ease
 from cllm4rec.evaluation.popularity import Popularity
 from cllm4rec.evaluation.report import render
-from cllm4rec.metrics.protocol import (
-    CONFIDENCE,
-    HeldOut,
-    Recommender,
-    Stratum,
-    chunks,
-    history_strata,
-    interval,
-    popularity_strata,
-    rank_with,
-    summarize,
-)
-from cllm4rec.metrics.ranking import METRICS, FloatArray, IntArray, compute, depth, parse_metric
+from cllm4rec.evaluation.results import EvaluationProtocol, EvaluationReport, PairedComparison, StratumResult
+from cllm4rec.metrics.intervals import CONFIDENCE, interval, summarize
+from cllm4rec.metrics.protocol import HeldOut, Recommender, rank_with
+from cllm4rec.metrics.ranking import METRICS, compute, depth, parse_metric
+from cllm4rec.metrics.strata import Stratum, history_strata, popularity_strata
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.staleness import settings_digest
 from cllm4rec.storage.artifacts import Manifest, read_manifest, write_directory
-from cllm4rec.storage.files import join, write_bytes, write_json, write_table
+from cllm4rec.storage.files import join, write_bytes, write_table
+from cllm4rec.typing import FloatArray, IntArray
 
 logger = logging.getLogger(__name__)
 
@@ -58,21 +51,24 @@ DEFINITIONS = {
     "ndcg": "binary relevance, gain 1 / log2(place + 1), over the gain of an ideal list of length k, mean over users",
 }
 HEADLINE = "recall@20"
-"""What methods are compared by, in pairs and in strata."""
+"""The metric of the paired comparison and of the strata."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Ranked lists by method, metrics by method and name (rows as in `held_out`), and the content of `metrics.json`."""
+    """Everything the stage writes. Row r of a ranked list or of a metric's values belongs to row r of `held_out`.
+
+    ranked: method → item_BK. per_user: method → metric → value_B. report: the content of `metrics.json`.
+    """
 
     held_out: HeldOut
     ranked: dict[str, IntArray]
     per_user: dict[str, dict[str, FloatArray]]
-    metrics: dict[str, Any]
+    report: EvaluationReport
 
 
 def evaluate_inputs(config: Config) -> dict[str, str]:
-    """Digests of everything the result depends on: where they are equal the stage can be skipped."""
+    """Digests of everything the result depends on; while they are equal, the stage can be skipped."""
     return {
         "prepared": read_manifest(config.run.prepared, "prepared").digest,
         "model": read_manifest(config.run.model, "model").digest,
@@ -83,8 +79,8 @@ def evaluate_inputs(config: Config) -> dict[str, str]:
 def evaluate(config: Config) -> Manifest:
     """Rank the whole catalog for every user with test items, write `evaluation/` and return its manifest.
 
-    Raises ArtifactError where `prepared/` or `model/` is missing or they do not belong together, DataError where no
-    user has a test item.
+    Raises ArtifactError if `prepared/` or `model/` is missing or they do not belong together, DataError if no user has a
+    test item.
     """
     inputs, uri = evaluate_inputs(config), config.run.evaluation
     prepared_dir, model_dir = config.run.prepared, config.run.model
@@ -92,7 +88,7 @@ def evaluate(config: Config) -> Manifest:
     if not _same_catalog(catalog, scorer.catalog):
         raise ArtifactError(
             f"{model_dir} was trained on other users or items than {prepared_dir} holds; "
-            "run pretrain and finetune again"
+            "run cllm4rec pretrain and cllm4rec finetune again"
         )
     evaluation = evaluate_methods(load_histories(prepared_dir), catalog, scorer, config)
     with write_directory(uri, kind="evaluation", inputs=inputs, config=config.model_dump(mode="json")) as draft:
@@ -102,10 +98,10 @@ def evaluate(config: Config) -> Manifest:
 
 
 def evaluate_methods(histories: Histories, catalog: Catalog, scorer: Scorer, config: Config) -> Evaluation:
-    """Rank by every method and measure, without files. Raises DataError where no user has a test item."""
+    """Rank with every method and measure, without files. Raises DataError if no user has a test item."""
     held_out = HeldOut.test(histories, config.evaluate.read, config.evaluate.mask)
     if not len(held_out.users):
-        raise DataError("no user has a test item to evaluate on; raise data.split.test and prepare again")
+        raise DataError("no user has a test item to evaluate on; raise data.split.test and run cllm4rec prepare again")
     with _timed(MODEL, held_out):
         ranked = {MODEL: rank_with_scorer(scorer, held_out, config.score.batch_users)}
     baselines = fit_baselines(TrainingData.of(histories, catalog))
@@ -116,41 +112,44 @@ def evaluate_methods(histories: Histories, catalog: Catalog, scorer: Scorer, con
             )
     per_user = {method: compute(item_BK, held_out.relevant) for method, item_BK in ranked.items()}
     samples, seed = config.evaluate.bootstrap_samples, config.seed
-    metrics = {
-        "protocol": {
+    report = EvaluationReport(
+        protocol=EvaluationProtocol(
             **describe(config, held_out, catalog.num_items),
-            "model_version": scorer.model_version,
-            "baselines": baselines.choices,
-            "skipped": baselines.skipped,
-        },
-        "results": {method: summarize(values, samples, seed) for method, values in per_user.items()},
-        "comparison": compare({method: values[HEADLINE] for method, values in per_user.items()}, samples, seed),
-        "strata": {
+            model_version=scorer.model_version,
+            baselines=baselines.choices,
+            skipped=baselines.skipped,
+        ),
+        results={method: summarize(values, samples, seed) for method, values in per_user.items()},
+        comparison=compare({method: values[HEADLINE] for method, values in per_user.items()}, samples, seed),
+        strata={
             "history length": summarize_strata(history_strata(held_out), ranked, samples, seed),
             "item popularity": summarize_strata(
                 popularity_strata(held_out, catalog.item_counts), ranked, samples, seed
             ),
         },
         **published_figures(config),
-    }
-    return Evaluation(held_out, ranked, per_user, metrics)
+    )
+    return Evaluation(held_out, ranked, per_user, report)
 
 
 def rank_with_scorer(scorer: Scorer, held_out: HeldOut, batch_users: int) -> IntArray:
-    """The Scorer's ranked lists (item_BK), in chunks of users. Raises ArtifactError where a score is not finite."""
+    """The Scorer's ranked lists (item_BK), in chunks of users. Raises ArtifactError if a score is not finite."""
     parts = []
     for rows in tqdm(list(chunks(len(held_out.users), batch_users)), desc=MODEL, unit="batch", disable=None):
         read, masked = held_out.read.take(rows), held_out.masked.take(rows)
         item_BK, score_BK = scorer.top_k(held_out.users[rows], read, depth(), exclude=masked)
         if not np.isfinite(score_BK[item_BK >= 0]).all():
-            raise ArtifactError(f"model {scorer.model_version} gives scores that are not finite; train it again")
+            raise ArtifactError(
+                f"model {scorer.model_version} gives scores that are not finite; "
+                "run cllm4rec finetune --force and look at its losses"
+            )
         parts.append(item_BK)
     return np.concatenate(parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Baselines:
-    """Fitted recommenders by name, what was chosen for each of them, and why others are left out."""
+    """Fitted recommenders by name, the settings chosen for each, and why others were skipped."""
 
     fitted: dict[str, Recommender]
     choices: dict[str, dict[str, Any]]
@@ -158,7 +157,7 @@ class Baselines:
 
 
 def fit_baselines(training: TrainingData) -> Baselines:
-    """Fit on the training split alone, as CLLM4Rec's tables are; EASE is skipped out loud where it cannot run."""
+    """Fit on the training split alone, like CLLM4Rec's tables. If EASE cannot run, it is skipped with a warning."""
     baselines = Baselines({"popularity": Popularity().fit(training)}, {"popularity": {"fitted_on": "train"}}, {})
     reason = _reason_against_ease(training.num_items, len(training.validation.users))
     if reason:
@@ -178,12 +177,12 @@ def fit_baselines(training: TrainingData) -> Baselines:
 
 def _reason_against_ease(num_items: int, num_validation_users: int) -> str:
     if num_items > MAX_ITEMS:
-        return f"its dense {num_items:,} × {num_items:,} matrices outgrow a machine above {MAX_ITEMS:,} items"
+        return f"its dense {num_items:,} × {num_items:,} matrices need too much memory above {MAX_ITEMS:,} items"
     return "" if num_validation_users else "no user has a validation item to tune it on"
 
 
 def describe(config: Config, held_out: HeldOut, num_items: int) -> dict[str, Any]:
-    """Every choice of the protocol, for `metrics.json`."""
+    """The choices of the protocol that an evaluation and a comparison share, for `metrics.json`."""
     return {
         "split": config.data.split.model_dump(),
         "read": config.evaluate.read,
@@ -204,13 +203,13 @@ def describe(config: Config, held_out: HeldOut, num_items: int) -> dict[str, Any
 
 
 def published_figures(config: Config) -> dict[str, Any]:
-    """What `metrics.json` says of other people's figures: nothing where the config names none."""
+    """The entry of `metrics.json` for figures of others; empty if the config names none."""
     published = config.evaluate.published
     return {} if published is None else {"published": published.model_dump(mode="json")}
 
 
-def compare(headline: Mapping[str, FloatArray], samples: int, seed: int) -> dict[str, Any]:
-    """Every method's HEADLINE less that of the best baseline, user by user: pairs cancel what users have in common."""
+def compare(headline: Mapping[str, FloatArray], samples: int, seed: int) -> PairedComparison:
+    """HEADLINE of every method minus that of the best baseline, user by user: pairs cancel what users have in common."""
     baseline = max(
         (method for method in headline if method != MODEL), key=lambda method: float(headline[method].mean())
     )
@@ -219,12 +218,12 @@ def compare(headline: Mapping[str, FloatArray], samples: int, seed: int) -> dict
         for method, values_B in headline.items()
         if method != baseline
     }
-    return {"metric": HEADLINE, "baseline": baseline, "difference": differences}
+    return PairedComparison(HEADLINE, baseline, differences)
 
 
 def summarize_strata(
     strata: Sequence[Stratum], ranked: Mapping[str, IntArray], samples: int, seed: int
-) -> list[dict[str, Any]]:
+) -> list[StratumResult]:
     """HEADLINE of every method in every stratum."""
     summaries = []
     for stratum in strata:
@@ -232,21 +231,21 @@ def summarize_strata(
             name: compute(item_BK[stratum.rows], stratum.relevant, [HEADLINE]) for name, item_BK in ranked.items()
         }
         results = {name: interval(value[HEADLINE], samples, seed) for name, value in values.items()}
-        summaries.append({"label": stratum.label, "users": len(stratum.rows), "metric": HEADLINE, "results": results})
+        summaries.append(StratumResult(stratum.label, len(stratum.rows), HEADLINE, results))
     return summaries
 
 
 def write_evaluation(uri: str, evaluation: Evaluation, catalog: Catalog) -> None:
     """Write the files named at the top of this module below `uri`."""
-    write_json(join(uri, "metrics.json"), evaluation.metrics)
+    evaluation.report.save(uri)
     write_table(per_user_table(evaluation, catalog), join(uri, "per_user.parquet"))
     write_table(top_table(evaluation, catalog), join(uri, "top100.parquet"))
-    for name, content in render(evaluation.metrics).items():
+    for name, content in render(evaluation.report).items():
         write_bytes(join(uri, name), content)
 
 
 def per_user_table(evaluation: Evaluation, catalog: Catalog) -> pa.Table:
-    """A row for each method and user."""
+    """One row per method and user."""
     held_out, methods = evaluation.held_out, list(evaluation.per_user)
     times, user_ids = len(methods), catalog.user_ids[held_out.users]
     columns = {

@@ -1,56 +1,51 @@
 """Ranking metrics on whole arrays: plain functions, no model, no files.
 
-Shapes: B users, J items, K places of a ranked list. A ranked list holds item indices, best first, without repeats;
--1 fills the places that are left and never hits.
+Shapes: B users, J items, K places of a ranked list. A ranked list holds distinct item indices, best first; -1 marks an
+empty place and never hits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cllm4rec.arrays.ragged import Ragged
-
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
+from cllm4rec.typing import Array, BoolArray, FloatArray, IntArray
 
 METRICS = ("recall@20", "recall@40", "ndcg@100")
-"""The paper's measures. Another set, such as ("recall@10", "ndcg@10"), is another tuple of names."""
+"""The metrics of the paper. Functions take any tuple of names, such as ("recall@10", "ndcg@10")."""
 
 
-def recall_at(ranked_BK: npt.NDArray[Any], relevant: Ragged, k: int) -> FloatArray:
-    """Hits among the first k over min(k, number of relevant items), a value a user (method.md, Data and measure).
+def recall_at(ranked_BK: Array, relevant: Ragged, k: int) -> FloatArray:
+    """Hits among the first k divided by min(k, number of relevant items), for each user (docs/method.md, Data and measure).
 
-    A list shorter than k counts as filled up with misses. `relevant` holds distinct items, a row a user.
-    Raises ValueError where a user has none.
+    The missing places of a list shorter than k count as misses. `relevant` has one row of distinct items per user.
+    Raises ValueError if a user has none.
     """
     num_hits_B = hits(ranked_BK[:, :k], relevant).sum(axis=1)
     return np.asarray(num_hits_B / np.minimum(_counted(relevant), k))
 
 
-def ndcg_at(ranked_BK: npt.NDArray[Any], relevant: Ragged, k: int) -> FloatArray:
-    """Discounted gain of the first k with binary relevance, over that of an ideal list; else as `recall_at`."""
+def ndcg_at(ranked_BK: Array, relevant: Ragged, k: int) -> FloatArray:
+    """Discounted gain of the first k with binary relevance, divided by that of an ideal list; otherwise like `recall_at`."""
     discount_K = 1.0 / np.log2(np.arange(2, k + 2))
     hit_BK = hits(ranked_BK[:, :k], relevant)
     ideal_B = np.cumsum(discount_K)[np.minimum(_counted(relevant), k) - 1]
     return np.asarray(hit_BK @ discount_K[: hit_BK.shape[1]] / ideal_B)
 
 
-FUNCTIONS: dict[str, Callable[[npt.NDArray[Any], Ragged, int], FloatArray]] = {"recall": recall_at, "ndcg": ndcg_at}
+FUNCTIONS: dict[str, Callable[[Array, Ragged, int], FloatArray]] = {"recall": recall_at, "ndcg": ndcg_at}
 
 
-def compute(ranked_BK: npt.NDArray[Any], relevant: Ragged, metrics: Sequence[str] = METRICS) -> dict[str, FloatArray]:
+def compute(ranked_BK: Array, relevant: Ragged, metrics: Sequence[str] = METRICS) -> dict[str, FloatArray]:
     """Every metric for every user, by name. Raises ValueError for a name that is not `recall@k` or `ndcg@k`."""
     parsed = {name: parse_metric(name) for name in metrics}
     return {name: FUNCTIONS[function](ranked_BK, relevant, k) for name, (function, k) in parsed.items()}
 
 
 def depth(metrics: Sequence[str] = METRICS) -> int:
-    """How long ranked lists must be for these metrics."""
+    """The length of ranked lists that these metrics need."""
     return max(parse_metric(name)[1] for name in metrics)
 
 
@@ -64,24 +59,24 @@ def parse_metric(name: str) -> tuple[str, int]:
     return function, int(k)
 
 
-def hits(ranked_BK: npt.NDArray[Any], items: Ragged) -> BoolArray:
-    """Whether each place of each list holds one of its user's `items`."""
+def hits(ranked_BK: Array, items: Ragged) -> BoolArray:
+    """For each place of each list, whether it holds one of the user's `items`."""
     ranked_BK = np.asarray(ranked_BK, np.int64)
     if not items.values.size or not ranked_BK.size:
         return np.zeros(ranked_BK.shape, np.bool_)
-    # One number for each (user, item) makes membership a search in one sorted array, without a loop over users.
+    # (user, item) as one integer: membership becomes a search in one sorted array, without a loop over users.
     stride = int(max(ranked_BK.max(), items.values.max())) + 1
-    keys = np.sort(items.rows * stride + items.values)
+    keys = np.sort(items.keys(stride))
     wanted_BK = np.arange(len(ranked_BK))[:, None] * stride + ranked_BK
     found_BK = keys[np.minimum(np.searchsorted(keys, wanted_BK), len(keys) - 1)] == wanted_BK
     return np.asarray(found_BK & (ranked_BK >= 0))
 
 
-def rank_scores(score_BJ: npt.NDArray[Any], seen: Ragged, k: int) -> tuple[IntArray, npt.NDArray[Any]]:
-    """Dense scores to ranked lists (item_BK, score_BK): descending, `seen` left out, equal scores by lower item index.
+def rank_scores(score_BJ: Array, seen: Ragged, k: int) -> tuple[IntArray, Array]:
+    """Ranked lists (item_BK, score_BK) from dense scores: descending, without `seen`, equal scores by lower item index.
 
-    Places without an item hold -1 and -inf; a score of -inf is an item that may not be ranked. The dtype of the scores
-    is kept. Raises ValueError where a score is NaN.
+    Empty places hold -1 and -inf; an item with the score -inf is never ranked. The dtype of the scores is kept. Raises
+    ValueError if a score is NaN.
     """
     if np.isnan(score_BJ).any():
         raise ValueError("scores hold NaN, which has no rank; look for a diverged model")
@@ -91,15 +86,15 @@ def rank_scores(score_BJ: npt.NDArray[Any], seen: Ragged, k: int) -> tuple[IntAr
     width = min(k, num_items)
     item_BK = _best_by_index(score_BJ, width)
     best_BK = np.take_along_axis(score_BJ, item_BK, 1)
-    # A stable sort of items in index order keeps the lower index first.
+    # The items are in index order, so a stable sort puts the lower index of equal scores first.
     order_BK = np.argsort(-best_BK, axis=1, kind="stable")
     item_BK, best_BK = np.take_along_axis(item_BK, order_BK, 1), np.take_along_axis(best_BK, order_BK, 1)
     item_BK = np.where(best_BK == -np.inf, -1, item_BK)
     return _filled(item_BK, k, -1), _filled(best_BK, k, -np.inf)
 
 
-def _best_by_index(score_BJ: npt.NDArray[Any], k: int) -> IntArray:
-    """The k best items of each row in index order. A partition alone picks any of the items tied at the k-th place."""
+def _best_by_index(score_BJ: Array, k: int) -> IntArray:
+    """The k best items of each row, in index order. A partition alone would pick any of the items tied at the k-th place."""
     num_users, num_items = score_BJ.shape
     if k == 0:
         return np.empty((num_users, 0), np.int64)
@@ -110,7 +105,7 @@ def _best_by_index(score_BJ: npt.NDArray[Any], k: int) -> IntArray:
     return np.nonzero(chosen_BJ)[1].reshape(num_users, k).astype(np.int64)
 
 
-def _filled(values_BK: npt.NDArray[Any], k: int, filler: float) -> npt.NDArray[Any]:
+def _filled(values_BK: Array, k: int, filler: float) -> Array:
     return np.pad(values_BK, ((0, 0), (0, k - values_BK.shape[1])), constant_values=filler)
 
 

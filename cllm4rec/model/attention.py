@@ -1,10 +1,10 @@
-"""Attention among the tokens of each document of a packed grid: the one place where a backbone finds it, on any device.
+"""Attention within each document of a packed grid. Selects the kernel for the device.
 
-A mask over a whole row would make every token meet the whole row: with documents of a dozen tokens in rows of some
-thousand, hundreds of times the work. On a GPU documents lie end to end in one flash attention (`gpu.attention`); elsewhere,
-and in float32, they are cut out as short blocks (`cpu.attention`).
+A mask over whole rows would multiply the work by several hundred: documents have about a dozen tokens, rows have
+thousands. On a GPU, one flash attention call runs over documents placed end to end (`gpu.attention`). On a CPU, and in
+float32, documents are gathered into short blocks (`cpu.attention`).
 
-Lengths: R rows × T columns = S slots of a grid, H heads × K numbers of a head.
+Shapes: R rows × T columns = S slots of a grid, H heads × K features per head.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from cllm4rec.model.gpu import attention as gpu
 from cllm4rec.typing import Array
 
 IMPLEMENTATION = "cllm4rec"
-"""Under this name transformers finds `attend`."""
+"""The name under which `attend` is registered with transformers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DocumentLayout:
-    """Which slots of a grid may look at which: earlier ones of the same document. Made for a kernel when it first asks.
+    """Which slots of a grid attend to which: each slot attends to itself and the earlier slots of its document.
 
-    batch_invariant: what attention gives a document is bit for bit the same whatever else is in the grid.
+    The form that a kernel needs (`blocks` or `spans`) is built on first use.
+
+    batch_invariant: the attention output of a document is bit-identical regardless of the rest of the grid.
     """
 
     segment_RT: Array
@@ -52,34 +54,35 @@ def attend(
     attention_mask: Tensor | None,
     layout: DocumentLayout | None = None,
     scaling: float | None = None,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls for attention: (R, H, T, K) in, (R, T, H, K) out.
+    """The attention function that transformers calls: (R, H, T, K) in, (R, T, H, K) out.
 
-    `layout` None: a call that is not from here, answered as transformers would.
+    Without `layout` the call does not come from this package and is passed to transformers' own implementation.
     """
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        own: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **others
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-        return own
+        return output
     num_rows, num_heads, num_columns, size = query.shape
     scale = size**-0.5 if scaling is None else scaling
-    # Rotated queries and keys are float32 under autocast, values are not.
+    # Under autocast, rotary queries and keys are float32 and values are not.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    shared = num_heads // key.shape[1]
-    if shared > 1:  # several heads share a key
-        key, value = (part.repeat_interleave(shared, dim=1) for part in (key, value))
+    heads_per_key = num_heads // key.shape[1]
+    if heads_per_key > 1:  # grouped-query attention
+        key, value = (states.repeat_interleave(heads_per_key, dim=1) for states in (key, value))
     with torch.autocast(value.device.type, enabled=False):
         if gpu.runs_on(value):
-            attended = gpu.attend_spans(_by_slot(query), _by_slot(key), _by_slot(value), layout.spans, scale)
+            query, key, value = (_flatten_slots(states) for states in (query, key, value))
+            attended = gpu.attend_spans(query, key, value, layout.spans, scale)
         else:
-            attended = attend_blocks(_by_slot(torch.cat([query, key, value], dim=1)), scale, layout.blocks)
+            attended = attend_blocks(_flatten_slots(torch.cat([query, key, value], dim=1)), scale, layout.blocks)
     return attended.view(num_rows, num_columns, num_heads, size), None
 
 
-def _by_slot(states: Tensor) -> Tensor:
+def _flatten_slots(states: Tensor) -> Tensor:
     """(R, H, T, K) → (S, H, K)."""
     return states.transpose(1, 2).reshape(-1, states.shape[1], states.shape[3])

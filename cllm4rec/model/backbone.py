@@ -1,9 +1,10 @@
-"""The pretrained language model behind one protocol: embeddings in, hidden states out.
+"""The language model behind one interface: embeddings in, hidden states out.
 
-`Decoder` runs GPT-2, Llama and their like on packed rows; `EncoderDecoder` runs T5, prompt in the encoder and main text in
-the decoder. Both come from transformers' auto classes: a model of another name that loads there works here.
+`Decoder` runs decoder-only models such as GPT-2 and Llama on packed rows. `EncoderDecoder` runs T5 with the prompt in the
+encoder and the main text in the decoder. Both use transformers' auto classes, so other models that these classes load
+also work.
 
-Lengths: R rows × T columns of a grid, K hidden size, N words.
+Shapes: R rows × T columns of a grid, K hidden size, N words.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ _REFERENCE = "reference.json"
 
 
 class Backbone(nn.Module, abc.ABC):
-    """A language model without its embedding of text: callers look words and IDs up and hand vectors in."""
+    """A language model without its embedding lookup: callers look up words and IDs and pass in vectors."""
 
-    pairs: bool
-    """True where prompt and main text are two grids (an encoder-decoder)."""
+    is_encoder_decoder: bool
+    """Whether the prompt and the main text are two grids, one for the encoder and one for the decoder."""
 
     def __init__(self, model: Any, max_tokens: int) -> None:
         super().__init__()
         self.model = model
         if not getattr(model.config, "final_norm", True):
-            _without_final_norm(model)
+            _remove_final_norm(model)
         limit = getattr(model.config, "n_positions", None) or getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and limit < max_tokens and not self.pairs:
+        if limit is not None and limit < max_tokens and not self.is_encoder_decoder:
             raise ConfigError(
                 f"model.max_tokens {max_tokens} is more than the {limit} positions of the backbone; lower it"
             )
 
     @property
     def width(self) -> int:
-        """K."""
+        """The hidden size K."""
         return int(self.model.config.hidden_size)
 
     @property
@@ -57,28 +58,28 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     def word_embeddings(self) -> nn.Parameter:
-        """N' × K with N' >= N: what prompts and texts are read through."""
+        """N' × K with N' >= N: the embeddings of the words of prompts and texts."""
         weight: nn.Parameter = self.model.get_input_embeddings().weight
         return weight
 
     @property
     def vocabulary_head(self) -> nn.Parameter:
-        """N' × K: what words are predicted with; the word embeddings where the model ties them."""
+        """N' × K: the output layer that predicts words. It is `word_embeddings` if the model ties the two."""
         head = self.model.get_output_embeddings()
         weight: nn.Parameter = self.word_embeddings if head is None else head.weight
         return weight
 
     @property
     def start_token(self) -> int:
-        """The word a decoder of pairs starts with."""
-        raise TypeError(f"{type(self).__name__} reads one grid and has no decoder to start")
+        """The token id that the decoder of an encoder-decoder starts with. Raises TypeError for a decoder-only model."""
+        raise TypeError(f"{type(self).__name__} is a decoder-only model and has no start token")
 
     @abc.abstractmethod
     def forward(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> Tensor:
-        """Vectors of shape (R, T, K) for each grid in, hidden states (R, T, K) of the last grid out, in the model's dtype."""
+        """Map the embeddings of each grid, (R, T, K), to the hidden states of the last grid, (R, T, K), in `dtype`."""
 
     def digest(self) -> str:
-        """sha256 over names, shapes and float32 bytes of all weights: equal before and after means frozen."""
+        """sha256 of the names, shapes and float32 bytes of all weights. Training with a frozen backbone keeps it."""
         sha = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             sha.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -87,9 +88,9 @@ class Backbone(nn.Module, abc.ABC):
 
 
 class Decoder(Backbone):
-    """A causal model over packed rows: a token sees the earlier tokens of its own document."""
+    """A causal model over packed rows: a token attends to the earlier tokens of its own document."""
 
-    pairs = False
+    is_encoder_decoder = False
 
     def __init__(self, model: Any, max_tokens: int) -> None:
         super().__init__(model, max_tokens)
@@ -102,12 +103,12 @@ class Decoder(Backbone):
 
     def forward(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> Tensor:
         (vectors,), (grid,) = embeddings, grids
-        # A mask of four dimensions is taken as it is; without one transformers would look for documents in the positions.
-        unused = vectors.new_empty(0, 0, 0, 0)
+        # transformers passes a mask of four dimensions on unchanged. Without one it would derive documents from positions.
+        unused_mask = vectors.new_empty(0, 0, 0, 0)
         output = self.model.base_model(
             inputs_embeds=vectors,
             position_ids=grid.position_RT,
-            attention_mask=unused,
+            attention_mask=unused_mask,
             use_cache=False,
             layout=grid.layout,
         )
@@ -116,9 +117,9 @@ class Decoder(Backbone):
 
 
 class EncoderDecoder(Backbone):
-    """T5: one document a row, so ordinary padding masks."""
+    """An encoder-decoder such as T5: one document per row, so ordinary padding masks suffice."""
 
-    pairs = True
+    is_encoder_decoder = True
 
     @property
     def start_token(self) -> int:
@@ -135,35 +136,38 @@ class EncoderDecoder(Backbone):
             encoder_attention_mask=prompt_mask,
             use_cache=False,
         ).last_hidden_state
-        # T5 1.0 divides by sqrt(K) before its head; without it the head's logits are out of scale.
+        # T5 1.0 divides by sqrt(K) before its output layer. Its logits would be out of scale without this.
         return hidden * self.width**-0.5 if self.model.config.scale_decoder_outputs else hidden
 
 
 def build_backbone(size: BackboneSize, num_words: int, max_tokens: int, seed: int) -> Backbone:
-    """A fresh language model of the given size, the same for the same seed."""
+    """A newly initialized language model of the given size. The same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _BUILDERS[size.architecture](size, num_words, max_tokens)
-    model.config.final_norm = size.final_norm  # kept in config.json, and so with the weights
+    model.config.final_norm = size.final_norm  # saved with the weights, in config.json
     if not size.final_norm:
-        model.config.scale_decoder_outputs = False  # T5's division, which goes with its norm
+        model.config.scale_decoder_outputs = False  # T5's division belongs to its final norm
     if size.copying_heads:
-        start_with_copying_heads(model)
+        init_copying_heads(model)
     return EncoderDecoder(model, max_tokens) if size.architecture == "t5" else Decoder(model, max_tokens)
 
 
-def _without_final_norm(model: nn.Module) -> None:
-    """Hand the last layer's sum on as it is. The norm gives every hidden state one length, so that what is common to all
-    histories drowns what differs (DECISIONS.md, "Quality")."""
+def _remove_final_norm(model: nn.Module) -> None:
+    """Output the residual stream of the last layer without normalization.
+
+    The final norm gives all hidden states the same length, so the component that all histories share hides their
+    differences (docs/decisions.md, "Model and training").
+    """
     base: Any = model.base_model
     stack = base.decoder if hasattr(base, "decoder") else base
     for name in _FINAL_NORMS:
         if hasattr(stack, name):
-            setattr(stack, name, _Unused(getattr(stack, name)))
+            setattr(stack, name, _SkippedNorm(getattr(stack, name)))
 
 
-class _Unused(nn.Module):
-    """Hands its input on. The norm's weights stay as buffers, so that what is saved is a whole model's."""
+class _SkippedNorm(nn.Module):
+    """Returns its input. The weights of the norm stay as buffers, so that a saved model is complete."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -175,19 +179,20 @@ class _Unused(nn.Module):
 
 
 _FINAL_NORMS = ("ln_f", "norm", "final_layer_norm")
-"""Of GPT-2, Llama and T5, the architectures that are built here."""
+"""The names of the final norm in GPT-2, Llama and T5, the architectures that this module builds."""
 
 
-def start_with_copying_heads(model: nn.Module) -> None:
-    """Make every attention pass on the mean of what it sees, unmixed: value and output projections become the identity.
+def init_copying_heads(model: nn.Module) -> None:
+    """Set value and output projections to the identity, so that each attention layer returns the mean of its inputs.
 
-    Heads whose value-output product has positive eigenvalues copy what they attend to; pretrained models grow them
-    (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits). Random ones scramble a history instead, and
-    the frozen tied head cannot undo it: on the sample world that cost a seventh of Recall@20 (DECISIONS.md).
+    Heads whose value-output product has positive eigenvalues copy what they attend to; pretrained models develop them
+    (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits). Random projections scramble a history, and
+    the frozen tied head cannot undo this: it cost a seventh of Recall@20 on the sample world (docs/log.md, "A built
+    backbone starts by copying").
     """
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith("attn.c_attn.weight"):  # GPT-2 keeps query, key and value side by side
+            if name.endswith("attn.c_attn.weight"):  # GPT-2 concatenates query, key and value
                 weight[:, -len(weight) :] = torch.eye(len(weight))
             elif name.endswith(_VALUE_AND_OUTPUT):
                 weight.copy_(torch.eye(len(weight)))
@@ -264,20 +269,20 @@ _BUILDERS: dict[str, Callable[[BackboneSize, int, int], Any]] = {"gpt2": _gpt2, 
 
 
 def pretrained_backbone(name: str, revision: str | None, max_tokens: int) -> Backbone:
-    """A model by name or folder, in float32 and without dropout. Raises ConfigError where there is none."""
+    """Load a model by name or folder, in float32 and without dropout. Raises ConfigError if it cannot be loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         if getattr(config, "activation_function", None) == "gelu_new":
-            config.activation_function = "gelu_pytorch_tanh"  # the same function, faster
+            config.activation_function = "gelu_pytorch_tanh"  # a faster implementation of the same function
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = auto.from_pretrained(name, revision=revision, config=config, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"the backbone {name!r} cannot be loaded ({reason}); give model.backbone a folder with config.json and "
-            "model.safetensors, a name the hub can be reached for, or a size to build"
+            f"the backbone {name!r} cannot be loaded ({reason}); set model.backbone to a folder with config.json and "
+            "model.safetensors, to a model name on a hub that this machine can reach, or to a size to build"
         ) from None
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -286,20 +291,23 @@ def pretrained_backbone(name: str, revision: str | None, max_tokens: int) -> Bac
 
 
 def new_backbone(config: ModelConfig, num_words: int, seed: int) -> Backbone:
-    """What `model.backbone` describes, before any training. Raises ConfigError where it does not fit the tokenizer."""
+    """The untrained backbone that `model.backbone` describes.
+
+    Raises ConfigError if it cannot be loaded, or if it has fewer word embeddings than the tokenizer has tokens.
+    """
     if isinstance(config.backbone, BackboneSize):
         return build_backbone(config.backbone, num_words, config.max_tokens, seed)
     backbone = pretrained_backbone(config.backbone, config.revision, config.max_tokens)
     if len(backbone.word_embeddings) < num_words:
         raise ConfigError(
-            f"the tokenizer of {config.backbone!r} has {num_words} tokens and its model {len(backbone.word_embeddings)} "
-            "word embeddings; give a folder in which the two belong together"
+            f"the tokenizer of {config.backbone!r} has {num_words} tokens, but its model has "
+            f"{len(backbone.word_embeddings)} word embeddings; use a folder whose tokenizer and model match"
         )
     return backbone
 
 
 def save_backbone(backbone: Backbone, directory: str) -> None:
-    """Write the model's own safetensors and config, for a backbone that was built or trained here."""
+    """Write the safetensors and the config of a backbone that this package built or trained."""
     with tempfile.TemporaryDirectory() as folder:
         backbone.model.save_pretrained(folder)
         for file in sorted(Path(folder).iterdir()):
@@ -307,20 +315,23 @@ def save_backbone(backbone: Backbone, directory: str) -> None:
 
 
 def save_reference(backbone: Backbone, config: ModelConfig, directory: str) -> None:
-    """Write name, revision and digest of a stock backbone instead of its weights."""
+    """Write the name, revision and digest of a pretrained backbone instead of its weights."""
     reference = {"name": config.backbone, "revision": config.revision, "digest": backbone.digest()}
     files.write_json(files.join(directory, _REFERENCE), reference)
 
 
 def load_backbone(directory: str, max_tokens: int) -> Backbone:
-    """The backbone that `save_backbone` or `save_reference` wrote. A stock one must have the digest it had then."""
+    """Load the backbone that `save_backbone` or `save_reference` wrote.
+
+    Raises ArtifactError if the digest of a referenced backbone has changed.
+    """
     if _REFERENCE in files.list_files(directory):
         reference = files.read_json(files.join(directory, _REFERENCE))
         backbone = pretrained_backbone(reference["name"], reference["revision"], max_tokens)
         if backbone.digest() != reference["digest"]:
             raise ArtifactError(
                 f"the backbone {reference['name']!r} is not the one these tables were trained with (its digest differs); "
-                "put the former one back or train again"
+                "restore the former one or train again"
             )
         return backbone
     with local_copy(directory) as folder:
@@ -328,7 +339,7 @@ def load_backbone(directory: str, max_tokens: int) -> Backbone:
 
 
 class local_copy:  # noqa: N801 - reads as a verb in a with statement
-    """A local folder with the files of a directory; the directory itself where it is local already."""
+    """A local copy of a directory, removed at the end of the block. A local directory is used as it is."""
 
     def __init__(self, directory: str) -> None:
         self._fs, self._path = files.filesystem(directory)

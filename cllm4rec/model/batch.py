@@ -1,6 +1,6 @@
-"""A batch as tensors on a device.
+"""Batches as tensors on a device.
 
-Lengths: R rows × T columns of a grid.
+Shapes: R rows × T columns of a grid, M items of a sampled softmax, E item targets.
 """
 
 from __future__ import annotations
@@ -14,43 +14,46 @@ from torch import Tensor
 from cllm4rec.model.attention import DocumentLayout
 from cllm4rec.model.packing import USER_TABLES, Batch, Grid, Table
 from cllm4rec.model.sampling import ItemSample
+from cllm4rec.typing import Array
 
 _SAMPLED_STEP = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorGrid:
-    """`Grid` on a device, but that `lookups` of users tables name places in the batch's `distinct_users` in place of rows."""
+    """`Grid` on a device. Lookups in user tables hold positions in the batch's `distinct_users` instead of table rows."""
 
     segment_RT: Tensor
     position_RT: Tensor
     lookups: dict[Table, tuple[Tensor, Tensor]]
     layout: DocumentLayout
-    """Which slots may look at which."""
+    """Which slots attend to which."""
 
     def is_token(self) -> Tensor:
-        """(R, T) of 0 and 1. A row without any token counts as one long document, so that no softmax is empty."""
+        """The padding mask, (R, T): 1 for tokens. A row of padding is all ones, so that its softmax is not empty."""
         mask = self.segment_RT > 0
         return (mask | ~mask.any(dim=1, keepdim=True)).long()
 
 
 @dataclasses.dataclass(frozen=True)
 class SampledItems:
-    """What the item head's softmax runs over in place of the whole catalog: M items, those drawn and all targets.
+    """The items that the softmax of the item head runs over instead of the whole catalog: sampled items and all targets.
 
-    The last is repeated up to a multiple of `_SAMPLED_STEP`, so that products have few shapes: a CPU keeps a kernel for each.
+    The last item is repeated up to a multiple of `_SAMPLED_STEP`, so that matrix products have few distinct shapes: a CPU
+    caches one kernel per shape.
     """
 
     items_M: Tensor
     bias_M: Tensor
-    """-log of the chance to be drawn; -inf for what nobody counts but predictions of it: targets not drawn, repetitions."""
+    """-log of an item's sampling probability. -inf for repetitions and for targets that were not sampled: these count only
+    in predictions of which they are the target."""
     targets_E: Tensor
-    """The batch's `item_targets` as places in `items_M`."""
+    """The batch's `item_targets` as positions in `items_M`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorBatch:
-    """`Batch` on a device; see there for the meaning of every field."""
+    """`Batch` on a device. `Batch` documents the fields."""
 
     grids: tuple[TensorGrid, ...]
     item_slots: Tensor
@@ -68,9 +71,10 @@ class TensorBatch:
 def batch_to_device(
     batch: Batch, device: torch.device, batch_invariant: bool = False, sample: ItemSample | None = None
 ) -> TensorBatch:
-    """batch_invariant: attention gives each document the same bits whatever else is in the batch (`DocumentLayout`).
+    """Copy a batch to a device.
 
-    sample: the items to predict among, by default all.
+    batch_invariant: attention gives each document the same bits regardless of the rest of the batch (`DocumentLayout`).
+    sample: the items of a sampled softmax. By default the softmax runs over all items.
     """
     flat = {
         field.name: _tensor(getattr(batch, field.name), device)
@@ -79,28 +83,28 @@ def batch_to_device(
     }
     return TensorBatch(
         grids=tuple(_grid(grid, batch.distinct_users, device, batch_invariant) for grid in batch.grids),
-        sampled=None if sample is None else _sampled(sample, batch.item_targets, device),
+        sampled=None if sample is None else _sampled_items(sample, batch.item_targets, device),
         **flat,
     )
 
 
-def _grid(grid: Grid, users: np.ndarray, device: torch.device, batch_invariant: bool) -> TensorGrid:
-    reads = {
+def _grid(grid: Grid, users: Array, device: torch.device, batch_invariant: bool) -> TensorGrid:
+    lookups = {
         table: (_tensor(slots, device), _tensor(np.searchsorted(users, rows) if table in USER_TABLES else rows, device))
         for table, (slots, rows) in grid.lookups.items()
     }
     layout = DocumentLayout(grid.segment_RT, device, batch_invariant)
-    return TensorGrid(_tensor(grid.segment_RT, device), _tensor(grid.position_RT, device), reads, layout)
+    return TensorGrid(_tensor(grid.segment_RT, device), _tensor(grid.position_RT, device), lookups, layout)
 
 
-def _sampled(sample: ItemSample, targets: np.ndarray, device: torch.device) -> SampledItems:
+def _sampled_items(sample: ItemSample, targets: Array, device: torch.device) -> SampledItems:
     items = np.union1d(sample.items, targets)
-    places = np.searchsorted(items, targets)
-    filled = np.pad(items, (0, -len(items) % _SAMPLED_STEP), mode="edge")
-    bias = np.full(len(filled), -np.inf, np.float32)
-    bias[np.searchsorted(items, sample.items)] = -sample.log_chance
-    return SampledItems(*(_tensor(array, device) for array in (filled, bias, places)))
+    positions = np.searchsorted(items, targets)
+    padded = np.pad(items, (0, -len(items) % _SAMPLED_STEP), mode="edge")
+    bias = np.full(len(padded), -np.inf, np.float32)
+    bias[np.searchsorted(items, sample.items)] = -sample.log_probability
+    return SampledItems(*(_tensor(array, device) for array in (padded, bias, positions)))
 
 
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+def _tensor(array: Array, device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

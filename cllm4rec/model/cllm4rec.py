@@ -1,7 +1,7 @@
-"""CLLM4Rec: four ID tables around one frozen language model, with tied heads (Zhu et al. 2024; method.md).
+"""CLLM4Rec: four ID tables around one frozen language model, with tied heads (Zhu et al. 2024; docs/method.md).
 
-Lengths: I users, J items, N words, K hidden size, R rows × T columns of a grid, P item predictions, W word predictions,
-U distinct users of a batch, M items of a sampled softmax.
+Shapes: I users, J items, N words, K hidden size, R rows × T columns = S slots of a grid, P item predictions, W word
+predictions, U distinct users of a batch, M items of a sampled softmax.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from cllm4rec.model.losses import squared_distance, tied_cross_entropy
 from cllm4rec.model.packing import USER_TABLES, Table
 
 TABLES: dict[Table, str] = {table: table.name.lower() for table in Table if table is not Table.WORDS}
-"""Names of the four ID tables, as parameters of the model and in `tables.safetensors`."""
+"""The names of the four ID tables in the model's parameters and in `tables.safetensors`."""
 
 
 class Losses(NamedTuple):
-    """Sums over the documents of a batch, each of shape (). `total` = items + words + (lambda_c / 2) penalty."""
+    """Sums over the documents of a batch, each of shape (). `total` = items + words + (lambda_c / 2) · penalty."""
 
     total: Tensor
     items: Tensor
@@ -35,7 +35,7 @@ class Losses(NamedTuple):
 
 
 class CLLM4Rec(nn.Module):
-    """The joint model. Its `forward` is the negative log posterior of a batch (Eq. 7, 8, 9 and 10 in one pass)."""
+    """The joint model. Its `forward` returns the negative log posterior of a batch (Eq. 7, 8, 9 and 10 in one pass)."""
 
     collaborative_users: nn.Parameter
     collaborative_items: nn.Parameter
@@ -51,18 +51,19 @@ class CLLM4Rec(nn.Module):
         seed: int = 0,
         temperature: float = 1.0,
     ) -> None:
-        """Fresh tables are normal with the given `std`, by default the spread of the word embeddings.
+        """Create tables with normally distributed values.
 
-        temperature: what the item head's logits are divided by; 1 is the paper's.
+        std: the standard deviation, by default that of the word embeddings.
+        temperature: the divisor of the item logits. The paper uses 1.
 
-        z^l begins equal to z^c: with lambda_l = 0 that is where the prior's mode lies before anything is read (Eq. 3).
+        z^l starts equal to z^c: with lambda_l = 0 this is the mode of the prior before any data is read (Eq. 3).
         """
         super().__init__()
         self.token_space, self.temperature = token_space, temperature
         generator = torch.Generator().manual_seed(seed)
         spread = float(backbone.word_embeddings.detach().float().std()) if std is None else std
         for kind, num_rows in (("users", token_space.num_users), ("items", token_space.num_items)):
-            # In place: tables of many users are most of a process's memory. Zeros take none until they are written.
+            # In place: user tables can take most of a process's memory. Zeros take none until they are written.
             collaborative, content = (torch.zeros(num_rows, backbone.width) for _ in range(2))
             if spread:
                 collaborative.copy_(content.normal_(generator=generator).mul_(spread))
@@ -70,25 +71,29 @@ class CLLM4Rec(nn.Module):
             setattr(self, f"content_{kind}", nn.Parameter(content))
         self.backbone = backbone
         self.precision = torch.float32
-        """Of the heads' products, and of the backbone's."""
+        """The precision of the backbone and of the heads."""
 
     def tables(self) -> dict[str, nn.Parameter]:
         return {name: getattr(self, name) for name in TABLES.values()}
 
     def train_only(self, names: Iterable[str]) -> None:
-        """Let gradients reach exactly these: names of tables, or `backbone`."""
+        """Require gradients for exactly these: names of tables, or `backbone`."""
         wanted = set(names)
         for name, table in self.tables().items():
             table.requires_grad_(name in wanted)
         self.backbone.requires_grad_("backbone" in wanted)
 
     def compute_in(self, precision: torch.dtype) -> None:
-        """Run backbone and heads in bfloat16 or float32, by the fastest layers there are (`accelerate`)."""
+        """Run the backbone and the heads in bfloat16 or float32, with the fastest available layers (`accelerate`)."""
         self.precision = precision
         accelerate(self.backbone, precision)
 
     def forward(self, batch: TensorBatch, lambda_c: float, user_rows: Mapping[str, Tensor] | None = None) -> Losses:
-        """user_rows: rows `batch.distinct_users` of users tables, (U, K) each; those not given are read from the tables."""
+        """The losses of a batch.
+
+        user_rows: the rows `batch.distinct_users` of user tables by table name, (U, K) each. Tables that are not given are
+        read from the model.
+        """
         users = {**self._user_rows(batch), **(user_rows or {})}
         hidden_SK = self._hidden_states(batch, users)
         queries_PK, sampled = self.queries(hidden_SK[batch.item_slots]), batch.sampled
@@ -118,7 +123,7 @@ class CLLM4Rec(nn.Module):
         return Losses(items + words + 0.5 * lambda_c * penalty, items, words, penalty)
 
     def hidden_states(self, batch: TensorBatch) -> Tensor:
-        """Hidden states of every slot of the last grid, (S, K), in the backbone's precision."""
+        """The hidden states of all slots of the last grid, (S, K), in the precision of the backbone."""
         return self._hidden_states(batch, self._user_rows(batch))
 
     def _hidden_states(self, batch: TensorBatch, users: Mapping[str, Tensor]) -> Tensor:
@@ -130,16 +135,16 @@ class CLLM4Rec(nn.Module):
         return hidden_RTK.flatten(0, 1)
 
     def queries(self, hidden_PK: Tensor) -> Tensor:
-        """What the item head multiplies its table with: hidden states over the temperature."""
+        """The vectors that the item head multiplies with its table: hidden states divided by the temperature."""
         return hidden_PK if self.temperature == 1.0 else hidden_PK / self.temperature
 
     def _user_rows(self, batch: TensorBatch) -> dict[str, Tensor]:
-        """What the batch reads of the users tables, (U, K) each."""
+        """The rows of the user tables that the batch reads, (U, K) each."""
         names = [TABLES[table] for table in USER_TABLES]
         return {name: getattr(self, name).index_select(0, batch.distinct_users) for name in names}
 
     def _embed(self, grid: TensorGrid, users: Mapping[str, Tensor]) -> Tensor:
-        """Look every slot up in its table; slots of nobody and padding stay zero."""
+        """The embedding of each slot, (R, T, K). Slots of padding and of unknown users are zero."""
         words = self.backbone.word_embeddings
         slots, rows = grid.lookups[Table.WORDS]
         vectors_SK = torch.zeros(grid.segment_RT.numel(), self.backbone.width, dtype=words.dtype, device=words.device)
@@ -147,12 +152,11 @@ class CLLM4Rec(nn.Module):
         for table, name in TABLES.items():
             slots, rows = grid.lookups[table]
             if len(slots):
-                read = users[name] if name in users else getattr(self, name)
-                looked_up = read.index_select(0, rows).to(words.dtype)
-                vectors_SK = vectors_SK.index_copy(0, slots, looked_up)
+                table_rows = users[name] if name in users else getattr(self, name)
+                vectors_SK = vectors_SK.index_copy(0, slots, table_rows.index_select(0, rows).to(words.dtype))
         return vectors_SK.view(*grid.segment_RT.shape, -1)
 
 
 def new_model(config: ModelConfig, backbone: Backbone, token_space: TokenSpace, seed: int) -> CLLM4Rec:
-    """Fresh tables around a backbone, as the config describes them."""
+    """An untrained model around a backbone, as the config describes it."""
     return CLLM4Rec(backbone, token_space, std=config.table_std, seed=seed, temperature=config.temperature)

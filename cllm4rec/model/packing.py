@@ -1,9 +1,9 @@
-"""Documents → batches of fixed shape, as plain arrays: which token stands in which slot and what is predicted where.
+"""Packs documents into batches of fixed shape: the token of each slot, and what each slot predicts, as NumPy arrays.
 
-A batch is one grid of slots for a decoder (documents end to end in one row, each seeing only itself), or two for an
-encoder-decoder (prompt and main text, one document a row).
+A batch for a decoder is one grid of slots: documents end to end in one row, each attending only to itself. A batch for an
+encoder-decoder is two grids, prompt and main text, with one document per row.
 
-Lengths: D documents, R rows × T columns = S slots of a grid, P predictions.
+Shapes: D documents, R rows × T columns = S slots of a grid, P predictions.
 """
 
 from __future__ import annotations
@@ -11,23 +11,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cllm4rec.arrays.ids import NOBODY, TokenSpace
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind
+from cllm4rec.typing import Array
 
-Array = npt.NDArray[Any]
-
-_LOOK_PAST = 16
-"""A batch is full when so many documents have been found too long for what room is left."""
+_MAX_SKIPPED = 16
+"""A batch is full once this many documents were too long for its free slots."""
 
 
 class Table(IntEnum):
-    """Where the embedding of a token is read: the word embeddings or one of the four ID tables."""
+    """Where the embedding of a token comes from: the word embeddings or one of the four ID tables."""
 
     WORDS = 0
     COLLABORATIVE_USERS = 1
@@ -41,9 +38,9 @@ USER_TABLES = (Table.COLLABORATIVE_USERS, Table.CONTENT_USERS)
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """R × T slots. `segment_RT` numbers the documents of a row from 1 (0 is padding), `position_RT` restarts in each.
+    """R × T slots. `segment_RT` numbers the documents of a row from 1 (0 is padding). `position_RT` restarts in each.
 
-    `lookups[table]` says which slots take which rows of which table; slots read nowhere hold the zero vector.
+    lookups: for each table, slots and the table rows that they read. Slots without a lookup hold the zero vector.
     """
 
     segment_RT: Array
@@ -53,11 +50,13 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What one forward pass needs. Slots index the flattened last grid.
+    """The inputs and targets of one forward pass. Slots index the flattened last grid.
 
-    item_slots[p] predicts, for every t with item_target_rows[t] == p, the item item_targets[t].
+    item_slots[p] predicts the item item_targets[t] for every t with item_target_rows[t] == p.
     word_slots[w] predicts the word word_targets[w].
-    penalty_*: the distinct IDs of each document, summed over documents (id ascending, times): all that the batch reads.
+    distinct_users, distinct_items: all users and items of the batch, ascending. Their counts are the numbers of documents in
+    which they occur, the weights of the penalty.
+    num_users: the number of interaction and recommendation documents.
     """
 
     grids: tuple[Grid, ...]
@@ -77,50 +76,51 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Packer:
-    """Documents end to end, for models that read one sequence (GPT-2, Llama)."""
+    """Packs documents end to end, for models that read one sequence (GPT-2, Llama)."""
 
     token_space: TokenSpace
     num_slots: int
     max_tokens: int
-    """Of a document: what the model has positions for. At most `num_slots`."""
+    """The longest document, limited by the positions of the model. At most `num_slots`."""
 
     def __post_init__(self) -> None:
         if self.num_slots < self.max_tokens:
             raise ValueError(f"{self.num_slots} slots cannot hold a document of {self.max_tokens} tokens")
 
     def batches(self, parts: Iterable[Documents]) -> Iterator[Batch]:
-        """All documents, in order but for small ones that fill gaps, however they are parted. Batches have one shape.
+        """Batches of one shape with all documents, in order, except that short documents fill gaps of earlier batches.
 
-        Raises ValueError for a document longer than `max_tokens`.
+        The result does not depend on how the documents are divided into parts. Raises ValueError for a document longer than
+        `max_tokens`.
         """
-        held = nothing()
+        pending = Documents.empty()
         for part in parts:
             self._refuse_long(part)
-            held = Documents.concat([held, part])
-            groups, left = fill(held.lengths, self.num_slots, more=True)
-            yield from self._laid_out(held, groups)
-            held = held.take(left)
-        groups, _ = fill(held.lengths, self.num_slots)
-        yield from self._laid_out(held, groups)
+            pending = Documents.concat([pending, part])
+            groups, rest = first_fit(pending.lengths, self.num_slots, more_follow=True)
+            yield from self._layouts(pending, groups)
+            pending = pending.take(rest)
+        groups, _ = first_fit(pending.lengths, self.num_slots)
+        yield from self._layouts(pending, groups)
 
-    def _laid_out(self, documents: Documents, groups: list[Array]) -> Iterator[Batch]:
-        for chosen in groups:
-            yield self.layout(documents.take(chosen))
+    def _layouts(self, documents: Documents, groups: list[Array]) -> Iterator[Batch]:
+        for rows in groups:
+            yield self.layout(documents.take(rows))
 
     def layout(self, documents: Documents) -> Batch:
-        """One batch of all of them, which fit."""
+        """One batch of all documents, which must fit."""
         sequence = Ragged.interleave(documents.prompt, documents.main)
         slots = np.arange(len(sequence.values))
         first_main = documents.prompt.lengths[sequence.rows]
         is_main = sequence.places >= first_main
-        # The first main token is predicted from the prompt's last position (method.md, heads).
+        # The last position of the prompt predicts the first main token.
         predicted = Ragged(slots[is_main] - 1, documents.main.offsets)
         grid = _grid((1, self.num_slots), slots, sequence, sequence.rows + 1, documents, self.token_space)
         return _batch((grid,), documents, predicted, sequence.offsets[1:] - 1, self.token_space)
 
     def empty(self) -> Batch:
-        """Padding only: what a worker runs when its documents are used up and the others still step."""
-        return self.layout(nothing())
+        """A batch of padding, for a worker that has no documents left while other workers still step."""
+        return self.layout(Documents.empty())
 
     def _refuse_long(self, documents: Documents) -> None:
         longest = _longest(documents.lengths)
@@ -130,14 +130,14 @@ class Packer:
 
 @dataclasses.dataclass(frozen=True)
 class PairPacker:
-    """One document a row, prompt in the encoder and main text in the decoder (T5), grouped by length."""
+    """Packs one document per row, prompt in the encoder and main text in the decoder (T5), grouped by length."""
 
     token_space: TokenSpace
     num_slots: int
     start_token: int
 
     def batches(self, parts: Iterable[Documents]) -> Iterator[Batch]:
-        """Batches of similar lengths within windows of 32 batches, so that padding stays small and order stays random."""
+        """Batches of documents of similar lengths within windows of 32 batches: little padding in a random order."""
         for documents in parts:
             yield from self._windows(documents)
 
@@ -151,79 +151,77 @@ class PairPacker:
                 yield self.layout(documents.take(groups[number]))
 
     def layout(self, documents: Documents, shape: tuple[int, int, int] | None = None) -> Batch:
-        """`shape`: rows, encoder columns, decoder columns; by default the longest decide."""
+        """One batch of all documents. shape: rows, encoder columns, decoder columns; by default the smallest that fit."""
         num_documents = len(documents)
         decoder_lengths = np.maximum(1, documents.main.lengths)
         longest = (num_documents, _longest(documents.prompt.lengths), _longest(decoder_lengths))
         num_rows, encoder_columns, decoder_columns = shape or longest
-        every = np.arange(num_documents)
+        document_D = np.arange(num_documents)
         prompt = documents.prompt
         encoder_slots = prompt.rows * encoder_columns + prompt.places
         encoder = _grid(
             (num_rows, encoder_columns), encoder_slots, prompt, np.ones_like(prompt.rows), documents, self.token_space
         )
         # The decoder reads the start token, then the main text without its last token.
-        reads = Ragged.interleave(
+        inputs = Ragged.interleave(
             Ragged(np.full(num_documents, self.start_token, np.int32), np.arange(num_documents + 1)), documents.main
         )
-        reads = reads.where(reads.places < decoder_lengths[reads.rows])
-        decoder_slots = reads.rows * decoder_columns + reads.places
+        inputs = inputs.where(inputs.places < decoder_lengths[inputs.rows])
+        decoder_slots = inputs.rows * decoder_columns + inputs.places
         decoder = _grid(
-            (num_rows, decoder_columns), decoder_slots, reads, np.ones_like(reads.rows), documents, self.token_space
+            (num_rows, decoder_columns), decoder_slots, inputs, np.ones_like(inputs.rows), documents, self.token_space
         )
         main = documents.main
         predicted = Ragged(main.rows * decoder_columns + main.places, main.offsets)
-        return _batch((encoder, decoder), documents, predicted, every * decoder_columns, self.token_space)
+        return _batch((encoder, decoder), documents, predicted, document_D * decoder_columns, self.token_space)
 
     def empty(self) -> Batch:
-        return self.layout(nothing(), (1, 1, 1))
+        """A batch of padding, for a worker that has no documents left while other workers still step."""
+        return self.layout(Documents.empty(), (1, 1, 1))
 
     def _groups(self, documents: Documents, rows: Array) -> Iterator[Array]:
         begin = 0
-        widest_prompt = widest_main = 0
+        prompt_columns = main_columns = 0
         prompt, main = documents.prompt.lengths[rows].tolist(), documents.main.lengths[rows].tolist()
-        for place in range(len(rows)):
-            wider_prompt, wider_main = max(widest_prompt, prompt[place]), max(widest_main, main[place], 1)
-            if place > begin and (place + 1 - begin) * (wider_prompt + wider_main) > self.num_slots:
-                yield rows[begin:place]
-                begin, wider_prompt, wider_main = place, prompt[place], max(main[place], 1)
-            widest_prompt, widest_main = wider_prompt, wider_main
+        for end in range(len(rows)):
+            new_prompt_columns, new_main_columns = max(prompt_columns, prompt[end]), max(main_columns, main[end], 1)
+            if end > begin and (end + 1 - begin) * (new_prompt_columns + new_main_columns) > self.num_slots:
+                yield rows[begin:end]
+                begin, new_prompt_columns, new_main_columns = end, prompt[end], max(main[end], 1)
+            prompt_columns, main_columns = new_prompt_columns, new_main_columns
         if begin < len(rows):
             yield rows[begin:]
 
 
-def fill(lengths: Array, num_slots: int, more: bool = False) -> tuple[list[Array], Array]:
-    """Documents of each batch by first fit, and what is left, in its order. No length is above `num_slots`.
+def first_fit(lengths: Array, num_slots: int, more_follow: bool = False) -> tuple[list[Array], Array]:
+    """The documents of each batch by first fit, and the documents that are in none, both in order.
 
-    A document that does not fit waits for the next batch, of which it is the first. Nothing is left but with `more` to
-    come: then a batch that these documents cannot fill is not begun.
+    lengths: of the documents, each at most `num_slots`.
+    more_follow: leave out a last batch that these documents do not fill. Otherwise every document is in a batch.
+
+    A document that does not fit into a batch becomes the first of the next one.
     """
     batches: list[Array] = []
     waiting: list[int] = list(range(len(lengths)))[::-1]
     size = lengths.tolist()
     while waiting:
-        room = num_slots
+        free_slots = num_slots
         placed: list[int] = []
-        looked_at: list[int] = []
-        too_long: list[int] = []
-        while waiting and room and len(too_long) < _LOOK_PAST:
+        visited: list[int] = []
+        skipped: list[int] = []
+        while waiting and free_slots and len(skipped) < _MAX_SKIPPED:
             document = waiting.pop()
-            looked_at.append(document)
-            if size[document] > room:
-                too_long.append(document)
+            visited.append(document)
+            if size[document] > free_slots:
+                skipped.append(document)
                 continue
             placed.append(document)
-            room -= size[document]
-        if more and room and len(too_long) < _LOOK_PAST:
-            return batches, np.array(looked_at, np.int64)
-        waiting.extend(reversed(too_long))
+            free_slots -= size[document]
+        if more_follow and free_slots and len(skipped) < _MAX_SKIPPED:
+            return batches, np.array(visited, np.int64)
+        waiting.extend(reversed(skipped))
         batches.append(np.array(placed, np.int64))
     return batches, np.empty(0, np.int64)
-
-
-def nothing() -> Documents:
-    empty, zero = np.empty(0, np.int64), Ragged(np.empty(0, np.int32), np.zeros(1, np.int64))
-    return Documents(empty.astype(np.int8), empty, empty, zero, zero, zero)
 
 
 def _longest(lengths: Array) -> int:
@@ -245,30 +243,33 @@ def _grid(
 
 
 def _lookups(token: Array, slots: Array, is_text: Array, token_space: TokenSpace) -> dict[Table, tuple[Array, Array]]:
-    """Which slots read which rows: text documents read IDs through the content tables, the others the collaborative."""
+    """`Grid.lookups`. Text documents read IDs from the content tables, other documents from the collaborative tables."""
     is_user, is_item = token_space.is_user(token), token_space.is_item(token)
     user_rows, item_rows = token_space.user_index(token), token_space.item_index(token)
-    picks = {
+    masks_and_rows = {
         Table.WORDS: (token_space.is_word(token), token),
         Table.COLLABORATIVE_USERS: (is_user & ~is_text, user_rows),
         Table.COLLABORATIVE_ITEMS: (is_item & ~is_text, item_rows),
         Table.CONTENT_USERS: (is_user & is_text, user_rows),
         Table.CONTENT_ITEMS: (is_item & is_text, item_rows),
     }
-    return {table: (slots[pick].astype(np.int64), rows[pick].astype(np.int64)) for table, (pick, rows) in picks.items()}
+    return {
+        table: (slots[mask].astype(np.int64), rows[mask].astype(np.int64))
+        for table, (mask, rows) in masks_and_rows.items()
+    }
 
 
 def _batch(
     grids: tuple[Grid, ...], documents: Documents, predicted: Ragged, last_slots: Array, token_space: TokenSpace
 ) -> Batch:
-    """`predicted`: for every main token the slot that predicts it; `last_slots`: for every document where targets are."""
+    """predicted: for each main token, the slot that predicts it. last_slots: for each document, the slot of its targets."""
     kind = documents.kind[documents.main.rows]
     is_item = kind == Kind.INTERACTIONS
     next_items = token_space.item_index(documents.main.values[is_item].astype(np.int64))
     is_recommendation = documents.kind == Kind.RECOMMENDATION
     targets = documents.target
     target_rows = np.cumsum(is_recommendation)[targets.rows] - 1 + len(next_items)
-    users, user_counts, items, item_counts = _penalty(documents, token_space)
+    users, user_counts, items, item_counts = _distinct_ids(documents, token_space)
     return Batch(
         grids=grids,
         item_slots=np.concatenate([predicted.values[is_item], last_slots[is_recommendation]]).astype(np.int64),
@@ -286,8 +287,8 @@ def _batch(
     )
 
 
-def _penalty(documents: Documents, token_space: TokenSpace) -> tuple[Array, Array, Array, Array]:
-    """The distinct users and items of each document, counted over documents (Eq. 7, 8, 10)."""
+def _distinct_ids(documents: Documents, token_space: TokenSpace) -> tuple[Array, Array, Array, Array]:
+    """Distinct users, their document counts, distinct items, their document counts (the penalty of Eq. 7, 8, 10)."""
     sequence = Ragged.interleave(documents.prompt, documents.main)
     token = np.concatenate(
         [sequence.values.astype(np.int64), token_space.item_token(documents.target.values.astype(np.int64))]

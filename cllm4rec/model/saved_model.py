@@ -1,12 +1,12 @@
-"""A trained model as a directory: safetensors and JSON, every file under a sha256, nothing that could run.
+"""A trained model as a directory of safetensors and JSON files, each with a sha256 and none of them executable.
 
 pretrained/ and model/
   tables.safetensors             the four ID tables, float32
-  model.json                     sizes, longest prompt, the prompt it is asked by, precision
+  model.json                     sizes, longest prompt, kind of prompt, precision, temperature
   users.parquet, items.parquet   the Catalog
-  tokenizer/, prompts.json       as prepared
-  backbone/                      reference.json (name, revision, digest), or its own safetensors
-  metrics.jsonl                  every step and epoch of its training
+  tokenizer/, prompts.json       as in prepared/
+  backbone/                      reference.json (name, revision, digest), or the weights as safetensors
+  metrics.jsonl                  all steps and epochs of the training
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from cllm4rec.storage.tensors import map_tensors, save_tensors
 Prompt = Literal["interactions", "recommendation"]
 
 _BACKBONE_FILES = (".safetensors", ".json")
-"""What `backbone/` may hold: `from_pretrained` would also take a pickle."""
+"""File types allowed in `backbone/`. transformers' `from_pretrained` would also load a pickle."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelMetadata:
-    """`model.json`."""
+    """The content of `model.json`."""
 
     num_words: int
     num_users: int
@@ -50,7 +50,7 @@ class ModelMetadata:
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """A loaded directory: a ranker ready to use, whom it knows, and what it says of itself."""
+    """A loaded model directory: the ranker, the users and items that it knows, and its manifest."""
 
     ranker: Ranker
     catalog: Catalog
@@ -59,9 +59,10 @@ class SavedModel:
 
     @classmethod
     def from_pretrained(cls, directory: str, kind: str = "model", device: str | None = None) -> SavedModel:
-        """Check every digest, then load. Raises ArtifactError for a damaged or foreign directory.
+        """Verify all digests, then load the model.
 
-        device: by default the GPU where there is one.
+        device: by default a GPU if torch finds one, otherwise the CPU.
+        Raises ArtifactError if the directory is damaged, of another kind, or not written by this package.
         """
         manifest = artifacts.read_manifest(directory, kind)
         artifacts.verify_files(directory, manifest)
@@ -91,7 +92,7 @@ class SavedModel:
 def save_pretrained(
     draft: Draft, tables: dict[str, Tensor], metadata: ModelMetadata, *, prepared_dir: str, backbone_dir: str
 ) -> None:
-    """Fill a draft with everything but `metrics.jsonl`."""
+    """Write all files of a model directory except `metrics.jsonl` to a draft."""
     save_tensors({name: tables[name] for name in TABLES.values()}, draft.path("tables.safetensors"))
     files.write_json(draft.path("model.json"), dataclasses.asdict(metadata))
     shared = [name for name in files.list_files(prepared_dir) if name.startswith("tokenizer/")]
@@ -104,7 +105,7 @@ def save_pretrained(
 
 
 def load_tables(directory: str, kind: str) -> dict[str, Tensor]:
-    """The four tables of a finished directory, after its digests are checked, as `map_tensors` reads them."""
+    """The four tables of a finished directory, memory-mapped. Raises ArtifactError if a digest does not match."""
     artifacts.verify_files(directory, artifacts.read_manifest(directory, kind))
     return map_tensors(files.join(directory, "tables.safetensors"))
 
@@ -113,7 +114,7 @@ def _read_metadata(directory: str) -> ModelMetadata:
     try:
         return ModelMetadata(**files.read_json(files.join(directory, "model.json")))
     except TypeError:
-        raise ArtifactError(f"{directory}/model.json is not what this code writes; train again") from None
+        raise ArtifactError(f"{directory}/model.json has other fields than this version writes; train again") from None
 
 
 def _refuse_pickles(directory: str) -> None:
@@ -121,7 +122,7 @@ def _refuse_pickles(directory: str) -> None:
         if not name.endswith(_BACKBONE_FILES):
             raise ArtifactError(
                 f"{directory}/backbone/{name} is neither safetensors nor JSON and could run code when loaded; remove "
-                "it or copy the directory again"
+                "the file or copy the directory again"
             )
 
 
@@ -130,6 +131,6 @@ def _check_sizes(directory: str, metadata: ModelMetadata, catalog: Catalog, prom
     expected = (metadata.num_words, metadata.num_users, metadata.num_items)
     if found != expected:
         raise ArtifactError(
-            f"{directory} was trained for (words, users, items) = {expected} and its catalog has {found}; "
+            f"{directory} was trained for (words, users, items) = {expected}, but its catalog has {found}; "
             "copy the whole directory again or train again"
         )

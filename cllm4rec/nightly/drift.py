@@ -1,11 +1,11 @@
-"""How far a new table of lists is from the one before it: who left, whose list changed, what is recommended, how sure.
+"""Drift between two tables of lists: users that disappeared, lists that changed, which items are recommended, scores.
 
     old = sample(old_tables, most, num_users); new = sample(new_tables, most, num_users)
     drift = compare(old, new, (catalog.item_ids, catalog.item_counts))
     for sentence in breaches(drift, config.nightly.drift): ...
 
 Pure functions on Arrow tables with the columns user_id, item_ids and scores. Lengths: U users of a table, E entries of
-all its lists, J different items.
+all its lists, J distinct items.
 """
 
 from __future__ import annotations
@@ -13,24 +13,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
+from cllm4rec.arrays.ids import IdMap
 from cllm4rec.arrays.ragged import Ragged, offsets_of
 from cllm4rec.config import DriftLimits
+from cllm4rec.metrics.lists import num_distinct, popularity_lift
 from cllm4rec.reporting import INK, plain, png
 from cllm4rec.storage.files import read_tables
+from cllm4rec.typing import Array, FloatArray, IntArray
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-Popularity = tuple[Sequence[str] | npt.NDArray[Any], Sequence[int] | npt.NDArray[Any]]
-"""Item ids of the catalog and each one's number of training interactions, side by side."""
+Popularity = tuple[Sequence[str] | Array, Sequence[int] | Array]
+"""The item ids of the catalog, and the number of training interactions of each."""
 
 COLUMNS = ("user_id", "item_ids", "scores")
 TOP = 10
@@ -44,15 +43,14 @@ _NUM_BINS = 60
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """What differs between an old and a new table, measured on the users of two samples. Shares are from 0 to 1.
+    """The differences between an old and a new table, measured on a sample of the users of each. Shares are from 0 to 1.
 
-    `users_gone` is a share of the old users, `users_added` of the new ones; `top10_changed` and `top10_overlap` speak of
-    users who are in both. The overlap is what two lists have in common over the length of the longer; 1 where nobody is
-    in both. Coverage counts different items anywhere in the lists. Popularity lift is the mean number of training
-    interactions of a recommended item (an item counts as often as it is recommended, one outside the catalog as 0)
-    over the mean of the catalog: 1 is what drawing items at random gives; 0 where the catalog knows no
-    interactions. `score_shift` is the Kolmogorov-Smirnov distance: by how much the shares of scores below some
-    value differ at most; 0 where one of the tables is empty.
+    users_gone: share of the old users who are not in the new table; users_added: share of the new ones who are not in
+    the old. top10_changed, top10_overlap: over users in both tables; the overlap of two lists is the number of common
+    items divided by the length of the longer list (1 if no user is in both tables). coverage: number of distinct items in
+    all lists. lift: popularity lift, see `metrics.lists`; an item outside the catalog has 0 interactions. score_shift: the
+    Kolmogorov-Smirnov distance between the scores, which is the largest difference between the shares of scores below any
+    one value; 0 if a table is empty.
     """
 
     old_users: int
@@ -72,12 +70,12 @@ class Drift:
 
     @property
     def coverage_drop(self) -> float:
-        """The share of the old coverage that is lost; 0 where it grew."""
+        """The share of the old coverage that is lost; 0 if it grew."""
         return max(0.0, _share_lost(self.coverage_old, self.coverage_new))
 
     @property
     def lift_ratio(self) -> float:
-        """By what factor the lift grew or shrank: 1 or more, infinite where one of the two is 0."""
+        """The factor by which the lift grew or shrank: 1 or more, infinite if one of the two is 0."""
         low, high = sorted((self.lift_old, self.lift_new))
         if low == high:
             return 1.0
@@ -85,26 +83,26 @@ class Drift:
 
 
 def sample(tables: Iterable[pa.Table], most: int, num_users: int) -> pa.Table:
-    """The rows (user_id, item_ids, scores) of about `most` of `num_users` users; of all where there are no more.
+    """The rows (user_id, item_ids, scores) of about `most` of `num_users` users, or of all if there are no more.
 
-    Who is taken depends on the user id, `most` and `num_users` alone, so that the same numbers give the same users of
-    another table. No more than one of the tables and the rows that are kept are held at once.
+    The choice depends on the user id, `most` and `num_users` alone, so the same numbers select the same users in another
+    table. Memory: one of the tables and the selected rows.
     """
     kept = [_of_sampled_users(table, most, num_users).cast(_SCHEMA) for table in tables]
     return pa.concat_tables([_SCHEMA.empty_table(), *kept])
 
 
 def sample_file(file: str, most: int, num_users: int) -> pa.Table:
-    """`sample` of one Parquet file of a table; samples of all its files together are the sample of the table."""
+    """`sample` of one Parquet file. The samples of all files of a table add up to the sample of the table."""
     return sample([read_tables([file], list(COLUMNS))], most, num_users)
 
 
 def compare(old: pa.Table, new: pa.Table, popularity: Popularity) -> Drift:
-    """Measure the drift between two tables in which every user has one row; `popularity` is of the present catalog."""
+    """The drift between two tables with one row per user; `popularity` belongs to the current catalog."""
     old_rows, new_rows = _shared_rows(old, new)
     items, (old_codes_E, new_codes_E) = _item_codes(old, new)
     counts_J = _counts_of(items, popularity)
-    mean_count = float(np.mean(popularity[1])) if len(popularity[1]) else 0.0
+    catalog_counts = np.asarray(popularity[1])
     overlap_U = _top_overlap(
         Ragged(old_codes_E, _offsets(old)).take(old_rows), Ragged(new_codes_E, _offsets(new)).take(new_rows)
     )
@@ -117,10 +115,10 @@ def compare(old: pa.Table, new: pa.Table, popularity: Popularity) -> Drift:
         users_added=_share_lost(len(new), len(new_rows)),
         top10_changed=float((overlap_U < 1).mean()) if len(overlap_U) else 0.0,
         top10_overlap=float(overlap_U.mean()) if len(overlap_U) else 1.0,
-        coverage_old=len(np.unique(old_codes_E)),
-        coverage_new=len(np.unique(new_codes_E)),
-        lift_old=_lift(counts_J[old_codes_E], mean_count),
-        lift_new=_lift(counts_J[new_codes_E], mean_count),
+        coverage_old=num_distinct(old_codes_E),
+        coverage_new=num_distinct(new_codes_E),
+        lift_old=popularity_lift(counts_J[old_codes_E], catalog_counts),
+        lift_new=popularity_lift(counts_J[new_codes_E], catalog_counts),
         score_shift=_ks_distance(old_scores_E, new_scores_E),
         score_quantiles_old=_quantiles(old_scores_E),
         score_quantiles_new=_quantiles(new_scores_E),
@@ -128,44 +126,36 @@ def compare(old: pa.Table, new: pa.Table, popularity: Popularity) -> Drift:
 
 
 def breaches(drift: Drift, limits: DriftLimits) -> list[str]:
-    """A sentence for every limit that is exceeded, with the number, the limit and the setting."""
+    """One sentence per exceeded limit, with the value, the limit and the setting."""
     users = f"of {drift.users_compared:,} users in both tables"
+    items = f"({drift.coverage_old:,} distinct items before, {drift.coverage_new:,} now)"
+    lifts = f"(from {drift.lift_old:.3g} to {drift.lift_new:.3g})"
     checks: tuple[tuple[float, str, Callable[[float], str], str], ...] = (
         (
             drift.users_gone,
             "max_users_gone",
             _percent,
-            f"of the last table's users ({drift.old_users:,} looked at) are in the new one no more",
+            f"of the last table's users are missing in the new table ({drift.old_users:,} were sampled)",
         ),
-        (drift.top10_changed, "max_top10_changed", _percent, f"{users} have another set of ten best items"),
-        (
-            drift.coverage_drop,
-            "max_coverage_drop",
-            _percent,
-            f"of the coverage is lost ({drift.coverage_old:,} different items before, {drift.coverage_new:,} now)",
-        ),
-        (
-            drift.lift_ratio,
-            "max_lift_ratio",
-            _factor,
-            f"is the factor by which the popularity lift changed (from {drift.lift_old:.3g} to {drift.lift_new:.3g})",
-        ),
+        (drift.top10_changed, "max_top10_changed", _percent, f"{users} have other items in their top ten"),
+        (drift.coverage_drop, "max_coverage_drop", _percent, f"of the coverage is lost {items}"),
+        (drift.lift_ratio, "max_lift_ratio", _factor, f"is the factor by which the popularity lift changed {lifts}"),
         (
             drift.score_shift,
             "max_score_shift",
             _number,
-            "is the Kolmogorov-Smirnov distance of the scores from those before",
+            "is the Kolmogorov-Smirnov distance between the old and the new scores",
         ),
     )
     return [
-        f"{shown(value)} {what}, and the limit nightly.drift.{setting} is {shown(getattr(limits, setting))}."
-        for value, setting, shown, what in checks
+        f"{show(value)} {what}; the limit nightly.drift.{setting} is {show(getattr(limits, setting))}."
+        for value, setting, show, what in checks
         if value > getattr(limits, setting)
     ]
 
 
 def render(drift: Drift, old: pa.Table, new: pa.Table) -> dict[str, bytes]:
-    """PNG files by name: the scores' distributions, and what is recommended, old against new."""
+    """PNG files by name: the distributions of the scores, and the recommended items, old and new."""
     return {"drift_scores.png": png(_plot_scores(drift, old, new)), "drift_items.png": png(_plot_items(drift))}
 
 
@@ -174,25 +164,24 @@ def _of_sampled_users(table: pa.Table, most: int, num_users: int) -> pa.Table:
     if num_users <= most:
         return table
     user_ids = table["user_id"].to_numpy(zero_copy_only=False).astype(object)
-    # A hash of the id, and not a place in the table: rows come in another order every night.
+    # A hash of the id, not a row number: every night the rows are in another order.
     hash_U = pd.util.hash_array(user_ids, categorize=False)
     return table.filter(pa.array(hash_U < np.uint64(most / num_users * 2**64)))
 
 
 def _share_lost(before: int, left: int) -> float:
-    # Not 1 - left / before: rounded up, a share that is just allowed would be a breach.
+    # Not 1 - left / before: its rounding could push a share that is just allowed over the limit.
     return (before - left) / before if before else 0.0
 
 
 def _shared_rows(old: pa.Table, new: pa.Table) -> tuple[IntArray, IntArray]:
-    """Rows of the users who are in both tables, in the same order."""
-    old_index = pd.Index(old["user_id"].to_numpy(zero_copy_only=False), dtype=object)
-    place = old_index.get_indexer(pd.Index(new["user_id"].to_numpy(zero_copy_only=False), dtype=object))
-    return place[place >= 0].astype(np.int64), np.flatnonzero(place >= 0)
+    """The rows of the users in both tables, in the same order."""
+    old_row = IdMap(old["user_id"])(new["user_id"])
+    return old_row[old_row >= 0], np.flatnonzero(old_row >= 0)
 
 
 def _item_codes(old: pa.Table, new: pa.Table) -> tuple[list[str], tuple[IntArray, IntArray]]:
-    """The different items, and for every entry of both tables which of them it is."""
+    """The distinct items, and the index in them of every entry of both tables."""
     entries = [pc.list_flatten(table["item_ids"]).cast(pa.string()) for table in (old, new)]
     encoded = pa.chunked_array([chunk for column in entries for chunk in column.chunks], pa.string())
     encoded = encoded.dictionary_encode().unify_dictionaries()
@@ -212,31 +201,26 @@ def _scores(table: pa.Table) -> FloatArray:
 
 def _counts_of(items: list[str], popularity: Popularity) -> FloatArray:
     item_ids, counts = popularity
-    row_J = pd.Index(item_ids, dtype=object).get_indexer(pd.Index(items, dtype=object))
-    return np.append(np.asarray(counts, np.float64), 0.0)[row_J]  # row -1, an unknown item's, is the 0 at the end
+    row_J = IdMap(item_ids)(items)
+    return np.append(np.asarray(counts, np.float64), 0.0)[row_J]  # row -1, of an unknown item, is the 0 at the end
 
 
 def _top_overlap(old: Ragged, new: Ragged) -> FloatArray:
-    """For every row, the share of the ten first entries that both have."""
-    num_items = int(max(old.values.max(initial=0), new.values.max(initial=0))) + 1
-    keys = [np.unique(one.rows[one.places < TOP] * num_items + one.values[one.places < TOP]) for one in (old, new)]
-    both = np.intersect1d(keys[0], keys[1], assume_unique=True)
-    sizes = [np.bincount(one // num_items, minlength=len(old)) for one in keys]
-    longer = np.maximum(*sizes)
-    common = np.bincount(both // num_items, minlength=len(old))
+    """For every row, the share of the first ten entries that both lists have."""
+    old, new = (lists.where(lists.places < TOP).unique() for lists in (old, new))
+    longer = np.maximum(old.lengths, new.lengths)
+    common = np.bincount(old.rows[old.isin(new)], minlength=len(old))
     return np.where(longer > 0, common / np.maximum(longer, 1), 1.0)
 
 
-def _lift(counts_E: FloatArray, mean_count: float) -> float:
-    return float(counts_E.mean() / mean_count) if len(counts_E) and mean_count > 0 else 0.0
-
-
 def _ks_distance(old_E: FloatArray, new_E: FloatArray) -> float:
-    """Of two sorted arrays. scipy's ks_2samp also finds a p-value, which says little here and takes long."""
+    """Kolmogorov-Smirnov distance of two sorted arrays. scipy's ks_2samp also computes a p value, which takes long."""
     if not len(old_E) or not len(new_E):
         return 0.0
     values = np.concatenate([old_E, new_E])
-    below_old, below_new = (np.searchsorted(one, values, side="right") / len(one) for one in (old_E, new_E))
+    below_old, below_new = (
+        np.searchsorted(scores_E, values, side="right") / len(scores_E) for scores_E in (old_E, new_E)
+    )
     return float(np.abs(below_old - below_new).max())
 
 
@@ -257,10 +241,10 @@ def _number(value: float) -> str:
 
 
 def _plot_scores(drift: Drift, old: pa.Table, new: pa.Table) -> Figure:
-    """Both histograms over the same bins; a bar's height is the share of its own table's scores."""
+    """Both histograms over the same bins, each as shares of its own table."""
     scores = {"last table": _scores(old), "new table": _scores(new)}
     together = np.concatenate([*scores.values(), np.empty(0)])
-    # The outermost thousandth on each side would squeeze the rest into a few bins.
+    # The outermost thousandth on each side would compress the rest into a few bins.
     low, high = np.quantile(together, [0.001, 0.999]) if len(together) else (0.0, 1.0)
     edges = np.linspace(low, high if high > low else low + 1, _NUM_BINS + 1)
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
@@ -278,13 +262,13 @@ def _plot_scores(drift: Drift, old: pa.Table, new: pa.Table) -> Figure:
 
 
 def _plot_items(drift: Drift) -> Figure:
-    """Old and new side by side for what is recommended; for the users, how much stayed."""
+    """Coverage and lift, old and new, and the shares of users that differ."""
     panels: tuple[tuple[str, dict[str, float], str], ...] = (
-        ("Different items", {"last": drift.coverage_old, "new": drift.coverage_new}, "{:,.0f}"),
+        ("Distinct items", {"last": drift.coverage_old, "new": drift.coverage_new}, "{:,.0f}"),
         ("Popularity lift", {"last": drift.lift_old, "new": drift.lift_new}, "{:.2f}"),
         (
             "Users",
-            {"gone": drift.users_gone, "added": drift.users_added, "other\ntop 10": drift.top10_changed},
+            {"missing": drift.users_gone, "added": drift.users_added, "other\ntop 10": drift.top10_changed},
             "{:.1%}",
         ),
     )

@@ -1,7 +1,7 @@
-"""What a scoring run is: its inputs pinned by digest, its name, and where it works.
+"""The plan of a scoring run: its inputs, pinned by digest, its name, and its directories.
 
-plan = plan_score(config)                   # for the users of prepared/
-plan = plan_score(config, nightly=True)     # and what happened since: config.nightly.events
+plan = plan_score(config)                   # the users of prepared/
+plan = plan_score(config, nightly=True)     # and the new interactions in config.nightly.events
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class ScorePlan:
     model_version: str
     is_nightly: bool
     inputs: dict[str, str]
-    """Digests of what histories are made from."""
+    """Digests of what the histories depend on."""
     num_known_users: int
 
     @property
     def events(self) -> Source | None:
-        """What happened since training; None where the run does not read it or there is nothing to read."""
+        """The new interactions; None if the run does not read any."""
         return _events(self.config, self.is_nightly)
 
     @property
@@ -62,12 +62,12 @@ class ScorePlan:
 
     @property
     def staging(self) -> str:
-        """Inside the table's folder: what is staged is published without a copy."""
+        """Below the table's folder, so that staged files are published without a copy."""
         return join(self.dump_dir, f"run={self.name}")
 
     @property
     def checkpoint_dir(self) -> str:
-        """Named after the run: a checkpoint left by another one would make this one write nothing and succeed."""
+        """Named after the run: with the checkpoint of another run, this one would write nothing and succeed."""
         return join(self.config.run.runs, "score", self.name)
 
     @property
@@ -76,16 +76,17 @@ class ScorePlan:
 
 
 def plan_score(config: Config, force: bool = False, nightly: bool = False) -> ScorePlan:
-    """What `score` would do: the run that readers see already; a new attempt with `force` or where they see another.
+    """The run for this config. If its lists are not the current ones, or with `force`, it is a new attempt.
 
-    Raises ArtifactError where a stage is missing, DataError where a file of the rules or the events is.
+    Raises ArtifactError if the output of a stage is missing, DataError if a file of the rules or the events is missing.
     """
     model_dir, prepared_dir = current_model(config.output_dir), config.run.prepared
     model, prepared = read_manifest(model_dir, "model"), read_manifest(prepared_dir, "prepared")
-    # A promoted model may be older than the data: then users and items are matched by their ids.
+    # A promoted model may be older than the data; users and items are then matched by id.
     if model_dir == config.run.model and model.inputs.get("prepared") != prepared.digest:
         raise ArtifactError(
-            f"{model_dir} was trained on other data than {prepared_dir} holds; run the training stages again"
+            f"{model_dir} was trained on other data than {prepared_dir} holds; run cllm4rec pretrain and cllm4rec "
+            "finetune again"
         )
     inputs = {
         "model": model.digest,
@@ -117,5 +118,5 @@ def _events(config: Config, is_nightly: bool) -> Source | None:
 
 
 def is_published(config: Config, nightly: bool = False) -> bool:
-    """Whether readers see the lists this config would give."""
+    """Whether the lists that readers see are those of this config."""
     return current_run(config.run.dump) == plan_score(config, nightly=nightly).run_id

@@ -1,17 +1,17 @@
-"""Take users out of everything below an output_dir, at once for the future and file by file for the past.
+"""Erase users from everything below an output_dir: at once for future results, file by file for existing ones.
 
-    told = erase(config, ["the customer's id"])
+    result = erase(config, ["the customer's id"])
 
-    1. tombstone    `erased.json`: from here on the endpoint, `prepare` and the nightly job know these users no more
-    2. directories  prepared/, pretrained/, model/, models/*, evaluation/: rewritten whole without them, re-manifested
-    3. dump/        one Delta commit without them, then every older or staged file goes (full vacuum)
-    4. runs/        interrupted runs go whole: their checkpoints hold rows of the user tables
-    5. search       every file is read for the ids once more
-    6. receipt      `erasures/<time>-<hash>.json`: what was touched, and what an erasure does not do
+    1. tombstone    `erased.json`: from now on the endpoint, `prepare` and the nightly run ignore these users
+    2. directories  prepared/, pretrained/, model/, models/*, evaluation/: rewritten without them, with new manifests
+    3. dump/        one Delta commit without them, then all older and staged files are removed (full vacuum)
+    4. runs/        interrupted runs are removed: their checkpoints hold rows of the user tables
+    5. search       all files are searched for the ids
+    6. receipt      `erasures/<time>-<hash>.json`: what was changed, and what an erasure does not do
 
-Every step looks for all tombstones, not for the ids of one command. So an interrupted erasure is finished by the same
-command, by the next one or by one without ids, and a directory brought back from a backup is cleaned by any of them.
-What is left to do is found by looking: `erasures/unfinished.json` only remembers for the receipt what was done.
+Every step handles all tombstones, not only the ids of one command. So an interrupted erasure is finished by the same
+command, by the next one or by one without ids, and each of them cleans a directory that was restored from a backup. The
+remaining work is found by looking at the files; `erasures/unfinished.json` only keeps what the receipt must list.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from cllm4rec.nightly.audit import hashed
 from cllm4rec.privacy.redact import (
     TABLES,
     USERS,
-    Gone,
+    ErasedUsers,
     copy_without,
     copy_zeroed,
     erased_indices,
@@ -58,56 +58,57 @@ from cllm4rec.storage.tombstones import TOMBSTONES, Tombstones
 
 RECEIPTS = "erasures"
 _EXAMPLES = "examples.md"
-"""What tells the evaluation of a comparison from that of one model."""
+"""A file that only the evaluation of a comparison has."""
 UNFINISHED = "unfinished.json"
 STAGES = ("prepared", "backbone", "pretrained", "model")
-"""Directories in the order in which one's digest is another's input; promoted models and the evaluation follow."""
+"""Directories in an order in which each comes after its inputs; promoted models and the evaluation follow."""
 
-FACTS = ("run_id", "run_date", "model_version", "schema_version", "users")
-"""What a commit of the table says; `users` is the number when it was published."""
+COMMIT_PROPERTIES = ("run_id", "run_date", "model_version", "schema_version", "users")
+"""Properties of a commit that the erasure keeps; `users` is the number at publication."""
 
 NOT_DONE = (
-    "The raw source files are the owner's and were not touched; take the users out of those listed here.",
-    "No unlearning is claimed: the item embeddings, other users' embeddings, the tokenizer's vocabulary and a backbone "
-    "that was trained here keep what they learned from these users. To be rid of that, run cllm4rec pipeline --force.",
-    "Counts stay as they were: num_train of items.parquet, metrics.json and the report of the evaluation, and the "
-    "reports of nights past.",
-    "Copies outside of the output_dir (exports, backups, what others read from the table) were not touched.",
+    "The raw source files were not changed; remove the users from those listed here.",
+    "No unlearning is claimed: item embeddings, other users' embeddings, the tokenizer's vocabulary and a backbone trained "
+    "here keep what they learned from these users. Run cllm4rec pipeline --force to train without them.",
+    "Counts were not changed: num_train in items.parquet, metrics.json and the report of the evaluation, and the reports of "
+    "past nightly runs.",
+    "Copies outside the output_dir (exports, backups, results of other readers) were not changed.",
 )
 
 
 def erase(config: Config, user_ids: Sequence[str] = ()) -> dict[str, Any]:
-    """Erase users from `config.output_dir`; returns what to tell. No id is logged, returned or written anywhere.
+    """Erase users from `config.output_dir`; returns a summary. No id is logged, returned or written.
 
-    Without ids: finish what was begun, and look again for everybody erased before. A user of whom nothing is found gets
-    a tombstone all the same. Training may not run meanwhile. Raises ConfigError for an empty id, ResourceError where a
-    scoring run or a promotion is at work (the tombstones are written all the same; run it again afterwards),
-    ArtifactError where a directory is damaged, AuditError where an id is still found at the end (the receipt is written).
+    Without ids, an interrupted erasure is finished, and all users erased before are searched again. A user without any
+    data gets a tombstone as well. Training must not run meanwhile. Raises ConfigError for an empty id; ResourceError if a
+    scoring run or a promotion is at work (the tombstones are written nevertheless; run it again afterwards); ArtifactError
+    if a directory is damaged; AuditError if an id is still found at the end (the receipt is written).
     """
     began, user_ids = time.monotonic(), [user_id.strip() for user_id in user_ids]
     tombstones, num_new = _write_tombstones(config, user_ids)
     with hold(config.run.dump, "an erasure"), hold(config.run.models, "an erasure"):
-        work = _Erasure(config, tombstones, _Journal.open(config.output_dir), tuple(user_ids))
-        work.run()
-        left = find_remaining_ids(config.output_dir, user_ids, _item_ids(config.output_dir))
-        receipt = work.write_receipt(left, round(time.monotonic() - began, 1))
-    if left:
+        erasure = Erasure(config, tombstones, _Journal.open(config.output_dir), tuple(user_ids))
+        erasure.run()
+        remaining = find_remaining_ids(config.output_dir, user_ids, _item_ids(config.output_dir))
+        receipt = erasure.write_receipt(remaining, round(time.monotonic() - began, 1))
+    if remaining:
         raise AuditError(
-            f"an id still stands in {len(left)} files below {config.output_dir} ({', '.join(left[:3])}); all that the "
-            f"erasure knows of is done (see {receipt}): look whether another's text names the user, and correct the source"
+            f"an id is still found in {len(remaining)} files below {config.output_dir} ({', '.join(remaining[:3])}); all "
+            f"other steps of the erasure are done (see {receipt}): check whether a text of another user contains the id, "
+            "correct the source and run cllm4rec erase again"
         )
     return {
         "new_tombstones": num_new,
-        "touched": len(work.journal.entries),
+        "touched": len(erasure.journal.entries),
         "receipt": receipt,
-        "already_done": not num_new and not work.journal.entries,
+        "already_done": not num_new and not erasure.journal.entries,
     }
 
 
 def _write_tombstones(config: Config, user_ids: Sequence[str]) -> tuple[Tombstones, int]:
-    """Write the tombstones; returns all of them, and how many are new."""
+    """Write the tombstones; returns all of them and the number of new ones."""
     if not all(user_ids):
-        raise ConfigError("--user is empty; give the id as it stands in the data")
+        raise ConfigError("--user is empty; give the id as it is in the data")
     if not user_ids:
         return Tombstones.load(config.output_dir), 0
     with hold(join(config.output_dir, TOMBSTONES), "an erasure"):
@@ -120,10 +121,10 @@ def _write_tombstones(config: Config, user_ids: Sequence[str]) -> tuple[Tombston
 
 @dataclasses.dataclass
 class _Journal:
-    """What this erasure, and those before it that never came to their receipts, have touched.
+    """What this erasure and earlier ones without a receipt have changed.
 
-    An entry is written before its step, which a crash may undo; done again, it replaces the entry with the same state
-    before.
+    An entry is written before its step, so that a crash loses none; a repeated step replaces the entry with the same
+    `before`.
     """
 
     uri: str
@@ -138,21 +139,21 @@ class _Journal:
         raw = read_json(uri)
         return cls(uri, raw["started"], raw["touched"])
 
-    def note(self, path: str, before: str | None, **facts: Any) -> None:
+    def note(self, path: str, before: str | None, **details: Any) -> None:
         kept = [entry for entry in self.entries if (entry["path"], entry["before"]) != (path, before)]
-        self.entries = [*kept, {"path": path, "before": before, **facts}]
+        self.entries = [*kept, {"path": path, "before": before, **details}]
         files.replace_json(self.uri, {"started": self.started, "touched": self.entries})
 
 
-class _Erasure:
-    """One sweep through an output_dir. Paths in the journal are relative to it."""
+class Erasure:
+    """One pass through an output_dir. Paths in the journal are relative to it."""
 
     def __init__(self, config: Config, tombstones: Tombstones, journal: _Journal, user_ids: tuple[str, ...]) -> None:
         self.config, self.output_dir = config, config.output_dir
         self.tombstones, self.journal, self.user_ids = tombstones, journal, user_ids
-        self._by_tombstone = Gone(tombstones, np.empty(0, np.int64))
+        self._by_tombstone = ErasedUsers(tombstones, np.empty(0, np.int64))
         self._digest_now: dict[str, str] = {}
-        """Digest of a directory before an erasure → its digest now."""
+        """The digest of a directory before an erasure → its current digest."""
 
     def run(self) -> None:
         if not len(self.tombstones):
@@ -165,7 +166,7 @@ class _Erasure:
         self._remove_staged_and_runs()
 
     def _settle(self) -> None:
-        """Remove drafts and set-aside directories of interrupted stages, and unfinished copies of models."""
+        """Remove drafts and replaced directories of interrupted stages, and unfinished copies of models."""
         for parent in (self.output_dir, join(self.output_dir, MODELS), self.config.run.nightly):
             for name in _folders(parent):
                 if name.endswith((".partial", ".old")):
@@ -175,62 +176,61 @@ class _Erasure:
                 files.remove_directory(uri)
 
     def _directories(self) -> list[str]:
-        """Finished directories, each after those it was made from."""
+        """Finished directories, each after its inputs."""
         promoted = [self._relative(uri) for uri in promoted_directories(self.output_dir)]
         nightly = [f"nightly/{name}" for name in _folders(self.config.run.nightly)]
         names = [*STAGES, *promoted, "evaluation", *nightly]
         return [name for name in names if exists(join(self.output_dir, name, MANIFEST))]
 
     def _erase_directory(self, name: str) -> None:
-        """Rewrite a directory that holds somebody; in any case let its inputs name what the others have become."""
+        """Rewrite a directory with erased users; in any case update the digests of its inputs."""
         uri = _real(join(self.output_dir, name))
         manifest = read_manifest(uri, read_json(join(uri, MANIFEST)).get("kind", ""))
         has_catalog = USERS in manifest.files
         index = erased_indices(join(uri, USERS), self.tombstones) if has_catalog else np.empty(0, np.int64)
-        gone = Gone(self.tombstones, index)
+        erased = ErasedUsers(self.tombstones, index)
         parquet = [file for file in manifest.files if file.endswith(".parquet")]
-        rows = {file: count for file in parquet if (count := rows_of(join(uri, file), file, gone))}
-        if rows and name.startswith("nightly/"):  # made anew by the next night from what is prepared
+        rows = {file: count for file in parquet if (count := rows_of(join(uri, file), file, erased))}
+        if rows and name.startswith("nightly/"):  # the next nightly run writes it again
             self.journal.note(name, manifest.digest, removed=True)
             files.remove_directory(uri)
             return
         if rows:
-            artifacts.verify_files(uri, manifest)  # or new digests would hide old damage
-            self._rewrite(name, uri, manifest, gone, rows)
+            artifacts.verify_files(uri, manifest)  # otherwise new digests would hide existing damage
+            self._rewrite(name, uri, manifest, erased, rows)
             manifest = read_manifest(uri, manifest.kind)
         inputs = self._inputs_now(manifest)
         if inputs != manifest.inputs:
             files.replace_json(join(uri, MANIFEST), dataclasses.asdict(dataclasses.replace(manifest, inputs=inputs)))
         self._digest_now |= dict.fromkeys(manifest.counts.get("replaces", []), manifest.digest)
 
-    def _rewrite(self, name: str, uri: str, manifest: Manifest, gone: Gone, rows: dict[str, int]) -> None:
+    def _rewrite(self, name: str, uri: str, manifest: Manifest, erased: ErasedUsers, rows: dict[str, int]) -> None:
         inputs = self._inputs_now(manifest)
         with artifacts.write_directory(uri, kind=manifest.kind, inputs=inputs, config=manifest.config) as draft:
             for file in manifest.files:
                 source, target = join(uri, file), draft.path(file)
                 if file in rows:
-                    copy_without(source, target, file, gone)
-                elif file == TABLES and len(gone.index):
-                    copy_zeroed(source, target, gone.index)
+                    copy_without(source, target, file, erased)
+                elif file == TABLES and len(erased.index):
+                    copy_zeroed(source, target, erased.index)
                 else:
                     link_or_copy(source, target)
-            erased = Counter(manifest.counts.get("erased", {}))
-            erased.update(_by_table(rows))
-            # The old digest finds the way from what was made of the old directory to the new one, after a crash too.
+            num_erased = Counter(manifest.counts.get("erased", {}))
+            num_erased.update(_by_table(rows))
+            # With the old digest, directories made from the old one are still recognized, also after a crash.
             replaces = [*manifest.counts.get("replaces", []), manifest.digest]
-            draft.counts |= manifest.counts | {"erased": dict(erased), "replaces": replaces}
-            self.journal.note(
-                name, manifest.digest, rows=rows, zeroed_rows=len(gone.index) if TABLES in manifest.files else 0
-            )
+            draft.counts |= manifest.counts | {"erased": dict(num_erased), "replaces": replaces}
+            num_zeroed = len(erased.index) if TABLES in manifest.files else 0
+            self.journal.note(name, manifest.digest, rows=rows, zeroed_rows=num_zeroed)
 
     def _inputs_now(self, manifest: Manifest) -> dict[str, str]:
-        """The inputs by the digests that these have now, so that no stage runs again and scoring finds them related."""
+        """The inputs with their current digests, so that all stages stay up to date and scoring accepts the model."""
         inputs = {name: self._digest_now.get(digest, digest) for name, digest in manifest.inputs.items()}
-        # What it was made from has the users still; what it is has not, as if `prepare` had left them out.
+        # As if `prepare` had left the users out, although the raw files still contain them.
         return inputs | ({"erased": self.tombstones.digest} if manifest.kind == "prepared" else {})
 
     def _erase_loose_files(self) -> None:
-        """Parquet files that belong to no directory of a stage, and reports that name the users by hash."""
+        """Parquet files outside the directories of stages, and reports with hashes of the users."""
         inside = (*(f"{name}/" for name in self._directories()), "dump/", "runs/", f"{RECEIPTS}/")
         for file in [name for name in list_files(self.output_dir) if not name.startswith(inside)]:
             uri = join(self.output_dir, file)
@@ -252,7 +252,7 @@ class _Erasure:
             replace_file(uri, f"{uri}.draft")
 
     def _erase_published(self) -> None:
-        """Rewrite the files of the table's current version that hold somebody, and swap them in one commit."""
+        """Rewrite the files of the current version of the table that contain erased users, and replace them in one commit."""
         dump_dir = self.config.run.dump
         table = open_current(dump_dir)
         live = [] if table is None else delta_files(table)
@@ -261,20 +261,20 @@ class _Erasure:
             return
         self.journal.note("dump", f"version {open_table(dump_dir).version()}", rows=rows)
         folder = f"erased={datetime.now(UTC):%Y%m%dT%H%M%S%f}"
-        swapped = {name: f"{folder}/{_without_folder(name)}" for name in rows}
-        for name, new_name in swapped.items():
+        replacements = {name: f"{folder}/{_without_folder(name)}" for name in rows}
+        for name, new_name in replacements.items():
             copy_without(join(dump_dir, name), join(dump_dir, new_name), name, self._by_tombstone)
-        _swap(dump_dir, swapped, sum(rows.values()))
+        _replace_files(dump_dir, replacements, sum(rows.values()))
 
     def _remove_staged_and_runs(self) -> None:
-        """Old versions, staged lists and interrupted runs go whole, if anything held somebody."""
+        """Remove old versions, staged lists and interrupted runs, if any file contained an erased user."""
         dump_dir, runs_dir = self.config.run.dump, self.config.run.runs
-        if not (self.journal.entries or self._holding(dump_dir) or self._holding(runs_dir)):
+        if not (self.journal.entries or self._files_with_users(dump_dir) or self._files_with_users(runs_dir)):
             return
         self._clean_dump(dump_dir)
         evaluation = self.config.run.evaluation
-        if self._holding(runs_dir) and exists(join(evaluation, _EXAMPLES)):
-            # A comparison shows what a few users had and liked; without its runs nobody can say whom. It is made anew.
+        if self._files_with_users(runs_dir) and exists(join(evaluation, _EXAMPLES)):
+            # A comparison shows the items of a few users; without its runs it is unknown of which. It must be run again.
             self.journal.note("evaluation", None, removed=True)
             files.remove_directory(evaluation)
         for run in _folders(runs_dir):
@@ -289,16 +289,16 @@ class _Erasure:
                     "dump/_delta_log", None, removed_files=doomed.num_files, lost_versions=doomed.versions
                 )
                 vacuum(dump_dir, keep_days=0, dry_run=False)
-        else:  # whatever is there was staged for a first publication
+        else:  # all files were staged for a first publication
             for folder in _folders(dump_dir):
                 self.journal.note(f"dump/{folder}", None, removed=True)
                 files.remove_directory(join(dump_dir, folder))
-        for name in self._holding(dump_dir):  # a vacuum passes over names that begin with an underscore
+        for name in self._files_with_users(dump_dir):  # a vacuum skips names that begin with an underscore
             self.journal.note(f"dump/{name}", None, removed=True)
             files.remove_file(join(dump_dir, name))
 
-    def _holding(self, directory: str) -> list[str]:
-        """Parquet files below a directory with somebody in them; one that cannot be read may have."""
+    def _files_with_users(self, directory: str) -> list[str]:
+        """Parquet files below a directory that contain erased users, or that cannot be read."""
         names = [name for name in list_files(directory) if name.endswith(".parquet")] if exists(directory) else []
         return [
             name for name in names if not name.startswith("_delta_log/") and self._may_hold(join(directory, name), name)
@@ -316,14 +316,15 @@ class _Erasure:
     def _relative(self, uri: str) -> str:
         return uri[len(self.output_dir.rstrip("/")) + 1 :]
 
-    def write_receipt(self, left: list[str], seconds: float) -> str | None:
-        """Write the receipt and forget the journal; where nothing is new, the receipt that tells of these users."""
-        receipts = _receipts(self.output_dir)
-        told = {digest: uri for uri, receipt in receipts.items() for digest in receipt["tombstones"]}
-        asked = {self.tombstones.hash_of(user_id) for user_id in self.user_ids}
-        users = sorted(asked | (self.tombstones.digests - set(told)))
-        if not self.journal.entries and not left and all(user in told for user in users):
-            return max((told[user] for user in users), default=None)
+    def write_receipt(self, remaining: list[str], seconds: float) -> str | None:
+        """Write the receipt and remove the journal. If nothing is new, return the latest receipt about these users."""
+        receipt_of = {
+            digest: uri for uri, receipt in _receipts(self.output_dir).items() for digest in receipt["tombstones"]
+        }
+        requested = {self.tombstones.hash_of(user_id) for user_id in self.user_ids}
+        users = sorted(requested | (self.tombstones.digests - set(receipt_of)))
+        if not self.journal.entries and not remaining and all(user in receipt_of for user in users):
+            return max((receipt_of[user] for user in users), default=None)
         for entry in self.journal.entries:
             entry["after"] = _state(join(self.output_dir, entry["path"]))
         now = datetime.now(UTC)
@@ -337,7 +338,7 @@ class _Erasure:
             "tombstones": users,
             "found": bool(self.journal.entries),
             "touched": self.journal.entries,
-            "files_that_still_name_them": left,
+            "files_that_still_name_them": remaining,
             "searched_ids": len(self.user_ids),
             "not_done": list(NOT_DONE),
             "raw_sources": _raw_sources(self.config),
@@ -348,7 +349,7 @@ class _Erasure:
 
 
 def _real(uri: str) -> str:
-    """The directory behind a link: a rewritten one is moved to its name, and the link would go instead of the data."""
+    """The target of a link: a rewritten directory is moved to its name, which would replace the link, not the data."""
     fs, path = filesystem(uri)
     return os.path.realpath(path) if isinstance(fs, LocalFileSystem) else uri
 
@@ -357,12 +358,12 @@ def _folders(uri: str) -> list[str]:
     fs, path = filesystem(uri)
     if not fs.exists(path):
         return []
-    found = [str(one["name"]).rstrip("/") for one in fs.ls(path, detail=True) if fs.isdir(one["name"])]
+    found = [str(entry["name"]).rstrip("/") for entry in fs.ls(path, detail=True) if fs.isdir(entry["name"])]
     return sorted(name.rpartition("/")[2] for name in found)
 
 
 def _by_table(rows: dict[str, int]) -> Counter[str]:
-    """Rows by table: those of all buckets together."""
+    """Rows by table, over all buckets."""
     counts: Counter[str] = Counter()
     for file, count in rows.items():
         counts[file.partition("/")[0].removesuffix(".parquet")] += count
@@ -370,36 +371,36 @@ def _by_table(rows: dict[str, int]) -> Counter[str]:
 
 
 def _without_folder(name: str) -> str:
-    """A file's name without the folder that an earlier erasure gave it."""
+    """The name of a file without the folder of an earlier erasure."""
     return name.partition("/")[2] if name.startswith("erased=") else name
 
 
-def _swap(dump_dir: str, swapped: dict[str, str], num_erased: int) -> None:
-    """Put files in place of others (old name → new name) in one commit.
+def _replace_files(dump_dir: str, replacements: dict[str, str], num_erased: int) -> None:
+    """Replace files (old name → new name) in one commit.
 
-    By name, not by `DeltaTable.delete`: its predicate would stand in the log, id and all. Without statistics, which hold
-    the least and the greatest id of a file.
+    Not with `DeltaTable.delete`, which would write its predicate, and thus the id, to the log. Without statistics, which
+    contain the smallest and the largest id of a file.
     """
     table, (fs, root), now_ms = open_table(dump_dir), filesystem(dump_dir), int(time.time() * 1000)
-    actions: list[Any] = [RemoveAction(name, data_change=True, deletion_timestamp=now_ms) for name in swapped]
-    sizes = {name: int(fs.size(f"{root}/{name}")) for name in swapped.values()}
+    actions: list[Any] = [RemoveAction(name, data_change=True, deletion_timestamp=now_ms) for name in replacements]
+    sizes = {name: int(fs.size(f"{root}/{name}")) for name in replacements.values()}
     actions += [AddAction(name, size, {}, now_ms, True, "{}") for name, size in sizes.items()]
-    facts = CommitProperties(custom_metadata=_facts(table, num_erased))
+    properties = CommitProperties(custom_metadata=_properties(table, num_erased))
     try:
-        table.create_write_transaction(actions, mode="append", schema=table.schema(), commit_properties=facts)
+        table.create_write_transaction(actions, mode="append", schema=table.schema(), commit_properties=properties)
     except CommitFailedError:
-        raise ResourceError(f"{dump_dir} was published to meanwhile; run the same command again") from None
+        raise ResourceError(f"another process published to {dump_dir} meanwhile; run the same command again") from None
 
 
-def _facts(table: DeltaTable, num_erased: int) -> dict[str, str]:
-    """What the last publication says of itself: these are its lists still, without a few."""
+def _properties(table: DeltaTable, num_erased: int) -> dict[str, str]:
+    """Those of the last publication, whose lists these still are."""
     published: dict[str, Any] = next((commit for commit in table.history() if "run_id" in commit), {})
-    facts = {name: str(published[name]) for name in FACTS if name in published}
-    return facts | {"erased_users": str(num_erased)}
+    properties = {name: str(published[name]) for name in COMMIT_PROPERTIES if name in published}
+    return properties | {"erased_users": str(num_erased)}
 
 
 def _state(uri: str) -> str | None:
-    """The digest of a directory of ours, the sha256 of a file, the version of a table; None where nothing is there."""
+    """The digest of a directory, the sha256 of a file, or the version of a table; None if there is nothing."""
     if not exists(uri):
         return None
     if exists(join(uri, MANIFEST)):
@@ -426,4 +427,4 @@ def _item_ids(output_dir: str) -> list[str]:
 def _raw_sources(config: Config) -> list[str]:
     sources = [getattr(config.data, role) for role in ROLES] + [config.nightly.events]
     paths = [source.path for source in sources if source is not None]
-    return [one for path in paths for one in ([path] if isinstance(path, str) else path)]
+    return [file for path in paths for file in ([path] if isinstance(path, str) else path)]

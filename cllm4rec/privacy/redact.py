@@ -1,7 +1,7 @@
-"""Single files without some users, and the search for ids that are left: what `cllm4rec.privacy.erasure` is made of.
+"""Copies of single files without some users, and the search for remaining ids: the parts of `privacy.erasure`.
 
-Every function streams: parquet a row group at a time, other files a piece at a time. Layouts stay as they are: order of
-rows, schemas, number of files and, in catalogs and embedding tables, the places of everyone else.
+All functions stream: Parquet one row group at a time, other files in pieces. Layouts are kept: the order of rows, schemas,
+the number of files and, in catalogs and embedding tables, the row of every other user.
 
 Lengths: B rows of a table.
 """
@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -28,33 +27,31 @@ from fsspec.implementations.local import LocalFileSystem
 from cllm4rec.errors import ArtifactError
 from cllm4rec.storage.files import copy_file, filesystem, join, list_files
 from cllm4rec.storage.tombstones import Tombstones
-
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
+from cllm4rec.typing import BoolArray, IntArray
 
 USERS = "users.parquet"
 TABLES = "tables.safetensors"
 USER_TABLES = ("collaborative_users", "content_users")
 MIN_SEARCHED_CHARS = 6
-"""A shorter id stands in any file by chance; it is looked for as a whole value in columns of user ids only."""
-_PIECE_BYTES = 1 << 20
+"""A shorter id occurs in files by chance; it is searched as a whole value in columns of user ids only."""
+PIECE_BYTES = 1 << 20
 _ITEM_COLUMNS = ("item_id", "item_ids")
 
 
 def placeholder(user_index: int) -> str:
-    """What stands in a catalog for an erased user. No real id is like it: `data.records` refuses NUL in any id."""
+    """The id of an erased user in a catalog. It differs from every real id: `data.records` refuses ids with NUL."""
     return f"\0erased-{user_index}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Gone:
-    """Who goes: known by their tombstones where a file has ids, by `index` where it has rows of the user table."""
+class ErasedUsers:
+    """The users to remove: by tombstone in files with ids, by `index` in files with rows of the user table."""
 
     tombstones: Tombstones
     index: IntArray
 
     def key(self, name: str, schema: pa.Schema) -> str | None:
-        """The column that tells whose row it is; None in files that are about nobody."""
+        """The column that identifies the user of a row; None if the file has none."""
         if name.rpartition("/")[2] == USERS:
             return "id"
         if "user_id" in schema.names:
@@ -62,13 +59,13 @@ class Gone:
         return "user" if "user" in schema.names and pa.types.is_integer(schema.field("user").type) else None
 
     def of(self, column: pa.ChunkedArray) -> BoolArray:
-        """For each value of a key column, whether its row goes."""
+        """For each value of a key column, whether its user is erased."""
         values = column.to_numpy(zero_copy_only=False)
         return np.isin(values, self.index) if pa.types.is_integer(column.type) else self.tombstones.contains(values)
 
 
 def erased_indices(uri: str, tombstones: Tombstones) -> IntArray:
-    """Rows of the user table that belong to erased users, by the catalog file `uri`; those blanked before are none."""
+    """The rows of erased users in the catalog file `uri`, without those whose ids were removed earlier."""
     found = [np.empty(0, np.int64)]
     for table in _row_groups(uri, ["index", "id"]):
         ids, indices = table["id"].to_numpy(zero_copy_only=False), table["index"].to_numpy()
@@ -76,25 +73,25 @@ def erased_indices(uri: str, tombstones: Tombstones) -> IntArray:
     return np.concatenate(found)
 
 
-def rows_of(uri: str, name: str, gone: Gone) -> int:
-    """How many rows of a parquet file belong to somebody who goes. Raises ArtifactError where it cannot be read."""
-    key = gone.key(name, _schema(uri))
+def rows_of(uri: str, name: str, erased: ErasedUsers) -> int:
+    """The number of rows of erased users in a Parquet file. Raises ArtifactError if it cannot be read."""
+    key = erased.key(name, _schema(uri))
     if key is None:
         return 0
-    return sum(int(gone.of(table[key]).sum()) for table in _row_groups(uri, [key]))
+    return sum(int(erased.of(table[key]).sum()) for table in _row_groups(uri, [key]))
 
 
-def copy_without(source: str, target: str, name: str, gone: Gone) -> None:
-    """Copy a parquet file, without the rows of those who go; from the catalog only their ids and texts go."""
+def copy_without(source: str, target: str, name: str, erased: ErasedUsers) -> None:
+    """Copy a Parquet file without the rows of erased users. In a catalog their rows stay, with a placeholder as id."""
     schema = _schema(source)
-    key = gone.key(name, schema)
+    key = erased.key(name, schema)
     assert key is not None
     (fs, path), kept = filesystem(target), 0
     fs.makedirs(fs._parent(path), exist_ok=True)
     with fs.open(path, "wb") as stream, pq.ParquetWriter(stream, schema) as writer:
         for table in _row_groups(source):
-            is_gone = gone.of(table[key])
-            table = _blanked(table, is_gone) if key == "id" else table.filter(pa.array(~is_gone))
+            is_erased = erased.of(table[key])
+            table = _blanked(table, is_erased) if key == "id" else table.filter(pa.array(~is_erased))
             if len(table):
                 writer.write_table(table)
                 kept += len(table)
@@ -103,20 +100,20 @@ def copy_without(source: str, target: str, name: str, gone: Gone) -> None:
 
 
 def copy_zeroed(source: str, target: str, index: IntArray) -> None:
-    """Copy a safetensors file of embedding tables with these rows of both user tables zeroed."""
+    """Copy a safetensors file of embedding tables with these rows of both user tables set to zero."""
     (source_fs, source_path), (target_fs, target_path) = filesystem(source), filesystem(target)
     target_fs.makedirs(target_fs._parent(target_path), exist_ok=True)
     with source_fs.open(source_path, "rb") as reader, target_fs.open(target_path, "wb") as writer:
         spans = _spans(reader, source, index)
         for begin, end in [*spans, (source_fs.size(source_path),) * 2]:
-            while place := begin - reader.tell():
-                writer.write(reader.read(min(place, _PIECE_BYTES)))
+            while remaining := begin - reader.tell():
+                writer.write(reader.read(min(remaining, PIECE_BYTES)))
             writer.write(bytes(end - begin))
             reader.seek(end)
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """The same file below another name: a hard link where that is possible, else a copy."""
+    """The same file under another name: a hard link if possible, otherwise a copy."""
     (fs, path), (_, target_path) = filesystem(source), filesystem(target)
     if isinstance(fs, LocalFileSystem):
         fs.makedirs(fs._parent(target_path), exist_ok=True)
@@ -127,7 +124,7 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def replace_file(uri: str, draft: str) -> None:
-    """Give a finished draft the name of the file it replaces: at once where it is local."""
+    """Move a finished draft to the name of the file it replaces; atomic on a local disk."""
     (fs, source), (_, target) = filesystem(draft), filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         os.replace(source, target)
@@ -136,11 +133,11 @@ def replace_file(uri: str, draft: str) -> None:
 
 
 def find_remaining_ids(directory: str, user_ids: Sequence[str], item_ids: Iterable[str] = ()) -> list[str]:
-    """Names of the files below a directory in which one of these ids still stands.
+    """The names of the files below a directory that still contain one of these ids.
 
-    Looked at are the bytes of every file, also unpacked where it ends in .gz, and every string of every parquet file,
-    whole or between characters that are no ASCII letters or digits. Not looked for among bytes: ids that also name an
-    item, and ids of fewer than MIN_SEARCHED_CHARS characters.
+    The search reads the bytes of every file, also decompressed if its name ends in .gz, and every string of every Parquet
+    file. An id counts if no ASCII letter or digit is next to it. Not searched among bytes: ids that are also item ids,
+    and ids of fewer than MIN_SEARCHED_CHARS characters.
     """
     items = set(item_ids)
     needles = [_Needle(user_id, user_id in items) for user_id in user_ids]
@@ -158,7 +155,7 @@ class _Needle:
 
     @property
     def spellings(self) -> set[bytes]:
-        """As text and as JSON writes it."""
+        """The id as plain text and as JSON text."""
         return {self.user_id.encode(), json.dumps(self.user_id)[1:-1].encode()}
 
     def is_in_bytes(self, piece: bytes) -> bool:
@@ -183,22 +180,22 @@ def _is_in(uri: str, name: str, needles: list[_Needle]) -> Iterator[bool]:
             for column, strings in _strings_of(uri, name):
                 yield any(needle.is_in_strings(strings, column) for needle in needles)
     except FileNotFoundError:
-        return  # a lease or a draft that was there a moment ago
+        return  # a lease or a draft that was removed meanwhile
 
 
 def _pieces(uri: str, overlap: int) -> Iterator[bytes]:
-    """The bytes of a file in pieces, each with the end of the one before; a .gz file's packed and unpacked."""
+    """The bytes of a file in pieces, each with the end of the previous one; for .gz also the decompressed bytes."""
     fs, path = filesystem(uri)
-    for unpack in (False, True) if path.endswith(".gz") else (False,):
+    for decompress in (False, True) if path.endswith(".gz") else (False,):
         with fs.open(path, "rb") as stream, contextlib.suppress(EOFError, gzip.BadGzipFile):
-            reader, tail = gzip.GzipFile(fileobj=stream) if unpack else stream, b""
-            while piece := reader.read(_PIECE_BYTES):
+            reader, tail = gzip.GzipFile(fileobj=stream) if decompress else stream, b""
+            while piece := reader.read(PIECE_BYTES):
                 yield tail + piece
                 tail = (tail + piece)[-overlap:]
 
 
 def _strings_of(uri: str, name: str) -> Iterator[tuple[str, pa.Array]]:
-    """Every string array of a parquet file and the column it is of, but for the ids of items."""
+    """Every string array of a Parquet file with its column, except item ids."""
     try:
         for table in _row_groups(uri):
             for column in table.column_names:
@@ -207,7 +204,7 @@ def _strings_of(uri: str, name: str) -> Iterator[tuple[str, pa.Array]]:
                     for chunk in table[column].chunks:
                         yield from zip(itertools.repeat(column), _strings_in(chunk))
     except ArtifactError:
-        return  # no parquet inside: its bytes were looked at
+        return  # not a Parquet file; its bytes were searched
 
 
 def _strings_in(array: pa.Array) -> Iterator[pa.Array]:
@@ -241,27 +238,27 @@ def _parquet(uri: str) -> Iterator[pq.ParquetFile]:
         with fs.open(path, "rb") as stream, pq.ParquetFile(stream) as file:
             yield file
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise ArtifactError(f"{uri} is no whole parquet file; remove it or copy it again") from None
+        raise ArtifactError(f"{uri} is not a complete Parquet file; remove it or copy it again") from None
 
 
-def _blanked(table: pa.Table, is_gone: BoolArray) -> pa.Table:
-    gone = pa.array(is_gone)
+def _blanked(table: pa.Table, is_erased: BoolArray) -> pa.Table:
+    mask = pa.array(is_erased)
     names = [placeholder(index) for index in table["index"].to_pylist()]
     for column, values in (("id", pa.array(names, pa.string())), ("text", pa.scalar("", pa.string()))):
-        place, kind = table.schema.get_field_index(column), table.schema.field(column)
-        chosen = pc.if_else(gone, values, table[column].combine_chunks().cast(pa.string())).cast(kind.type)
-        table = table.set_column(place, kind, chosen)
+        position, field = table.schema.get_field_index(column), table.schema.field(column)
+        chosen = pc.if_else(mask, values, table[column].combine_chunks().cast(pa.string())).cast(field.type)
+        table = table.set_column(position, field, chosen)
     return table
 
 
 def _spans(reader: Any, uri: str, index: IntArray) -> list[tuple[int, int]]:
-    """First byte and last byte + 1 of these rows in both user tables, in order (the format of safetensors)."""
+    """First byte and last byte + 1 of these rows in both user tables, ascending (the safetensors format)."""
     size = int.from_bytes(reader.read(8), "little")
     try:
         header = json.loads(reader.read(size))
         entries = [header[name] for name in USER_TABLES]
     except (ValueError, KeyError):
-        raise ArtifactError(f"{uri} holds no user tables; run the stage that writes it with --force") from None
+        raise ArtifactError(f"{uri} has no user tables; run the stage that writes it with --force") from None
     spans = []
     for entry in entries:
         first, last = entry["data_offsets"]

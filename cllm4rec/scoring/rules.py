@@ -20,18 +20,14 @@ import hashlib
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 
 from cllm4rec.arrays.ids import Catalog
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged, chunks
 from cllm4rec.config import RulesConfig
 from cllm4rec.errors import DataError
 from cllm4rec.scoring.rule_files import FILES, RuleFile, read_content, read_rule_file
 from cllm4rec.storage import files
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float32]
-IntArray = npt.NDArray[np.int64]
+from cllm4rec.typing import BoolArray, Float32Array, IntArray
 
 _ALLOWED_CELLS = 1 << 24
 _UNKNOWN = {
@@ -56,7 +52,7 @@ class Rules:
     """
 
     blocked: IntArray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
-    boost_J: FloatArray | None = None
+    boost_J: Float32Array | None = None
     categories: Ragged | None = None
     max_per_category: int | None = None
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -87,11 +83,8 @@ class Rules:
     def full_categories(self, items: Ragged) -> Ragged:
         """For each list, the items of the categories that are full in it, with repeats."""
         if self.categories is None:
-            return no_values(len(items))
-        entries = self.categories.take(items.values)
-        pairs, num_taken = np.unique(
-            items.rows[entries.rows] * self._num_categories + entries.values, return_counts=True
-        )
+            return Ragged.empty(len(items))
+        pairs, num_taken = np.unique(self._categories_of(items).keys(self._num_categories), return_counts=True)
         full = pairs[num_taken >= self._cap]
         members = self._members.take(full % self._num_categories)
         return Ragged.from_rows(members.values, (full // self._num_categories)[members.rows], len(items))
@@ -111,8 +104,7 @@ class Rules:
         pass short lists only.
         """
         size = max(1, _ALLOWED_CELLS // num_items)
-        pieces = [np.arange(begin, min(begin + size, len(items))) for begin in range(0, len(items), size)]
-        counts = [self._num_allowed(items.take(rows), seen.take(rows), num_items) for rows in pieces]
+        counts = [self._num_allowed(items.take(rows), seen.take(rows), num_items) for rows in chunks(len(items), size)]
         return np.concatenate([np.empty(0, np.int64), *counts])
 
     def _num_allowed(self, items: Ragged, seen: Ragged, num_items: int) -> IntArray:
@@ -127,12 +119,18 @@ class Rules:
         if self.categories is None:
             return {}
         entries = self.categories.take(items.values)
-        pairs = items.rows[entries.rows] * self._num_categories + entries.values
+        pairs = self._categories_of(items).keys(self._num_categories)
         order = np.argsort(pairs, kind="stable")
         _, first, counts = np.unique(pairs[order], return_index=True, return_counts=True)
         is_over = np.zeros(len(items.values), bool)
         is_over[entries.rows[order[np.arange(len(order)) - np.repeat(first, counts) >= self._cap]]] = True
         return {f"more than {self._cap} items of a category": is_over}
+
+    def _categories_of(self, items: Ragged) -> Ragged:
+        """The categories of all items of each list, with repeats."""
+        assert self.categories is not None
+        entries = self.categories.take(items.values)
+        return Ragged(entries.values, entries.offsets[items.offsets])
 
     @property
     def _cap(self) -> int:
@@ -234,7 +232,7 @@ class _ItemFile:
 
     @classmethod
     def of(cls, file: RuleFile, catalog: Catalog) -> _ItemFile:
-        return cls(file, np.array([catalog.item_index(item_id) for item_id in file.item_ids], np.int64))
+        return cls(file, catalog.item_map(file.item_ids))
 
     @property
     def is_known(self) -> BoolArray:
@@ -271,14 +269,14 @@ def _removed(config: RulesConfig, files: dict[str, _ItemFile], catalog: Catalog)
 def _categories(listed: _ItemFile | None, num_items: int) -> Ragged:
     """The category codes of every item, ascending."""
     if listed is None:
-        return no_values(num_items)
+        return Ragged.empty(num_items)
     _, codes = np.unique(np.array(listed.file.columns["category"], object), return_inverse=True)
     pairs = np.stack([listed.items, codes], axis=1)[listed.is_known]
     items, values = np.unique(pairs, axis=0).T
     return Ragged.from_rows(values, items, num_items)
 
 
-def _boost(listed: _ItemFile | None, num_items: int) -> FloatArray | None:
+def _boost(listed: _ItemFile | None, num_items: int) -> Float32Array | None:
     if listed is None:
         return None
     listed.file.refuse_repeats()

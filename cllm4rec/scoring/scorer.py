@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from cllm4rec.arrays.ids import Catalog
-from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.model.ranker import FloatArray, IntArray, Ranker, merged
+from cllm4rec.arrays.ragged import Ragged, chunks
+from cllm4rec.model.ranker import Ranker
 from cllm4rec.model.saved_model import SavedModel
 from cllm4rec.scoring.rules import Rules
+from cllm4rec.typing import Float32Array, IntArray
 
 _CANDIDATES = 4
 """With category caps, this many times k candidates are ranked at a time."""
@@ -51,7 +52,7 @@ class Scorer:
         k: int,
         rules: Rules | None = None,
         exclude: Ragged | None = None,
-    ) -> tuple[IntArray, FloatArray]:
+    ) -> tuple[IntArray, Float32Array]:
         """The k best unseen, allowed items of each user, best first; ties by lower item index.
 
         users: B rows of the user tables, -1 for users unknown at training.
@@ -68,17 +69,17 @@ class Scorer:
         """
         rows = np.asarray(users, np.int64)
         applied = self._under(rules)
-        left_out = merged(histories, *([exclude] if exclude is not None else []))
+        left_out = Ragged.interleave(histories, *([exclude] if exclude is not None else [])).unique()
         items = np.empty((len(rows), k), np.int64)
         scores = np.empty((len(rows), k), np.float32)
         is_cold = self.is_cold(rows, histories)
         cold, warm = np.flatnonzero(is_cold), np.flatnonzero(~is_cold)
         hidden_BK = self.ranker.encode_users(rows[warm], histories.take(warm))
 
-        def best(which: IntArray, out: Ragged, num: int) -> tuple[IntArray, FloatArray]:
+        def best(which: IntArray, out: Ragged, num: int) -> tuple[IntArray, Float32Array]:
             return self.ranker.best_items(hidden_BK[which], out, num, applied.bias_J)
 
-        def most_popular(_: IntArray, out: Ragged, num: int) -> tuple[IntArray, FloatArray]:
+        def most_popular(_: IntArray, out: Ragged, num: int) -> tuple[IntArray, Float32Array]:
             return applied.most_popular(out, num)
 
         items[warm], scores[warm] = _ranked(best, left_out.take(warm), k, applied.rules)
@@ -109,7 +110,7 @@ class _Applied:
     bias_J: Tensor | None
     popular: IntArray
     """The items that are not blocked, by boosted share; ties by lower index."""
-    share_J: FloatArray
+    share_J: Float32Array
 
     @classmethod
     def to(cls, rules: Rules, catalog: Catalog, device: torch.device) -> _Applied:
@@ -126,7 +127,7 @@ class _Applied:
             share_J.astype(np.float32),
         )
 
-    def most_popular(self, left_out: Ragged, k: int) -> tuple[IntArray, FloatArray]:
+    def most_popular(self, left_out: Ragged, k: int) -> tuple[IntArray, Float32Array]:
         """For each row of `left_out`, the k most popular items that are not in the row."""
         items = np.full((len(left_out), k), -1, np.int64)
         scores = np.full((len(left_out), k), -np.inf, np.float32)
@@ -137,24 +138,22 @@ class _Applied:
         return items, scores
 
 
-_Best = Callable[[IntArray, Ragged, int], tuple[IntArray, FloatArray]]
+_Best = Callable[[IntArray, Ragged, int], tuple[IntArray, Float32Array]]
 """(rows, items left out in each row, number of items) → indices and scores of the best items, best first."""
 
 
-def _ranked(best: _Best, left_out: Ragged, k: int, rules: Rules) -> tuple[IntArray, FloatArray]:
+def _ranked(best: _Best, left_out: Ragged, k: int, rules: Rules) -> tuple[IntArray, Float32Array]:
     """The k best items under the caps, for each row of `left_out`."""
-    every_row = np.arange(len(left_out))
     if rules.categories is None:
-        return best(every_row, left_out, k)
+        return best(np.arange(len(left_out)), left_out, k)
     items = np.full((len(left_out), k), -1, np.int64)
     scores = np.full((len(left_out), k), -np.inf, np.float32)
-    for begin in range(0, len(left_out), _CAPPED_ROWS):
-        rows = every_row[begin : begin + _CAPPED_ROWS]
+    for rows in chunks(len(left_out), _CAPPED_ROWS):
         items[rows], scores[rows] = _capped(best, rows, left_out.take(rows), k, rules)
     return items, scores
 
 
-def _capped(best: _Best, rows: IntArray, left_out: Ragged, k: int, rules: Rules) -> tuple[IntArray, FloatArray]:
+def _capped(best: _Best, rows: IntArray, left_out: Ragged, k: int, rules: Rules) -> tuple[IntArray, Float32Array]:
     """The list built from the best item down, skipping items of a full category. Exact for any number of candidates.
 
     Candidates are ranked some at a time. A skipped item belongs to a category that stays full, so a list that is still

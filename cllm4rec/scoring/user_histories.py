@@ -10,17 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from cllm4rec.arrays.histories import SPLITS
-from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ids import Catalog, remap_items
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.prepared import load_histories
 from cllm4rec.errors import ArtifactError
-
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +36,7 @@ class UserHistories:
         Raises ArtifactError if the two have no user or no item in common: they belong to different data.
         """
         prepared, histories = Catalog.load(prepared_dir), load_histories(prepared_dir)
-        user_of = index_map(prepared.user_ids, catalog.user_ids)
-        item_of = index_map(prepared.item_ids, catalog.item_ids)
+        user_of, item_of = catalog.user_map(prepared.user_ids), catalog.item_map(prepared.item_ids)
         if not (user_of >= 0).any() or not (item_of >= 0).any():
             raise ArtifactError(
                 f"{prepared_dir} ({prepared.num_users} users, {prepared.num_items} items) has no user or no item in "
@@ -55,26 +49,4 @@ class UserHistories:
         items = remap_items(histories.together(*SPLITS), item_of)
         new_ids = prepared.user_ids[histories.user[is_new]]
         new_users = {str(user_id): catalog.num_users + row for row, user_id in enumerate(new_ids)}
-        return cls(_by_row(rows, items, catalog.num_users + len(new_users)), new_users)
-
-
-def index_map(source_ids: npt.NDArray[np.object_], target_ids: npt.NDArray[np.object_]) -> IntArray:
-    """For each id of `source_ids`, its position in `target_ids`, or -1."""
-    if np.array_equal(source_ids, target_ids):
-        return np.arange(len(source_ids))
-    found = pc.index_in(pa.array(source_ids, pa.string()), value_set=pa.array(target_ids, pa.string()))
-    return np.asarray(found.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
-
-
-def remap_items(items: Ragged, item_of: IntArray) -> Ragged:
-    """The rows in other indices, without the items that have no such index; `item_of` is an `index_map`."""
-    values = item_of[items.values]
-    return Ragged(values, items.offsets).where(values >= 0)
-
-
-def _by_row(row: IntArray, rows: Ragged, num_rows: int) -> Ragged:
-    """`num_rows` rows, of which number `row[i]` is row i of `rows`; the others are empty."""
-    source = np.full(num_rows, len(rows))
-    source[row] = np.arange(len(rows))
-    with_empty = Ragged(rows.values, np.append(rows.offsets, rows.offsets[-1]))
-    return with_empty.take(source)
+        return cls(items.scatter(rows, catalog.num_users + len(new_users)), new_users)

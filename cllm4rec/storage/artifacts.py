@@ -1,12 +1,12 @@
-"""Directories that stages hand to each other: whole or not there, and able to say what they are.
+"""The directories between stages: each is complete or absent, and its manifest describes it.
 
     with write_directory(uri, kind="model", inputs={"prepared": digest}, config=config) as draft:
         ...                                # write files below draft.path, fill draft.counts
     manifest = read_manifest(uri, kind="model")
 
-Files are written beside the final name, in `<uri>.partial`. `manifest.json` (sha256 of every file, digest of the
-inputs, resolved config) is written last, then the directory is moved to its name; what stood there waits as `<uri>.old`
-until that is done. A directory without a manifest does not exist. Paths are local or any fsspec URI.
+Files are written to `<uri>.partial`. `manifest.json` (sha256 of every file, digests of the inputs, resolved config) is
+written last; then the directory is moved to its name, while the directory it replaces waits as `<uri>.old`. A directory
+without a manifest does not count as existing. Paths are local or any fsspec URI.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MANIFEST = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a finished directory says of itself."""
+    """The description of a finished directory."""
 
     kind: str
     schema_version: int
@@ -54,7 +54,7 @@ class Manifest:
 
 @dataclasses.dataclass
 class Draft:
-    """A directory being written: put files below `path`, numbers worth knowing into `counts`."""
+    """A directory that is being written: files go below `path`, numbers for the manifest into `counts`."""
 
     uri: str
     counts: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -65,11 +65,10 @@ class Draft:
 
 @contextlib.contextmanager
 def write_directory(uri: str, *, kind: str, inputs: Mapping[str, str], config: Mapping[str, Any]) -> Iterator[Draft]:
-    """Write a directory under a temporary name; on success add the manifest and move it to `uri` in place of what stood
-    there.
+    """Write a directory under a temporary name; on success add the manifest and replace the directory at `uri`.
 
-    On any error the draft is removed and what stood at `uri` stays. A full disk becomes a ResourceError. Raises
-    ArtifactError where something stands at `uri` that is no directory of this kind: it would be deleted.
+    On an error the draft is removed and the directory at `uri` stays. A full disk becomes a ResourceError. Raises
+    ArtifactError if `uri` has files that are not a directory of this kind, because they would be deleted.
     """
     draft = Draft(f"{uri.rstrip('/')}.partial")
     _bring_back(uri)
@@ -92,11 +91,11 @@ def write_directory(uri: str, *, kind: str, inputs: Mapping[str, str], config: M
 
 
 def read_manifest(uri: str, kind: str) -> Manifest:
-    """The manifest of a finished directory. Raises ArtifactError where it is missing, damaged or of another kind."""
+    """The manifest of a finished directory. Raises ArtifactError if it is missing, damaged or of another kind."""
     if not exists(join(uri, MANIFEST)):
         raise ArtifactError(f"{uri} is not a finished {kind} directory (no {MANIFEST}); run the stage that writes it")
     raw = read_json(join(uri, MANIFEST))
-    # Before anything else of it is read: another version may have other fields.
+    # Checked first: another version may have other fields.
     if isinstance(raw, dict) and raw.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         raise ArtifactError(
             f"{uri} was written with schema version {raw['schema_version']} and this code reads {SCHEMA_VERSION}; "
@@ -107,7 +106,7 @@ def read_manifest(uri: str, kind: str) -> Manifest:
     except TypeError:
         raise ArtifactError(f"{uri}/{MANIFEST} is damaged; run the stage that writes it with --force") from None
     if manifest.kind != kind:
-        raise ArtifactError(f"{uri} is a {manifest.kind} directory where a {kind} directory is needed; check the path")
+        raise ArtifactError(f"{uri} is a {manifest.kind} directory, but a {kind} directory is needed; check the path")
     return manifest
 
 
@@ -126,7 +125,7 @@ def verify_files(uri: str, manifest: Manifest) -> None:
 def is_current(uri: str, kind: str, inputs: Mapping[str, str]) -> bool:
     """Whether a finished directory was made from exactly these inputs, so that its stage can be skipped.
 
-    One that cannot be read is not current: its stage would write it anew. Asked by the stage that writes it.
+    A directory that cannot be read is not current, so its stage writes it again. Only that stage may call this.
     """
     _bring_back(uri)
     try:
@@ -136,9 +135,9 @@ def is_current(uri: str, kind: str, inputs: Mapping[str, str]) -> bool:
 
 
 def settle(uri: str) -> None:
-    """Clean up after interrupted writers: what was set aside gets its name again if that is free, drafts go.
+    """Clean up after interrupted writers: a replaced directory gets its name back if that is free; drafts are removed.
 
-    Only where no writer is at work.
+    No writer may be at work.
     """
     _bring_back(uri)
     for leftover in (_old(uri), f"{uri.rstrip('/')}.partial"):
@@ -167,7 +166,7 @@ def _manifest(draft: Draft, kind: str, inputs: Mapping[str, str], config: Mappin
 
 
 def _is_content(name: str) -> bool:
-    """False for logs (`metrics.jsonl`): they tell times, and equal results should have equal digests and versions."""
+    """False for logs (`metrics.jsonl`), which contain times: equal results should have equal digests and versions."""
     return not name.endswith(".jsonl")
 
 
@@ -175,24 +174,24 @@ def _move_into_place(draft_uri: str, uri: str) -> None:
     old_uri = _old(uri)
     remove_directory(old_uri)
     if exists(uri):
-        _move(uri, old_uri)
-    _move(draft_uri, uri)
+        move_directory(uri, old_uri)
+    move_directory(draft_uri, uri)
     remove_directory(old_uri)
 
 
 def _bring_back(uri: str) -> None:
-    """Undo a move that a crash interrupted: what it had set aside gets its name again."""
+    """Undo a move that a crash interrupted: the replaced directory gets its name back."""
     if exists(join(_old(uri), MANIFEST)) and not exists(join(uri, MANIFEST)):
         remove_directory(uri)
-        _move(_old(uri), uri)
+        move_directory(_old(uri), uri)
 
 
 def _old(uri: str) -> str:
     return f"{uri.rstrip('/')}.old"
 
 
-def _move(source_uri: str, target_uri: str) -> None:
-    """Give a finished directory another name: at once where it is local, elsewhere with the manifest last."""
+def move_directory(source_uri: str, target_uri: str) -> None:
+    """Rename a finished directory: atomically on a local disk, elsewhere with the manifest last."""
     (fs, source), (_, target) = filesystem(source_uri), filesystem(target_uri)
     if isinstance(fs, LocalFileSystem):
         os.rename(source, target)
@@ -200,7 +199,7 @@ def _move(source_uri: str, target_uri: str) -> None:
     for name in sorted(list_files(source_uri), key=lambda name: name == MANIFEST):
         fs.makedirs(fs._parent(f"{target}/{name}"), exist_ok=True)
         fs.copy(f"{source}/{name}", f"{target}/{name}")
-    remove_file(join(source_uri, MANIFEST))  # and first, so that what is left of the source is no directory of ours
+    remove_file(join(source_uri, MANIFEST))  # first, so that a remainder of the source is not a finished directory
     remove_directory(source_uri)
 
 
@@ -209,17 +208,17 @@ def _refuse_foreign(uri: str, kind: str) -> None:
     if exists(join(uri, MANIFEST)):
         is_foreign = _kind_of(uri) not in (kind, None)
     else:
-        # Elsewhere a directory appears file by file, and one without a manifest may be our own, interrupted.
+        # On object stores a directory appears file by file; without a manifest it may be an interrupted move.
         is_foreign = isinstance(fs, LocalFileSystem) and bool(list_files(uri))
     if is_foreign:
         raise ArtifactError(
-            f"{uri} holds files that no {kind} stage wrote and would be replaced; move them away or set another "
+            f"{uri} has files that no {kind} stage wrote, and they would be deleted; move them away or set another "
             "output_dir"
         )
 
 
 def _kind_of(uri: str) -> str | None:
-    """What a manifest says it is of; None where it is damaged."""
+    """The kind in a manifest; None if it is damaged."""
     try:
         raw = read_json(join(uri, MANIFEST))
     except ArtifactError:

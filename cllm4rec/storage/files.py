@@ -1,7 +1,4 @@
-"""Files by path or URI: local, or anywhere fsspec reaches.
-
-Paths given to these functions are local or any fsspec URI (s3://, gs://, ...).
-"""
+"""Files by path or URI: a local path or any fsspec URI (s3://, gs://, ...)."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
 
 def absolute(uri: str) -> str:
-    """The URI as another process with another working directory can use it."""
+    """The URI in a form that does not depend on the working directory."""
     fs, path = filesystem(uri)
     return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 
@@ -37,12 +34,12 @@ def join(uri: str, *parts: str) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """sha256 of a JSON-like value, independent of the order of keys."""
+    """The sha256 of a JSON-like value; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def digest_of_file(uri: str) -> str:
-    """sha256 of a file's bytes, read in pieces."""
+    """The sha256 of a file, which is read in pieces."""
     fs, path = filesystem(uri)
     sha = hashlib.sha256()
     with fs.open(path, "rb") as stream:
@@ -59,7 +56,7 @@ def write_bytes(uri: str, content: bytes) -> None:
 
 
 def append_bytes(uri: str, content: bytes) -> None:
-    """Add to a file, which need not exist. Object stores that cannot append rewrite it."""
+    """Append to a file, which is created if necessary. On object stores, which cannot append, it is rewritten."""
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         fs.makedirs(fs._parent(path), exist_ok=True)
@@ -79,7 +76,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def copy_file(source: str, target: str) -> None:
-    """Copy between any two file systems, in pieces."""
+    """Copy a file in pieces, also between file systems."""
     (source_fs, source_path), (target_fs, target_path) = filesystem(source), filesystem(target)
     target_fs.makedirs(target_fs._parent(target_path), exist_ok=True)
     with source_fs.open(source_path, "rb") as reader, target_fs.open(target_path, "wb") as writer:
@@ -91,12 +88,12 @@ def write_json(uri: str, value: Any) -> None:
 
 
 def replace_json(uri: str, value: Any) -> None:
-    """Put a small file in place of another at once: a reader finds the old one or the new one whole, a crash too."""
+    """Replace a small file atomically: readers see either the old or the new content, also after a crash."""
     content = (json.dumps(value, indent=2, sort_keys=True, default=str) + "\n").encode()
     fs, path = filesystem(uri)
     fs.makedirs(fs._parent(path), exist_ok=True)
     if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, content)  # an object appears whole
+        fs.pipe_file(path, content)  # an object store shows an object only when it is complete
         return
     draft = f"{path}.partial"
     with open(draft, "wb") as stream:
@@ -106,7 +103,7 @@ def replace_json(uri: str, value: Any) -> None:
     os.replace(draft, path)
     folder = os.open(os.path.dirname(path), os.O_RDONLY)
     try:
-        os.fsync(folder)  # the new name, too, survives a loss of power
+        os.fsync(folder)  # so that the new name survives a power failure
     finally:
         os.close(folder)
 
@@ -115,7 +112,7 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(read_bytes(uri))
     except ValueError:
-        raise ArtifactError(f"{uri} is damaged: it is not JSON; run the stage that writes it with --force") from None
+        raise ArtifactError(f"{uri} is damaged (it is not JSON); run the stage that writes it with --force") from None
 
 
 def list_files(uri: str) -> list[str]:
@@ -142,7 +139,7 @@ def remove_directory(uri: str) -> None:
 
 
 def read_tables(paths: Sequence[str], columns: list[str] | None = None) -> pa.Table:
-    """Parquet files as one table, in this order."""
+    """Several Parquet files as one table, in this order."""
     tables = []
     for uri in paths:
         fs, path = filesystem(uri)
@@ -152,7 +149,7 @@ def read_tables(paths: Sequence[str], columns: list[str] | None = None) -> pa.Ta
 
 
 def write_table(table: pa.Table, uri: str, row_group_size: int | None = None) -> None:
-    """One Parquet file; its folder is made."""
+    """Write one Parquet file; its folder is created."""
     fs, path = filesystem(uri)
     fs.makedirs(fs._parent(path), exist_ok=True)
     with fs.open(path, "wb") as stream:

@@ -1,9 +1,9 @@
-"""One writer at a time: a lease beside a directory, renewed by its holder and lost by a dead one.
+"""A lease lets one process at a time write a directory. The holder renews it; the lease of a dead process expires.
 
     with hold(config.run.dump, "the run 1f3a"):
         ...
 
-The lease is a small JSON file, `<directory>.lease`, made by an exclusive create, so it works wherever fsspec does.
+The lease is a small JSON file, `<directory>.lease`. It is created exclusively, which works on every fsspec file system.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ _SETTLE_S = 0.5
 
 @contextlib.contextmanager
 def hold(directory: str, what: str) -> Iterator[None]:
-    """Hold the lease of a directory until the block ends. Raises ResourceError where another process holds it.
+    """Hold the lease of a directory until the block ends. Raises ResourceError if another process holds it.
 
-    A lease whose process is gone (same host), or that was not renewed for a minute, is taken over.
+    what: names the work in the error that another process gets. A lease is taken over if its process is dead (on the same
+    host) or has not renewed it for a minute.
     """
     uri = f"{directory.rstrip('/')}.lease"
     mine = {"what": what, "host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
@@ -54,16 +55,16 @@ def _take(uri: str, mine: dict[str, Any]) -> None:
     if other is not None and not _is_dead(uri, other):
         raise ResourceError(
             f"{other.get('what', 'another run')} is at work on {uri.removesuffix('.lease')} (process "
-            f"{other.get('pid', 'unknown')} on {other.get('host', 'an unknown host')}); wait for its end, or {STALE_S:g} s "
-            "after it died, and run the same command again"
+            f"{other.get('pid', 'unknown')} on {other.get('host', 'an unknown host')}); wait until it ends, or {STALE_S:g} s "
+            "if it has died, and run the same command again"
         )
     remove_file(uri)
     taken = _create(uri, mine)
-    # Two may have found the same dead lease, and the slower one removed what the faster one had made.
+    # Two processes may have found the same dead lease, and the slower one may have removed the lease of the faster one.
     time.sleep(_SETTLE_S)
     if not taken or _token(_read(uri)) != mine["token"]:
         raise ResourceError(
-            f"another run has just begun on {uri.removesuffix('.lease')}; wait for its end and run the same command again"
+            f"another run has just begun on {uri.removesuffix('.lease')}; wait until it ends and run the same command again"
         )
 
 
@@ -83,13 +84,13 @@ def _renewed(mine: dict[str, Any]) -> bytes:
 
 def _renew(uri: str, mine: dict[str, Any], done: threading.Event) -> None:
     while not done.wait(RENEW_S):
-        with contextlib.suppress(OSError):  # a storage that is away for a moment
+        with contextlib.suppress(OSError):  # the storage may be unavailable for a moment
             if exists(uri) and _token(_read(uri)) in (mine["token"], None):
                 write_bytes(uri, _renewed(mine))
 
 
 def _read(uri: str) -> dict[str, Any] | None:
-    """What a lease says; empty while it is being written, None where there is none."""
+    """The content of a lease; empty while it is being written, None if there is none."""
     try:
         content = json.loads(read_bytes(uri))
     except ArtifactError:
@@ -104,7 +105,7 @@ def _token(lease: dict[str, Any] | None) -> str | None:
 
 
 def _is_dead(uri: str, lease: dict[str, Any]) -> bool:
-    if not lease:  # being written, or left so by a process that died over it
+    if not lease:  # it is being written, or its process died while writing it
         fs, path = filesystem(uri)
         return bool(time.time() - fs.modified(path).timestamp() > STALE_S)
     if lease["host"] == socket.gethostname() and not _is_alive(lease["pid"]):

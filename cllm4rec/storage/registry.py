@@ -1,13 +1,13 @@
-"""Which model answers: promoted copies of `model/`, and a pointer that moves in one step.
+"""The current model: promoted copies of `model/`, and a pointer that moves in one step.
 
     output_dir/
-      model/                             the candidate, as training left it
-      models/20261120T031500Z-<digest>/  a promoted copy, whole and verified before the pointer names it
+      model/                             the new model, as training left it
+      models/20261120T031500Z-<digest>/  a promoted copy; the pointer names it only after it is complete and verified
       models/current.json                {"current": name, "previous": [names, newest first], "promoted_at", "why"}
 
-A directory's name tells when it was promoted and from what; its own manifest is what counts, for an erasure rewrites a
-model in place. Whoever scores or serves asks `current_model`; training and evaluation go on with `model/`. One process
-promotes at a time (`cllm4rec.evaluation.promotion` sees to that); any number may read.
+The name of a copy shows when it was promoted and from which model; its manifest is authoritative, because an erasure
+rewrites a model in place. Scoring and serving use `current_model`; training and evaluation use `model/`. Only one process
+may promote at a time (`cllm4rec.evaluation.promotion` holds a lease); any number may read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NAME = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{12}")
 
 @dataclasses.dataclass(frozen=True)
 class Pointer:
-    """`current.json`: names below `models/`; `previous` newest first, for rollbacks."""
+    """The content of `current.json`: names below `models/`; `previous` is newest first, for rollbacks."""
 
     current: str
     previous: tuple[str, ...]
@@ -45,46 +45,46 @@ class Pointer:
 
 
 def current_model(output_dir: str) -> str:
-    """URI of the promoted model directory, or of `model/` where nothing was promoted yet.
+    """The URI of the promoted model, or of `model/` if no model was promoted yet.
 
-    Raises ArtifactError where `current.json` is damaged or names a directory that is not there.
+    Raises ArtifactError if `current.json` is damaged or names a directory that does not exist.
     """
     pointer = read_pointer(output_dir)
     return files.join(output_dir, "model") if pointer is None else _finished(output_dir, pointer.current)
 
 
 def read_pointer(output_dir: str) -> Pointer | None:
-    """None where nothing was promoted yet. Raises ArtifactError where the file is damaged."""
+    """None if no model was promoted yet. Raises ArtifactError if the file is damaged."""
     uri = _pointer_uri(output_dir)
     if not files.exists(uri):
         return None
     raw = files.read_json(uri)
     try:
         pointer = Pointer(raw["current"], tuple(raw["previous"]), str(raw["promoted_at"]), str(raw["why"]))
-        # A name that is none of ours could lead anywhere.
-        is_ours = all(_NAME.fullmatch(name) for name in pointer.names)
+        # Any other name could point outside of models/.
+        is_valid = all(_NAME.fullmatch(name) for name in pointer.names)
     except (TypeError, KeyError):
-        is_ours = False
-    if not is_ours:
-        raise ArtifactError(f"{uri} is damaged; bring it back from a backup, or remove it and promote again")
+        is_valid = False
+    if not is_valid:
+        raise ArtifactError(f"{uri} is damaged; restore it from a backup, or remove it and run cllm4rec promote")
     return pointer
 
 
 def promoted_directories(output_dir: str) -> list[str]:
-    """URIs of all promoted copies, oldest first; also of those no pointer names, which the next promotion removes."""
+    """URIs of all copies, oldest first, including those that the pointer does not name; the next promotion removes them."""
     return [_directory(output_dir, name) for name in _names_below(output_dir)]
 
 
 def promote_directory(output_dir: str, digest: str, why: str, keep: int) -> Pointer:
-    """Copy `model/` to `models/`, verify the copy, point to it, drop the oldest beyond `keep` models.
+    """Copy `model/` to `models/`, verify the copy, move the pointer, remove all but the newest `keep` models.
 
-    digest: of the model that was judged. Wherever this stops, what was current still is, and whole; a copy left behind
-    is removed by the next promotion. Raises ArtifactError where `model/` is missing, damaged or another by now.
+    digest: of the model that was evaluated. If this is interrupted, the current model stays current and complete; the
+    next promotion removes an unfinished copy. Raises ArtifactError if `model/` is missing, damaged or another one by now.
     """
     source = files.join(output_dir, "model")
     manifest = artifacts.read_manifest(source, "model")
     if manifest.digest != digest:
-        raise ArtifactError(f"{source} was replaced meanwhile; run cllm4rec evaluate and promote again")
+        raise ArtifactError(f"{source} was replaced meanwhile; run cllm4rec evaluate and cllm4rec promote again")
     before = read_pointer(output_dir)
     _remove_all_but(output_dir, before.names if before else ())
     now = datetime.now(UTC)
@@ -97,13 +97,13 @@ def promote_directory(output_dir: str, digest: str, why: str, keep: int) -> Poin
 
 
 def rollback(output_dir: str) -> tuple[Pointer, Pointer]:
-    """Point to the model that was current before; what is left is still there to be looked at until the next promotion.
+    """Make the previous model current. The other one stays in `models/` until the next promotion.
 
-    Returns the pointer as it was and as it is. Raises ArtifactError where there is no earlier model, or it is damaged.
+    Returns the pointer before and after. Raises ArtifactError if there is no previous model, or it is damaged.
     """
     before = read_pointer(output_dir)
     if before is None or not before.previous:
-        raise ArtifactError(f"{files.join(output_dir, MODELS)} holds no earlier model to go back to; promote one")
+        raise ArtifactError(f"{files.join(output_dir, MODELS)} has no previous model; run cllm4rec promote first")
     name, *older = before.previous
     uri = _finished(output_dir, name)
     artifacts.verify_files(uri, artifacts.read_manifest(uri, "model"))
@@ -123,8 +123,8 @@ def _finished(output_dir: str, name: str) -> str:
     uri = _directory(output_dir, name)
     if not files.exists(files.join(uri, artifacts.MANIFEST)):
         raise ArtifactError(
-            f"{_pointer_uri(output_dir)} names {name}, which is no finished model directory; bring it back from a "
-            "backup, or remove the pointer and promote again"
+            f"{_pointer_uri(output_dir)} names {name}, which is not a finished model directory; restore it from a "
+            "backup, or remove current.json and run cllm4rec promote"
         )
     return uri
 
@@ -134,7 +134,7 @@ def _names_below(output_dir: str, suffixes: str = "") -> list[str]:
     fs, path = files.filesystem(files.join(output_dir, MODELS))
     fs.invalidate_cache()
     found = fs.ls(path, detail=False) if fs.exists(path) else []
-    names = (str(one).rstrip("/").rpartition("/")[2] for one in found)
+    names = (str(path).rstrip("/").rpartition("/")[2] for path in found)
     return sorted(name for name in names if pattern.fullmatch(name))
 
 
@@ -145,18 +145,20 @@ def _remove_all_but(output_dir: str, names: Collection[str]) -> None:
 
 
 def _copy_verified(source: str, target: str, manifest: Manifest) -> None:
-    """Every file of the manifest, then the manifest itself: without it a directory is not there (see artifacts)."""
+    """Copy every file of the manifest, then the manifest itself: without it a directory is not finished (see artifacts)."""
     try:
         for name in [*manifest.files, artifacts.MANIFEST]:
             files.copy_file(files.join(source, name), files.join(target, name))
         artifacts.verify_files(target, manifest)
         if artifacts.read_manifest(target, "model") != manifest:
-            raise ArtifactError(f"{source} was replaced while it was copied; run cllm4rec evaluate and promote again")
+            raise ArtifactError(
+                f"{source} was replaced while it was copied; run cllm4rec evaluate and cllm4rec promote again"
+            )
     except Exception:
         files.remove_directory(target)
         raise
     if isinstance(files.filesystem(target)[0], LocalFileSystem):
-        os.sync()  # the pointer is on the disk at once: what it names must be there before
+        os.sync()  # the pointer is written to the disk at once, so its target must be there before
 
 
 def _point(output_dir: str, pointer: Pointer) -> Pointer:

@@ -27,9 +27,9 @@ def save_tensors(tensors: Mapping[str, Tensor], uri: str) -> None:
 
 
 def map_tensors(uri: str) -> dict[str, Tensor]:
-    """Tensors on the CPU that are read from the file when they are used. Keep copies: the file may change under them.
+    """Memory-mapped tensors on the CPU. Copy what you keep: the file may change later.
 
-    Raises ArtifactError where there is none or it is something else.
+    Raises ArtifactError if the file is missing or not a safetensors file.
     """
     fs, path = files.filesystem(uri)
     if not fs.exists(path):
@@ -42,4 +42,4 @@ def map_tensors(uri: str) -> dict[str, Tensor]:
             files.copy_file(uri, f"{folder}/tensors")
             return map_tensors(f"{folder}/tensors")
     except SafetensorError:
-        raise ArtifactError(f"{uri} is no safetensors file; run the stage that writes it with --force") from None
+        raise ArtifactError(f"{uri} is not a safetensors file; run the stage that writes it with --force") from None

@@ -1,9 +1,9 @@
-"""Training checkpoints: safetensors and JSON with a sha256 of each, so that a damaged or foreign one is never resumed.
+"""Training checkpoints: safetensors and JSON files with sha256 digests. A damaged or foreign checkpoint is never resumed.
 
-<checkpoint>/state.safetensors   trained parameters, Adam's moments, step; empty between two stages
-             best.safetensors    all parameters trained so far, those of this stage at its best epoch
-             progress.json       where the run stands
-             checkpoint.json     sha256 of the three, fingerprint of data and config; written last
+<checkpoint>/state.safetensors   trained parameters, Adam's moments, step count; empty between two phases
+             best.safetensors    all parameters trained so far; those of the current phase at its best epoch
+             progress.json       completed phases and epochs
+             checkpoint.json     sha256 of the three files, fingerprint of data and config; written last
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from cllm4rec.storage.files import digest_of_file
 from cllm4rec.storage.tensors import map_tensors, save_tensors
 
 _FILES = ("state.safetensors", "best.safetensors", "progress.json")
-_SEAL = "checkpoint.json"
+_MANIFEST = "checkpoint.json"
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands: `epoch` epochs of stage number `stage` are done."""
+    """The progress of a run: `epoch` epochs of phase number `phase` are done."""
 
     phase: int = 0
     epoch: int = 0
@@ -36,35 +36,39 @@ class Progress:
 
 @dataclasses.dataclass
 class Checkpoint:
+    """A resumable state. Tensors are keyed by parameter name; `state` also has Adam's (`engine.Moments`)."""
+
     progress: Progress
     state: dict[str, Tensor]
     best: dict[str, Tensor]
 
 
 def write_checkpoint(directory: str | Path, checkpoint: Checkpoint, fingerprint: str) -> None:
+    """Write a checkpoint to a local directory. fingerprint: the digest of the data and config of the run."""
     folder = Path(directory)
     save_tensors(checkpoint.state, str(folder / "state.safetensors"))
     save_tensors(checkpoint.best, str(folder / "best.safetensors"))
     (folder / "progress.json").write_text(json.dumps(dataclasses.asdict(checkpoint.progress)))
     sums = {name: digest_of_file(str(folder / name)) for name in _FILES}
-    (folder / _SEAL).write_text(json.dumps({"fingerprint": fingerprint, "sha256": sums}))
+    (folder / _MANIFEST).write_text(json.dumps({"fingerprint": fingerprint, "sha256": sums}))
 
 
 def read_checkpoint(directory: str | Path, fingerprint: str) -> Checkpoint:
-    """`state` is read from its file when it is used, which has to be soon: Ray deletes old checkpoints.
+    """Verify and read a checkpoint.
 
-    Raises ArtifactError where a file is missing or differs from its sha256, or where the run was another.
+    `state` is memory-mapped and must be used before Ray deletes the checkpoint. `best` is copied.
+    Raises ArtifactError if a file is missing or damaged, or if the fingerprint is that of another run.
     """
     folder = Path(directory)
     try:
-        seal: dict[str, Any] = json.loads((folder / _SEAL).read_text())
-        sums = {name: (digest_of_file(str(folder / name)), seal["sha256"][name]) for name in _FILES}
+        manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
+        sums = {name: (digest_of_file(str(folder / name)), manifest["sha256"][name]) for name in _FILES}
     except (OSError, ValueError, KeyError) as error:
         raise ArtifactError(f"checkpoint {folder.name} is incomplete ({type(error).__name__})") from None
-    for name, (found, sealed) in sums.items():
-        if found != sealed:
+    for name, (found, expected) in sums.items():
+        if found != expected:
             raise ArtifactError(f"checkpoint {folder.name} is damaged: the sha256 of {name} differs")
-    if seal["fingerprint"] != fingerprint:
+    if manifest["fingerprint"] != fingerprint:
         raise ArtifactError(f"checkpoint {folder.name} belongs to a run with other data or another config")
     progress = Progress(**json.loads((folder / "progress.json").read_text()))
     state, best = (map_tensors(str(folder / name)) for name in _FILES[:2])
@@ -72,11 +76,11 @@ def read_checkpoint(directory: str | Path, fingerprint: str) -> Checkpoint:
 
 
 def newest_valid(directories: list[Path], fingerprint: str) -> tuple[Checkpoint | None, list[str]]:
-    """The last of `directories` (oldest first) that can be trusted, and a sentence for each that had to be passed over."""
-    passed_over: list[str] = []
+    """The newest valid checkpoint of `directories` (oldest first), and a warning for each newer one that was skipped."""
+    warnings: list[str] = []
     for directory in reversed(directories):
         try:
-            return read_checkpoint(directory, fingerprint), passed_over
+            return read_checkpoint(directory, fingerprint), warnings
         except ArtifactError as error:
-            passed_over.append(f"{error}; going back to the one before it")
-    return None, passed_over
+            warnings.append(f"{error}; trying the previous one")
+    return None, warnings

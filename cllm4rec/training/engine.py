@@ -1,11 +1,11 @@
-"""What turns losses into optimizer steps: DeepSpeed on a cluster, plain torch without one. The loop sees one protocol.
+"""Engines turn losses into optimizer steps: DeepSpeed on a cluster, plain torch without one, behind one interface.
 
-The loop divides each loss by the documents of the whole step, so an engine adds gradients up over micro batches and
-workers. Where the loop says whose users are whose, each worker steps the few rows of users that its batches read by itself.
-Adam's state leaves and enters an engine as named float32 tensors, the same for every engine, ZeRO stage and number of
-workers: no pickle, and a run can go on with other hardware.
+The loop divides each loss by the number of documents of the whole step, so an engine sums gradients over micro-batches and
+workers. If the loop names the users of this worker, the worker steps the rows of these users locally. The state of Adam is
+exported and imported as named float32 tensors that are the same for every engine, ZeRO stage and number of workers. No
+pickle is involved, and a run can resume on other hardware.
 
-Lengths: I users, K hidden size.
+Shapes: I users, K hidden size.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Moments = dict[str, Tensor]
 
 
 class Engine(abc.ABC):
-    """Steps the trained parameters of a module with Adam."""
+    """Steps the trainable parameters of a module with Adam."""
 
     gradient_scale = 1.0
-    """What `backward` multiplies gradients with before they are averaged over workers."""
+    """The factor by which `backward` multiplies gradients before they are averaged over workers."""
 
     def __init__(self, module: nn.Module, training: TrainingConfig, learning_rate: float, accumulation: int) -> None:
-        """accumulation: micro batches of one worker's optimizer step."""
+        """accumulation: micro-batches per optimizer step and worker."""
         self.training, self.learning_rate, self.accumulation = training, learning_rate, accumulation
         self.trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.num_workers = dist.get_world_size() if dist.is_initialized() else 1
@@ -48,32 +48,32 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss to those of this step."""
+        """Add the gradients of a loss to those of the current step."""
 
     @abc.abstractmethod
     def step(self) -> None:
-        """After `accumulation` backward calls: add gradients over workers, clip, step, clear."""
+        """After `accumulation` backward calls: sum gradients over workers, clip them, step, and clear them."""
 
     @abc.abstractmethod
     def state(self) -> Moments:
-        """All trained parameters and Adam's state, whole, on the CPU. Every worker must call it."""
+        """All trained parameters and the state of Adam, unpartitioned, on the CPU. Every worker must call it."""
 
     @abc.abstractmethod
-    def load_moments(self, state: Moments, blank: tuple[Any, ...]) -> None:
-        """Take over Adam's state; parameters were put into the module before this engine was made.
+    def load_moments(self, state: Moments, empty_inputs: tuple[Any, ...]) -> None:
+        """Load the state of Adam. The parameters must be in the module before the engine is created.
 
-        `blank` are inputs of `forward` without a document in them. Every worker must call it.
+        empty_inputs: inputs of `forward` with a batch without documents. Every worker must call it.
         """
 
-    def sync_lazy_rows(self) -> None:  # noqa: B027 - most engines have nothing to do
-        """Bring the module's parameters up to date with all steps, before the module is read. Every worker must call it."""
+    def sync_lazy_rows(self) -> None:  # noqa: B027 - most engines have no lazy rows
+        """Apply all steps to all parameters, before the module is used elsewhere. Every worker must call it."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The trained parameters, whole, on the CPU. Every worker must call it."""
+        """The trained parameters, unpartitioned, on the CPU. Every worker must call it."""
         return {name: weight.detach().cpu().clone() for name, weight in self.trained.items()}
 
     def sum(self, *numbers: float) -> list[float]:
-        """Numbers added over workers, in float64."""
+        """The sum of each number over all workers, in float64. Every worker must call it."""
         if self.num_workers == 1:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64, device=next(iter(self.trained.values())).device)
@@ -82,7 +82,7 @@ class Engine(abc.ABC):
 
 
 class TorchEngine(Engine):
-    """Plain torch: one process, or several with gradients added by all-reduce."""
+    """Plain torch: one process, or several processes that all-reduce their gradients."""
 
     def __init__(self, module: nn.Module, training: TrainingConfig, learning_rate: float, accumulation: int) -> None:
         super().__init__(module, training, learning_rate, accumulation)
@@ -108,14 +108,14 @@ class TorchEngine(Engine):
     def state(self) -> Moments:
         return _adam_state(self.optimizer, self.trained)
 
-    def load_moments(self, state: Moments, blank: tuple[Any, ...]) -> None:
+    def load_moments(self, state: Moments, empty_inputs: tuple[Any, ...]) -> None:
         _load_adam(self.optimizer, self.trained, state)
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed inside a Ray Train worker: ZeRO stages 0 to 3, accumulation and clipping, in float32 for the tables.
+    """DeepSpeed in a Ray Train worker: ZeRO stages 0 to 3, accumulation and clipping, with float32 tables.
 
-    The backbone's bfloat16 is the module's own affair, so DeepSpeed's bf16 mode, which would round the tables, stays off.
+    The module itself runs the backbone in bfloat16. DeepSpeed's bf16 mode is off because it would round the tables.
     """
 
     def __init__(self, module: nn.Module, training: TrainingConfig, learning_rate: float, accumulation: int) -> None:
@@ -125,7 +125,7 @@ class DeepSpeedEngine(Engine):
 
         self._deepspeed = deepspeed
         if self.num_workers == 1:
-            # DeepSpeed would compile its collectives of one machine's CPUs, 20 s and 1.7 GB, for nobody to talk to.
+            # DeepSpeed would compile its shared-memory collectives, 20 s and 1.7 GB, which a single worker does not use.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._shapes = {name: weight.shape for name, weight in self.trained.items()}
         self.engine, _, _, _ = deepspeed.initialize(
@@ -135,13 +135,13 @@ class DeepSpeedEngine(Engine):
             dist_init_required=False,
         )
         if training.zero_stage == 3:
-            self._share_word_embeddings(module)
+            self._register_word_embeddings(module)
 
     def forward(self, *inputs: Any) -> Any:
         return self.engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed averages over workers and micro batches; the loop has already divided by what it should.
+        # Undoes DeepSpeed's average over workers and micro-batches: the loop has already divided by the documents.
         self.engine.backward(loss * (self.num_workers * self.accumulation))
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
@@ -171,13 +171,13 @@ class DeepSpeedEngine(Engine):
                 state[f"{name}.{moment}"] = full.detach().cpu().clone().view(self._shapes[name])
         return state
 
-    def load_moments(self, state: Moments, blank: tuple[Any, ...]) -> None:
+    def load_moments(self, state: Moments, empty_inputs: tuple[Any, ...]) -> None:
         if self.training.zero_stage == 0:
             _load_adam(self.engine.optimizer, self.trained, state)
             return
-        # ZeRO makes its moments at the first step. A step of zero gradients moves nothing and makes them.
+        # ZeRO creates its moments in the first step. A step with zero gradients creates them and changes no parameter.
         for _ in range(self.accumulation):
-            self.backward(self.forward(*blank).total)
+            self.backward(self.forward(*empty_inputs).total)
         self.step()
         for name, weight in self.trained.items():
             for moment in MOMENTS:
@@ -191,7 +191,7 @@ class DeepSpeedEngine(Engine):
         if self.training.zero_stage < 3:
             safe_set_full_optimizer_state(weight, value.to(weight.device), moment)
             return
-        # ZeRO-3 pads the flat tensor to equal shards; its own setter takes whole tensors only where they divide.
+        # ZeRO-3 pads the flat tensor to equal shards. Its own setter accepts only tensors that divide evenly.
         size = weight.ds_tensor.ds_numel  # type: ignore[attr-defined]
         flat = value.flatten()[self.rank * size : (self.rank + 1) * size].to(weight.device)
         shard = torch.nn.functional.pad(flat, (0, size - len(flat)))
@@ -201,15 +201,15 @@ class DeepSpeedEngine(Engine):
         counters = [adam["step"] for adam in self.engine.optimizer.optimizer.state.values() if "step" in adam]
         return counters or [torch.zeros(())]
 
-    def _share_word_embeddings(self, module: nn.Module) -> None:
-        # The model reads these two outside the submodule that owns them, which ZeRO-3 has to be told.
+    def _register_word_embeddings(self, module: nn.Module) -> None:
+        # The model reads these two parameters outside the submodule that owns them. ZeRO-3 requires their registration.
         backbone: Any = module.backbone
         for weight in {id(weight): weight for weight in (backbone.word_embeddings, backbone.vocabulary_head)}.values():
             self._deepspeed.zero.register_external_parameter(module, weight)
 
     def _config(self) -> dict[str, Any]:
         return {
-            # One unit of work, so that train_batch_size is accumulation × workers; documents are counted by the loop.
+            # 1, so that train_batch_size is accumulation × workers. The loop counts documents.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": self.training.gradient_clipping or 0.0,
@@ -219,50 +219,50 @@ class DeepSpeedEngine(Engine):
 
 
 class RowWiseEngine(Engine):
-    """Another engine for all but the users tables, of which each worker steps the rows of its own users (`row_adam`).
+    """Steps the user tables row by row (`row_adam`), each worker those of its own users, and the rest with another engine.
 
-    No gradient of a user crosses the network. Tables are put together over workers when they are read: by `sync_lazy_rows`,
-    `weights` and `state`.
+    User gradients are not sent over the network. `sync_lazy_rows`, `weights` and `state` combine the rows of all workers.
     """
 
     def __init__(
         self, module: nn.Module, training: TrainingConfig, learning_rate: float, accumulation: int, users: IntArray
     ) -> None:
         super().__init__(module, training, learning_rate, accumulation)
-        assert training.gradient_clipping is None, "the norm to clip by is that of all gradients"
+        assert training.gradient_clipping is None, "clipping needs the norm of all gradients"
         self.tables = {name: weight for name, weight in self.trained.items() if name in _USER_TABLES}
         for table in self.tables.values():
             table.requires_grad_(False)
-        self.rest = _dense_engine(module, training, learning_rate, accumulation)
+        self.dense_engine = _dense_engine(module, training, learning_rate, accumulation)
         self._owned_I = self._owned(users)
         self.rows = RowAdam(self.tables, self._owned_I.nonzero().flatten(), learning_rate)
-        self._is_whole = True
+        self._is_synced = True
 
     def forward(self, *inputs: Any) -> Any:
         batch: TensorBatch = inputs[0]
-        return self.rest.forward(*inputs, self.rows.read(batch.distinct_users))
+        return self.dense_engine.forward(*inputs, self.rows.read(batch.distinct_users))
 
     def backward(self, loss: Tensor) -> None:
-        self.rest.backward(loss)
+        self.dense_engine.backward(loss)
 
     def step(self) -> None:
-        self.rest.step()
-        self.rows.step(self.rest.gradient_scale)
-        self._is_whole = False
+        self.dense_engine.step()
+        self.rows.step(self.dense_engine.gradient_scale)
+        self._is_synced = False
 
     def sync_lazy_rows(self) -> None:
-        if not self._is_whole:
+        if not self._is_synced:
             self.rows.flush()
             for table in self.tables.values():
                 self._gather_rows(table)
-        self._is_whole = True
+        self._is_synced = True
 
     def weights(self) -> dict[str, Tensor]:
         self.sync_lazy_rows()
-        return {**self.rest.weights(), **{name: table.detach().cpu().clone() for name, table in self.tables.items()}}
+        user_tables = {name: table.detach().cpu().clone() for name, table in self.tables.items()}
+        return {**self.dense_engine.weights(), **user_tables}
 
     def state(self) -> Moments:
-        state = {**self.rest.state(), **self.weights()}
+        state = {**self.dense_engine.state(), **self.weights()}
         for name, table in self.tables.items():
             for moment in MOMENTS:
                 whole_IK = torch.zeros_like(table)
@@ -270,25 +270,25 @@ class RowWiseEngine(Engine):
                 state[f"{name}.{moment}"] = self._gather_rows(whole_IK).cpu()
         return state
 
-    def load_moments(self, state: Moments, blank: tuple[Any, ...]) -> None:
-        self.rest.load_moments(state, blank)
+    def load_moments(self, state: Moments, empty_inputs: tuple[Any, ...]) -> None:
+        self.dense_engine.load_moments(state, empty_inputs)
         moments = {name: {moment: state[f"{name}.{moment}"] for moment in MOMENTS} for name in self.tables}
         self.rows.load(moments, int(state["step"]))
 
     def _owned(self, users: IntArray) -> Tensor:
-        """(I,) which rows are this worker's. Those of users without a document are the first worker's."""
+        """(I,) booleans: the rows of this worker. The first worker also owns the rows of users without documents."""
         table = next(iter(self.tables.values()))
-        mine_I = torch.zeros(len(table), dtype=torch.int32, device=table.device)
-        mine_I[torch.from_numpy(users).to(table.device)] = 1
-        owners_I = mine_I.clone()
+        has_documents_I = torch.zeros(len(table), dtype=torch.int32, device=table.device)
+        has_documents_I[torch.from_numpy(users).to(table.device)] = 1
+        num_owners_I = has_documents_I.clone()
         if self.num_workers > 1:
-            dist.all_reduce(owners_I)
-        assert bool((owners_I <= 1).all()), "two workers have documents of one user"
-        return (mine_I == 1) | ((owners_I == 0) & (self.rank == 0))
+            dist.all_reduce(num_owners_I)
+        assert bool((num_owners_I <= 1).all()), "two workers have documents of one user"
+        return (has_documents_I == 1) | ((num_owners_I == 0) & (self.rank == 0))
 
     @torch.no_grad()
     def _gather_rows(self, rows_IK: Tensor) -> Tensor:
-        """Take every row from its owner, in place."""
+        """Replace every row by that of its owner, in place."""
         if self.num_workers > 1:
             rows_IK[~self._owned_I] = 0.0
             dist.all_reduce(rows_IK)
@@ -296,10 +296,11 @@ class RowWiseEngine(Engine):
 
 
 class SingleBackwardNode(nn.Module):
-    """A module whose parameters all get their gradients in one step at the end of backward, in one order.
+    """Wraps a module so that all its parameters receive their gradients together, at the end of backward, in a fixed order.
 
-    ZeRO-2 reduces gradients in the order in which backward makes them, and takes it to be the same on all workers. Here
-    it follows what a batch holds: a worker that ran out of texts, or of documents, would add up others' gradients.
+    ZeRO-2 reduces gradients in the order in which backward produces them and assumes the same order on all workers. Without
+    this wrapper the order depends on the content of a batch, and a worker without texts or documents would add the gradients
+    of different parameters.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -308,12 +309,12 @@ class SingleBackwardNode(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         trained = {name: weight for name, weight in self.module.named_parameters() if weight.requires_grad}
-        handed_on = _HandOn.apply(*trained.values())  # type: ignore[no-untyped-call]
-        return torch.func.functional_call(self.module, dict(zip(trained, handed_on, strict=True)), inputs)
+        joined = _JoinedIdentity.apply(*trained.values())  # type: ignore[no-untyped-call]
+        return torch.func.functional_call(self.module, dict(zip(trained, joined, strict=True)), inputs)
 
 
-class _HandOn(torch.autograd.Function):
-    """The identity on several tensors. Its backward runs once, when the gradients of all of them are known."""
+class _JoinedIdentity(torch.autograd.Function):
+    """The identity of several tensors. Its backward runs once, after the gradients of all of them are computed."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -334,9 +335,10 @@ def make_engine(
     accumulation: int = 1,
     users: IntArray | None = None,
 ) -> Engine:
-    """users: whose rows of the users tables this worker's batches read, and no other worker's; they are stepped row by row.
+    """The engine that the config asks for.
 
-    With None, and if nothing else is trained, the users tables are stepped with the rest, whole.
+    users: the users that only the batches of this worker read. Their rows of the user tables are stepped row by row.
+    Without `users`, or if the user tables are the only trained parameters, the user tables are stepped as dense parameters.
     """
     trained = {name for name, weight in module.named_parameters() if weight.requires_grad}
     if users is None or trained.isdisjoint(_USER_TABLES) or trained <= set(_USER_TABLES):
@@ -350,7 +352,7 @@ def _dense_engine(module: nn.Module, training: TrainingConfig, learning_rate: fl
 
 
 def _adam(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Adam:
-    # Fused: one pass over values and moments in place of one for each operation.
+    # fused: one pass over values and moments instead of one per operation.
     return torch.optim.Adam(parameters, lr=learning_rate, betas=BETAS, eps=EPS, fused=True)
 
 

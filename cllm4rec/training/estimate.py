@@ -1,4 +1,4 @@
-"""How long a phase will take, found before its first epoch from two passes over one batch. Nothing is learned from them."""
+"""Estimates the duration of a phase before its first epoch from two passes over one batch. The passes change no weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Packer, PairPacker
 from cllm4rec.training.epochs import EpochBuilder
 from cllm4rec.training.phases import Phase
+from cllm4rec.typing import IntArray
 
-_DOCUMENTS = 1024
-"""Of each kind, at most: enough to fill a batch."""
+_SAMPLE_DOCUMENTS = 1024
+"""Documents sampled per kind, at most. Enough to fill a batch."""
 _FORWARD_SHARE = 1 / 3
-"""Of a training pass is what ranking a token takes: one product of three."""
+"""The cost of ranking a token relative to training on it: one of three matrix products."""
 
 
 def seconds_per_epoch(
@@ -29,35 +30,37 @@ def seconds_per_epoch(
     builder: EpochBuilder,
     packer: Packer | PairPacker,
 ) -> float | None:
-    """About how long this worker takes for an epoch, validation included; None where it has no documents."""
-    sample = documents.take(_some_of_each_kind(phase, documents))
-    batches = [packer.batches(parts) for parts, _ in phase.streams(builder, sample, 0)]
-    first = [batch for stream in batches if (batch := next(stream, None)) is not None and batch.num_tokens]
-    if not first:
+    """The estimated duration of an epoch on this worker, validation included, or None if it has no documents."""
+    sample = documents.take(_sample_rows(phase, documents))
+    streams = [packer.batches(parts) for parts, _ in phase.streams(builder, sample, 0)]
+    batches = [batch for stream in streams if (batch := next(stream, None)) is not None and batch.num_tokens]
+    if not batches:
         return None
     device = model.collaborative_items.device
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     seconds = 0.0
-    for _ in range(2):  # the first go warms up: kernels, layouts of weights, memory
-        began = time.monotonic()
-        for batch in first:
+    for _ in range(2):  # the first pass is a warm-up: kernel caches, prepacked weights, memory
+        started = time.monotonic()
+        for batch in batches:
             losses = model(batch_to_device(batch, device), phase.lambda_c)
             torch.autograd.grad(losses.total, trained, allow_unused=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.monotonic() - began
-    per_token = seconds / sum(batch.num_tokens for batch in first)
-    ranked = validation.read.lengths.sum() if validation is not None and phase.validate else 0
-    return float(per_token * (_tokens(phase, documents, builder.max_tokens) + _FORWARD_SHARE * ranked))
+        seconds = time.monotonic() - started
+    seconds_per_token = seconds / sum(batch.num_tokens for batch in batches)
+    ranked_tokens = validation.read.lengths.sum() if validation is not None and phase.validate else 0
+    trained_tokens = _epoch_tokens(phase, documents, builder.max_tokens)
+    return float(seconds_per_token * (trained_tokens + _FORWARD_SHARE * ranked_tokens))
 
 
-def _some_of_each_kind(phase: Phase, documents: Documents) -> np.ndarray:
-    rows = [documents.rows_of([kind])[:_DOCUMENTS] for kind in sorted(phase.kinds)]
+def _sample_rows(phase: Phase, documents: Documents) -> IntArray:
+    """The first documents of each kind that the phase reads."""
+    rows = [documents.rows_of([kind])[:_SAMPLE_DOCUMENTS] for kind in sorted(phase.kinds)]
     return np.concatenate([np.empty(0, np.int64), *rows])
 
 
-def _tokens(phase: Phase, documents: Documents, max_tokens: int) -> float:
-    """Of one epoch, about: texts by the share that is read, histories up to the longest document."""
+def _epoch_tokens(phase: Phase, documents: Documents, max_tokens: int) -> float:
+    """The approximate number of tokens of an epoch: the sampled fraction of texts, and histories up to `max_tokens`."""
     lengths = np.minimum(documents.lengths, max_tokens)
     is_text = np.isin(documents.kind, TEXT_KINDS)
     is_read = np.isin(documents.kind, list(phase.kinds))

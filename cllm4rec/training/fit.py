@@ -1,7 +1,8 @@
-"""The three training stages end to end: which directories go in, what is trained, which directory comes out.
+"""The three training stages: their input directories, what they train, and the directory that they write.
 
-Each is `<stage>_inputs(config)`, the digests by which it is skipped or resumed, and `<stage>(config)`, which writes its
-directory. `trainer` runs the loop: on Ray by default, or in this process (`cllm4rec.training.local_trainer`).
+`<stage>_inputs(config)` returns the digests that decide whether a stage is up to date and which run it resumes. The stage
+itself writes its directory. `trainer` runs the loop: `ray_trainer.train_on_ray` on a cluster, or
+`local_trainer.train_locally` in this process.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from cllm4rec.training.phases import Phase, backbone_phases, finetune_phases, pr
 from cllm4rec.training.table_init import initial_tables
 
 Trainer = Callable[[TrainJob, str], dict[str, Tensor]]
-"""Trains a job, with a directory for metrics and checkpoints; returns the weights of the best epochs."""
+"""Trains a job. The second argument is the directory for metrics and checkpoints. Returns the weights of the best epochs."""
 
 
 def backbone_inputs(config: Config) -> dict[str, str]:
+    """The digests that `backbone/` depends on."""
     return {
         "prepared": read_manifest(config.run.prepared, "prepared").digest,
         "settings": settings_digest(config, "backbone"),
@@ -36,6 +38,7 @@ def backbone_inputs(config: Config) -> dict[str, str]:
 
 
 def pretrain_inputs(config: Config) -> dict[str, str]:
+    """The digests that `pretrained/` depends on."""
     return {
         "prepared": read_manifest(config.run.prepared, "prepared").digest,
         "backbone": read_manifest(config.run.backbone, "backbone").digest,
@@ -44,6 +47,7 @@ def pretrain_inputs(config: Config) -> dict[str, str]:
 
 
 def finetune_inputs(config: Config) -> dict[str, str]:
+    """The digests that `model/` depends on."""
     return {
         "prepared": read_manifest(config.run.prepared, "prepared").digest,
         "pretrained": read_manifest(config.run.pretrained, "pretrained").digest,
@@ -52,7 +56,7 @@ def finetune_inputs(config: Config) -> dict[str, str]:
 
 
 def train_backbone(config: Config, trainer: Trainer) -> Manifest:
-    """Train the language model on the training split's texts → `backbone/`; with 0 epochs only write it down."""
+    """Train the language model on the texts of the training split → `backbone/`. With 0 epochs it is written untrained."""
     inputs, directory = backbone_inputs(config), config.run.backbone
     prompt_tokens, _ = load_token_space(config.run.prepared)
     backbone = new_backbone(config.model, prompt_tokens.num_words, config.seed)
@@ -61,7 +65,7 @@ def train_backbone(config: Config, trainer: Trainer) -> Manifest:
         if not weights and isinstance(config.model.backbone, str):
             save_reference(backbone, config.model, draft.uri)
         else:
-            # Not strict: tied heads and buffers are no parameters of their own.
+            # strict=False: tied heads and buffers are not among the parameters.
             backbone.load_state_dict(
                 {name.removeprefix("backbone."): value for name, value in weights.items()}, strict=False
             )
@@ -74,23 +78,26 @@ def train_backbone(config: Config, trainer: Trainer) -> Manifest:
 
 def pretrain(config: Config, trainer: Trainer) -> Manifest:
     """Content warm-up and mutually regularized pretraining of the four tables around the frozen backbone → `pretrained/`."""
-    inputs, fresh = pretrain_inputs(config), _initial_tables(config)
+    inputs, initial = pretrain_inputs(config), _initial_tables(config)
     start_dir = config.run.unfinished("start")
     with write_directory(start_dir, kind="start", inputs=inputs, config=config.model_dump()) as draft:
-        save_tensors(fresh, draft.path("tables.safetensors"))
+        save_tensors(initial, draft.path("tables.safetensors"))
     start = Start(files.absolute(start_dir), "start")
-    tables = fresh | _train(config, "pretrain", pretrain_phases(config), inputs, trainer, start)
+    tables = initial | _train(config, "pretrain", pretrain_phases(config), inputs, trainer, start)
     files.remove_directory(start_dir)
     return _write_model(config, "pretrained", "interactions", tables, inputs, "pretrain")
 
 
 def finetune(config: Config, trainer: Trainer) -> Manifest:
-    """Recommendation-oriented finetuning of the collaborative tables → `model/`, which is scored and served."""
+    """Recommendation-oriented finetuning of the collaborative tables → `model/`, the model that scores and serves.
+
+    Raises ArtifactError if `pretrained/` changes during training.
+    """
     inputs = finetune_inputs(config)
     start = Start(files.absolute(config.run.pretrained), "pretrained")
     trained = _train(config, "finetune", finetune_phases(config), inputs, trainer, start)
     if finetune_inputs(config) != inputs:
-        raise ArtifactError(f"{start.directory} changed while finetune was at work; run the same command again")
+        raise ArtifactError(f"{start.directory} changed during finetuning; run the same command again")
     tables = start.tables() | trained
     prompt: Prompt = "recommendation" if config.finetune.epochs else "interactions"
     return _write_model(config, "model", prompt, tables, inputs, "finetune")
@@ -125,7 +132,7 @@ def _train(
 
 
 def _initial_tables(config: Config) -> dict[str, Tensor]:
-    """The tables before any training: what pretraining begins from, and a stage of 0 epochs leaves."""
+    """The tables before training. A stage with 0 epochs writes them unchanged."""
     prepared_dir = config.run.prepared
     _, token_space = load_token_space(prepared_dir)
     backbone = load_backbone(config.run.backbone, config.model.max_tokens)

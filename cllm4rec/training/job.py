@@ -1,4 +1,4 @@
-"""What a training run is given, whoever runs it: Ray's workers or this process."""
+"""The description of a training run, for Ray workers and for local training, and its log file."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ METRICS = "metrics.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Tables to begin from, in a finished directory of a kind."""
+    """The tables that training starts from: a finished directory and its kind."""
 
     directory: str
     kind: str
 
     def tables(self) -> dict[str, Tensor]:
+        """The four tables by name. Raises ArtifactError if the directory is damaged."""
         return load_tables(self.directory, self.kind)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainJob:
-    """All a worker needs to know; paths are absolute.
+    """Everything that a worker needs. Paths are absolute.
 
-    `backbone_dir` None means the backbone that the config describes, before any training. `fingerprint` is the digest of
-    all inputs: a checkpoint of a run with another one is not resumed.
+    backbone_dir: None for the untrained backbone that the config describes.
+    start: None to start from new tables.
+    fingerprint: the digest of all inputs. A checkpoint with another fingerprint is not resumed.
     """
 
     config: Config
@@ -63,7 +65,7 @@ class TrainJob:
 
 
 class LogFile:
-    """`metrics.jsonl`: one line for every step and epoch, written by the first worker at the end of each epoch."""
+    """`metrics.jsonl`: one line per step and epoch. The first worker writes it at the end of each epoch."""
 
     def __init__(self, uri: str, is_first: bool, tensorboard: bool) -> None:
         self._uri, self._is_first = uri, is_first
@@ -73,22 +75,22 @@ class LogFile:
         if is_first and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Beside the run directories, which are removed when their stages are done.
+            # Outside the run directory, which is removed when its stage is done.
             runs, stage, _ = files.absolute(uri).rsplit("/", 2)
             self._writer = SummaryWriter(files.join(runs, "tensorboard", stage))
 
     def resume(self, checkpoint: Checkpoint | None, phases: list[Phase]) -> None:
-        """Start empty, or with the lines that were written up to a checkpoint: what came after it is run again."""
+        """Start with an empty file, or with the lines up to a checkpoint: later steps are run again."""
         if not self._is_first:
             return
         num_lines = checkpoint.progress.num_log_lines if checkpoint else 0
-        old = files.read_bytes(self._uri).splitlines() if num_lines and files.exists(self._uri) else []
-        kept = old[:num_lines]
+        lines = files.read_bytes(self._uri).splitlines() if num_lines and files.exists(self._uri) else []
+        kept = lines[:num_lines]
         files.write_bytes(self._uri, b"".join(line + b"\n" for line in kept))
         self._num_written = len(kept)
         if checkpoint:
-            done, epoch = checkpoint.progress.phase, checkpoint.progress.epoch
-            after = f"{phases[done].name} epoch {epoch}" if epoch else phases[done - 1].name
+            phase, epoch = checkpoint.progress.phase, checkpoint.progress.epoch
+            after = f"{phases[phase].name} epoch {epoch}" if epoch else phases[phase - 1].name
             self({"event": "resumed", "after": after})
 
     def __call__(self, entry: dict[str, Any]) -> None:
@@ -103,7 +105,7 @@ class LogFile:
             self.flush()
 
     def flush(self) -> int:
-        """Write what is new and return the number of lines so far."""
+        """Write the pending lines and return the number of lines in the file."""
         if self._unwritten:
             files.append_bytes(self._uri, "".join(self._unwritten).encode())
             self._num_written += len(self._unwritten)

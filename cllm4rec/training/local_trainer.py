@@ -1,8 +1,8 @@
-"""The training loop in this process, on plain torch: for a notebook, a script, or a machine without Ray.
+"""Runs the training loop in this process with plain torch: for a notebook, a script, or a machine without Ray.
 
     weights = train_locally(job, run_dir)
 
-The same tables as one Ray worker gives on the same machine, bit for bit: the engine alone differs, and ends in equal bits.
+The tables are bit-identical to those of a run with one Ray worker on the same machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import load_documents, load_histories, load_token_space
 from cllm4rec.metrics.protocol import Validation
-from cllm4rec.progress import watched
+from cllm4rec.progress import show_training
 from cllm4rec.storage import files
 from cllm4rec.training.checkpoints import Checkpoint, newest_valid, write_checkpoint
 from cllm4rec.training.job import METRICS, LogFile, TrainJob
@@ -27,14 +27,14 @@ from cllm4rec.training.loop import Shard, train
 
 logger = logging.getLogger(__name__)
 
-_KEPT = 2
+_NUM_KEPT = 2
 
 
 def train_locally(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
     """Train in this process and return the weights of the best epochs.
 
-    An interrupted run with the same fingerprint and a local `run_dir` resumes from its last checkpoint. Raises
-    TrainingError at the first loss that is not finite.
+    An interrupted run with the same fingerprint and a local `run_dir` resumes from its last checkpoint.
+    Raises TrainingError at the first loss that is not finite.
     """
     device = torch.device("cuda" if job.config.cluster.use_gpu else "cpu")
     checkpoints = _Checkpoints(run_dir, job.fingerprint)
@@ -51,14 +51,14 @@ def train_locally(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
         checkpoints.write(checkpoint)
 
     make_model = functools.partial(job.make_model, device)
-    with watched(run_dir):
+    with show_training(run_dir):
         try:
             return train(
                 make_model,
                 prompt_tokens.prompts,
                 job.phases,
                 shard,
-                alone(job.config),
+                single_process(job.config),
                 log=log,
                 save=save,
                 resumed=resumed,
@@ -67,15 +67,15 @@ def train_locally(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
             log.close()
 
 
-def alone(config: Config) -> Config:
-    """The config of a run of one process on plain torch, whatever it says of workers and engines."""
+def single_process(config: Config) -> Config:
+    """The config for one process and plain torch, with other workers and engines overridden."""
     training = config.training.model_copy(update={"engine": "torch", "zero_stage": 0})
     cluster = config.cluster.model_copy(update={"num_workers": 1})
     return config.model_copy(update={"training": training, "cluster": cluster})
 
 
 class _Checkpoints:
-    """The last checkpoints of a run, where its directory is local; elsewhere there are none."""
+    """The last checkpoints of a run in a local directory. A run in a remote directory has none."""
 
     def __init__(self, run_dir: str, fingerprint: str) -> None:
         fs, path = files.filesystem(run_dir)
@@ -83,10 +83,10 @@ class _Checkpoints:
         self._fingerprint = fingerprint
 
     def newest(self) -> Checkpoint | None:
-        found, passed_over = newest_valid(self._existing(), self._fingerprint)
-        for sentence in passed_over:
-            logger.warning(sentence)
-        return found
+        checkpoint, warnings = newest_valid(self._existing(), self._fingerprint)
+        for warning in warnings:
+            logger.warning(warning)
+        return checkpoint
 
     def write(self, checkpoint: Checkpoint) -> None:
         if self._folder is None:
@@ -96,9 +96,9 @@ class _Checkpoints:
         target = self._folder / f"checkpoint_{number:06d}"
         target.mkdir(parents=True)
         write_checkpoint(target, checkpoint, self._fingerprint)
-        for old in self._existing()[:-_KEPT]:
+        for old in self._existing()[:-_NUM_KEPT]:
             shutil.rmtree(old)
 
     def _existing(self) -> list[Path]:
-        """Oldest first."""
+        """The directories of all checkpoints, oldest first."""
         return [] if self._folder is None else sorted(self._folder.glob("checkpoint_*"))

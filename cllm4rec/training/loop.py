@@ -1,9 +1,8 @@
-"""The one training loop: phases are data, the engine is a protocol, Ray does not appear.
+"""The training loop. Phases are data, the engine is an interface, and Ray is not imported.
 
     weights = train(make_model, prompts, phases, shard, config, log=log)
 
-It needs a model, a worker's documents and somewhere to keep checkpoints. `cllm4rec.training.ray_trainer` gives it Ray's,
-`cllm4rec.training.local_trainer` this process's.
+`cllm4rec.training.ray_trainer` runs it in Ray Train workers, `cllm4rec.training.local_trainer` in the current process.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec, Losses
 from cllm4rec.model.packing import Batch, Packer, PairPacker
 from cllm4rec.model.precision import precision_on
-from cllm4rec.model.ranker import Ranker, merged
+from cllm4rec.model.ranker import Ranker
 from cllm4rec.model.sampling import ItemSampler
 from cllm4rec.training.checkpoints import Checkpoint, Progress
 from cllm4rec.training.engine import Engine, make_engine
@@ -41,16 +40,16 @@ from cllm4rec.typing import IntArray
 
 Log = Callable[[dict[str, Any]], None]
 
-# Of the paper's three metrics the least noisy on a few hundred users, and the one that still differs in a small catalog.
+# The least noisy of the paper's three metrics on a few hundred users, and the most sensitive one in a small catalog.
 VALIDATION_METRIC = "ndcg@100"
 VALIDATION_DEPTH = 100
-# Lists of a million users at that depth are 1.2 GB.
+# Lists of this depth for a million users take 1.2 GB.
 _VALIDATED_AT_ONCE = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One worker's part of the data. Workers may have different numbers of documents."""
+    """The data of one worker. Workers may have different numbers of documents."""
 
     documents: Documents
     validation: Validation | None
@@ -67,11 +66,12 @@ def train(
     save: Callable[[Checkpoint], None] = lambda checkpoint: None,
     resumed: Checkpoint | None = None,
 ) -> dict[str, Tensor]:
-    """Train through all phases and return the weights of each phase's best epoch, by parameter name.
+    """Train all phases and return the weights of the best epoch of each, by parameter name.
 
-    make_model: the model as it is before the first phase, on the worker's device; called once per phase.
-    save: called by every worker after `checkpoint_every_epochs` epochs and at the end of each phase.
-    resumed: continue after it; the result equals an uninterrupted run's bit for bit on the same machine.
+    make_model: returns the model before the first phase, on the device of the worker. Called once or twice per phase.
+    log: receives one entry per step, per epoch, and per phase the expected time.
+    save: called by every worker after every `checkpoint_every_epochs` epochs and at the end of each phase.
+    resumed: the checkpoint to continue from. The result is bit-identical to an uninterrupted run on the same machine.
     Raises TrainingError at the first loss that is not finite.
     """
     checkpoint = resumed or Checkpoint(Progress(), {}, {})
@@ -84,7 +84,7 @@ def train(
 
 @dataclasses.dataclass(frozen=True)
 class PhaseRun:
-    """What one phase is trained with."""
+    """The inputs of one phase."""
 
     make_model: Callable[[], CLLM4Rec]
     prompts: Prompts
@@ -95,10 +95,10 @@ class PhaseRun:
 
 
 def train_phase(run: PhaseRun, number: int, checkpoint: Checkpoint, save: Callable[[Checkpoint], None]) -> Checkpoint:
-    """Train phase `number` to its end, starting from `checkpoint`, which is of this phase or of the one before."""
-    phase, config, before, progress = run.phase, run.config, checkpoint.best, checkpoint.progress
+    """Train phase `number` to its end, starting from a checkpoint of this phase or of the end of the previous one."""
+    phase, config, previous, progress = run.phase, run.config, checkpoint.best, checkpoint.progress
     model = run.make_model()
-    load_parameters(model, before)
+    load_parameters(model, previous)
     if checkpoint.state:
         load_parameters(model, checkpoint.state)
     else:
@@ -107,33 +107,34 @@ def train_phase(run: PhaseRun, number: int, checkpoint: Checkpoint, save: Callab
             init_collaborative_from_content(model)
     model.train_only(phase.trained)
     model.compute_in(precision_on(model.collaborative_items.device, config.training.bf16))
-    users = _users_by_row(config, phase, run.shard.documents)
+    users = _row_wise_users(config, phase, run.shard.documents)
     engine = make_engine(model, config.training, phase.learning_rate, config.accumulation, users)
     steps = _Steps(run, model, engine)
     if checkpoint.state:
-        engine.load_moments(checkpoint.state, (steps.blank, 0.0))
-    # ZeRO-3 leaves no worker a whole model to rank with, so it ranks with a copy; serving needs a device for it anyway.
+        engine.load_moments(checkpoint.state, (steps.empty_batch, 0.0))
+    # With ZeRO-3 no worker has a whole model, so validation needs a copy. Serving needs a device that holds one anyway.
     is_partitioned = config.training.zero_stage == 3 and config.training.engine == "deepspeed"
-    ranked = run.make_model() if is_partitioned else model
-    best = dict(before)
+    ranking_model = run.make_model() if is_partitioned else model
+    best = dict(previous)
     if not is_partitioned:
         _log_expected_time(run, model, steps, phase.epochs - progress.epoch)
 
     for epoch in range(progress.epoch, phase.epochs):
         started, totals = time.monotonic(), _Totals()
-        for step, (micro_batches, trained, sizes) in enumerate(steps.of_epoch(epoch), 1):
+        for step, (micro_batches, trained, sizes) in enumerate(steps.iter_epoch(epoch), 1):
             if phase.alternate:
                 model.train_only(trained)
-            totals.add(sizes, steps.take(micro_batches, sizes.documents, epoch, step))
+            totals.add(sizes, steps.run_step(micro_batches, sizes.documents, epoch, step))
         engine.sync_lazy_rows()
-        if ranked is not model:
-            load_parameters(ranked, engine.weights())
-        metrics = _validate(Ranker(ranked, run.prompts, config.model.max_tokens, phase.validate), run.shard, engine)
+        if ranking_model is not model:
+            load_parameters(ranking_model, engine.weights())
+        ranker = Ranker(ranking_model, run.prompts, config.model.max_tokens, phase.validate)
+        metrics = _validate(ranker, run.shard, engine)
         metric = metrics.get(VALIDATION_METRIC)
         progress.epoch = epoch + 1
         if metric is None or progress.best_metric is None or metric > progress.best_metric:
             progress.best_metric, progress.best_epoch = metric, epoch + 1
-            best = {**before, **engine.weights()}
+            best = {**previous, **engine.weights()}
         is_stopped = metric is not None and epoch + 1 - progress.best_epoch >= phase.patience
         run.log(
             {
@@ -159,7 +160,7 @@ def train_phase(run: PhaseRun, number: int, checkpoint: Checkpoint, save: Callab
 
 @dataclasses.dataclass(frozen=True)
 class _Sizes:
-    """Of one step, over all workers."""
+    """The size of one step, summed over all workers."""
 
     documents: float
     users: float
@@ -168,7 +169,7 @@ class _Sizes:
 
 @dataclasses.dataclass
 class _Totals:
-    """Of an epoch, over all workers."""
+    """The totals of an epoch, summed over all workers."""
 
     documents: float = 0.0
     users: float = 0.0
@@ -202,17 +203,18 @@ class _Steps:
         self.packer = packer_for(
             model.backbone, model.token_space, config.training.micro_batch_tokens, config.model.max_tokens
         )
-        self.blank = batch_to_device(self.packer.empty(), self.device)
+        self.empty_batch = batch_to_device(self.packer.empty(), self.device)
         size = config.training.sampled_items if Kind.INTERACTIONS in phase.kinds else None
-        self.sampler = ItemSampler.of(self.documents, model.token_space, size, config.seed)
+        self.sampler = ItemSampler.from_documents(self.documents, model.token_space, size, config.seed)
 
-    def of_epoch(self, epoch: int) -> Iterator[tuple[list[Batch], tuple[str, ...], _Sizes]]:
-        """Each step's micro batches, what they train, and the step's size: all documents of all workers once.
+    def iter_epoch(self, epoch: int) -> Iterator[tuple[list[Batch], tuple[str, ...], _Sizes]]:
+        """For each step: this worker's micro-batches, the parameters that they train, and the size of the whole step.
 
-        Workers step together until all are out of documents; a worker without any left gets no micro batches.
+        Each document of each worker occurs once. Workers step together until all have used their documents; a worker without
+        documents left gets no micro-batches.
         """
-        made = self.phase.streams(self.builder, self.documents, epoch)
-        streams = [(self.packer.batches(parts), trained) for parts, trained in made]
+        document_streams = self.phase.streams(self.builder, self.documents, epoch)
+        streams = [(self.packer.batches(parts), trained) for parts, trained in document_streams]
         while streams:
             for stream in list(streams):
                 batches, trained = stream
@@ -223,22 +225,25 @@ class _Steps:
                 else:
                     yield micro_batches, trained, sizes
 
-    def take(self, micro_batches: list[Batch], num_documents: float, epoch: int, step: int) -> float:
-        """One optimizer step; returns the summed loss of all workers. Raises TrainingError where it is not finite."""
-        parts = np.zeros(4)
+    def run_step(self, micro_batches: list[Batch], num_documents: float, epoch: int, step: int) -> float:
+        """Take one optimizer step and return the loss, summed over documents and workers.
+
+        num_documents: of all workers. Raises TrainingError if the loss is not finite.
+        """
+        sums = np.zeros(4)
         sample = self.sampler.draw(epoch, step) if self.sampler else None
-        for place in range(self.accumulation):
-            inputs = self.blank
-            if place < len(micro_batches):
-                inputs = batch_to_device(micro_batches[place], self.device, sample=sample)
+        for number in range(self.accumulation):
+            inputs = self.empty_batch
+            if number < len(micro_batches):
+                inputs = batch_to_device(micro_batches[number], self.device, sample=sample)
             losses: Losses = self.engine.forward(inputs, self.phase.lambda_c)
             self.engine.backward(losses.total / num_documents)
-            parts += [float(part.detach()) for part in losses]
-        total, items, words, penalty = self.engine.sum(*parts.tolist())
+            sums += [float(loss.detach()) for loss in losses]
+        total, items, words, penalty = self.engine.sum(*sums.tolist())
         if not math.isfinite(total):
             raise TrainingError(
                 f"the loss of {self.phase.name}, epoch {epoch + 1}, step {step} is {total}; the last checkpoint is kept: "
-                "lower the learning rate or set training.bf16=false, then run again"
+                "lower the learning rate or set training.bf16=false, then run the same command again"
             )
         self.engine.step()
         means = {"loss": total, "items": items, "words": words, "penalty": penalty}
@@ -250,7 +255,7 @@ class _Steps:
 
 
 def _log_expected_time(run: PhaseRun, model: CLLM4Rec, steps: _Steps, epochs: int) -> None:
-    """Say before the first epoch how long the phase may take."""
+    """Log the expected duration of the remaining epochs."""
     documents, validation = run.shard.documents, run.shard.validation
     seconds = seconds_per_epoch(model, run.phase, documents, validation, steps.builder, steps.packer)
     if seconds is not None and epochs:
@@ -260,14 +265,14 @@ def _log_expected_time(run: PhaseRun, model: CLLM4Rec, steps: _Steps, epochs: in
 def packer_for(
     backbone: Backbone, token_space: TokenSpace, micro_batch_tokens: int, max_tokens: int
 ) -> Packer | PairPacker:
-    """Lays documents out as the backbone reads them."""
-    if backbone.pairs:
+    """The packer for the inputs of the backbone."""
+    if backbone.is_encoder_decoder:
         return PairPacker(token_space, micro_batch_tokens, backbone.start_token)
     return Packer(token_space, micro_batch_tokens, max_tokens)
 
 
 def load_parameters(model: CLLM4Rec, weights: Mapping[str, Tensor]) -> None:
-    """Copy the parameters that `weights` names into the model; other entries (Adam's moments) are ignored."""
+    """Copy the weights into the parameters of the same names. Other entries, such as Adam's moments, are ignored."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name in weights:
@@ -275,17 +280,17 @@ def load_parameters(model: CLLM4Rec, weights: Mapping[str, Tensor]) -> None:
 
 
 def init_collaborative_from_content(model: CLLM4Rec) -> None:
-    """z^l := z^c after the warm-up: the most probable z^l given z^c before an interaction is read (Eq. 3, lambda_l = 0)."""
+    """Set z^l to z^c after the warm-up: the most probable z^l given z^c without interactions (Eq. 3, lambda_l = 0)."""
     with torch.no_grad():
         model.collaborative_users.copy_(model.content_users)
         model.collaborative_items.copy_(model.content_items)
 
 
-def _users_by_row(config: Config, phase: Phase, documents: Documents) -> IntArray | None:
-    """The users whose rows this worker steps one by one, or None if the users tables have to be stepped whole.
+def _row_wise_users(config: Config, phase: Phase, documents: Documents) -> IntArray | None:
+    """The users whose rows this worker steps row by row, or None if the user tables are stepped as dense parameters.
 
-    ZeRO-3 partitions every table over the workers by itself, alternating steps hold tables of the one optimizer, and
-    clipping needs the norm of all gradients, which no worker has.
+    Row-wise steps are impossible with ZeRO-3, which partitions all tables itself; with alternating steps, which freeze
+    tables of a shared optimizer; and with clipping, which needs the norm of the gradients of all workers.
     """
     is_partitioned = config.training.engine == "deepspeed" and config.training.zero_stage == 3
     if is_partitioned or phase.alternate or config.training.gradient_clipping is not None:
@@ -302,15 +307,15 @@ def _sizes(batches: list[Batch]) -> tuple[float, float, float]:
 
 
 def _validate(ranker: Ranker, shard: Shard, engine: Engine) -> dict[str, float]:
-    """Means over all workers' validation users; empty if the phase has no prompt to rank by or there are no such users."""
+    """Means over the validation users of all workers. Empty if the phase does not validate or there are no such users."""
     validation = shard.validation
     if ranker.prompt is None or validation is None:
         return {}
     sums: Counter[str] = Counter()
     for begin in range(0, max(1, len(validation.users)), _VALIDATED_AT_ONCE):
-        some = validation.take(np.arange(begin, min(begin + _VALIDATED_AT_ONCE, len(validation.users))))
-        ranked_BK, _ = ranker.top_k(some.users, some.read, merged(some.read), VALIDATION_DEPTH)
-        sums.update(some.metrics(ranked_BK))
+        chunk = validation.take(np.arange(begin, min(begin + _VALIDATED_AT_ONCE, len(validation.users))))
+        ranked_BK, _ = ranker.top_k(chunk.users, chunk.read, chunk.read.unique(), VALIDATION_DEPTH)
+        sums.update(chunk.metrics(ranked_BK))
     names = sorted(sums)
     totals = dict(zip(names, engine.sum(*(sums[name] for name in names)), strict=True))
     count = totals.pop("count")

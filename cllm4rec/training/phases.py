@@ -1,4 +1,4 @@
-"""The stages of training as data: what is trained, on which documents, for how long, and what says which epoch was best."""
+"""The phases of training as data: what is trained, on which documents, for how long, and how the best epoch is chosen."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ CONTENT = ("content_users", "content_items")
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One stretch of training with one optimizer.
+    """A part of training with its own optimizer.
 
-    reads: which documents an epoch has. validate: the prompt that ranks validation items after each epoch, or None
-    where there is nothing to rank yet; the epoch with the best validation is kept, and `patience` epochs without a
-    better one end the stage. Without validation the last epoch is kept.
+    trained: the parameters that are trained: names of tables, or `backbone`.
+    reads: the documents of an epoch. `plain_texts` are texts whose prompts have no IDs.
+    validate: the prompt that ranks the validation items after each epoch, or None for no validation. With validation, the
+    best epoch is kept, and `patience` epochs without a better one end the phase. Without it, the last epoch is kept.
+    alternate: each step trains either the collaborative or the content tables, on the documents that read them.
+    collaborative_from_content: set z^l to z^c at the start.
     """
 
     name: str
@@ -42,7 +45,7 @@ class Phase:
 
     @property
     def kinds(self) -> set[Kind]:
-        """Of the documents that its epochs are made of."""
+        """The kinds of the stored documents that the phase reads."""
         texts = any(name in ("texts", "plain_texts") for name in self.reads)
         interactions = any(name in ("interactions", "recommendations") for name in self.reads)
         return {*(TEXT_KINDS if texts else ()), *((Kind.INTERACTIONS,) if interactions else ())}
@@ -50,16 +53,19 @@ class Phase:
     def streams(
         self, builder: EpochBuilder, documents: Documents, epoch: int
     ) -> list[tuple[Iterator[Documents], tuple[str, ...]]]:
-        """An epoch's documents in order, some at a time, and what they train: one stream, or with `alternate` one a kind."""
-        parts = {name: self._part(name, builder, documents, epoch) for name in self.reads}
+        """The documents of an epoch in order, in chunks, and the parameters that they train.
+
+        One stream, or with `alternate` one stream per entry of `reads`.
+        """
+        sources = {name: self._source(name, builder, documents, epoch) for name in self.reads}
         if not self.alternate:
-            return [(builder.iter_documents(documents, list(parts.values()), epoch), self.trained)]
+            return [(builder.iter_documents(documents, list(sources.values()), epoch), self.trained)]
         return [
-            (builder.iter_documents(documents, [part], epoch), CONTENT if name == "texts" else COLLABORATIVE)
-            for name, part in parts.items()
+            (builder.iter_documents(documents, [source], epoch), CONTENT if name == "texts" else COLLABORATIVE)
+            for name, source in sources.items()
         ]
 
-    def _part(self, name: str, builder: EpochBuilder, documents: Documents, epoch: int) -> DocumentSource:
+    def _source(self, name: str, builder: EpochBuilder, documents: Documents, epoch: int) -> DocumentSource:
         if name in ("texts", "plain_texts"):
             rows = builder.text_rows(documents, epoch, self.text_fraction)
             return DocumentSource(rows, lambda texts: without_ids(texts, builder) if name == "plain_texts" else texts)
@@ -79,13 +85,13 @@ class Phase:
 
 
 def backbone_phases(config: Config) -> list[Phase]:
-    """The language model itself on the training split's texts, no ID in sight."""
+    """The language model, trained on the texts of the training split without IDs."""
     phase = config.backbone
     return [Phase("backbone", ("backbone",), ("plain_texts",), phase.epochs, phase.learning_rate)]
 
 
 def pretrain_phases(config: Config) -> list[Phase]:
-    """Content warm-up, then mutually regularized pretraining (method.md, Training 1 and 2)."""
+    """Content warm-up, then mutually regularized pretraining (docs/method.md, "How it works", 4 and 5)."""
     phase = config.pretrain
     return [
         Phase(
@@ -110,7 +116,7 @@ def pretrain_phases(config: Config) -> list[Phase]:
 
 
 def finetune_phases(config: Config) -> list[Phase]:
-    """Recommendation-oriented finetuning of z^l, z^c held (method.md, Training 3)."""
+    """Recommendation-oriented finetuning of z^l with z^c frozen (docs/method.md, "How it works", 6)."""
     phase = config.finetune
     return [
         Phase(
@@ -130,5 +136,5 @@ def finetune_phases(config: Config) -> list[Phase]:
 
 
 def without_ids(texts: Documents, builder: EpochBuilder) -> Documents:
-    """Text documents whose prompts keep their words and lose their IDs: what a language model alone can learn from."""
+    """Text documents without the IDs in their prompts, for training the language model alone."""
     return dataclasses.replace(texts, prompt=texts.prompt.where(builder.token_space.is_word(texts.prompt.values)))

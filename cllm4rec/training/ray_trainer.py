@@ -1,8 +1,8 @@
-"""The training loop on a cluster: Ray Data hands each Ray Train worker the documents of its own users.
+"""Runs the training loop on a cluster: Ray Data gives each Ray Train worker the documents of its own users.
 
     weights = train_on_ray(job, run_dir)
 
-Everything a worker does with its documents is `cllm4rec.training.loop`; this file fetches, reports and resumes.
+This module fetches the data, reports to Ray and resumes. The training itself is in `cllm4rec.training.loop`.
 """
 
 from __future__ import annotations
@@ -29,35 +29,37 @@ from torch import Tensor
 from cllm4rec.arrays.histories import Histories
 from cllm4rec.cluster import processes, wait_for_resources
 from cllm4rec.data.documents import Documents, Kind
-from cllm4rec.data.memory_map import on_disk
+from cllm4rec.data.memory_map import memory_mapped
 from cllm4rec.data.prepared import bucket_paths, load_token_space
 from cllm4rec.errors import Cllm4RecError, ResourceError, TrainingError, causes
 from cllm4rec.metrics.protocol import Validation
-from cllm4rec.model.packing import nothing
-from cllm4rec.progress import FAILURES, watched
+from cllm4rec.progress import FAILURES, show_training
 from cllm4rec.storage import files
 from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpoint, write_checkpoint
 from cllm4rec.training.job import METRICS, LogFile, TrainJob
 from cllm4rec.training.loop import Shard, train
 
 _ERROR = "error.json"
-# What a barrier may take: the slowest worker's validation and checkpoint, with much to spare.
+# The timeout of a barrier: ample for the validation and the checkpoint of the slowest worker.
 _COLLECTIVE_TIMEOUT_S = 1800
-# A report waits until Ray's controller has taken the one before: at Ray's 2 s no epoch could be shorter than that.
+# A report waits until Ray's controller has polled the previous one. With Ray's default of 2 s, an epoch would take at least
+# 2 s.
 _POLL_INTERVAL_S = 0.25
 
 
 def train_on_ray(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
     """Train on the connected cluster and return the weights of the best epochs.
 
-    An interrupted run with the same fingerprint and `run_dir` resumes from its last checkpoint. A worker that fails is
-    started again, which is logged with its cause. Raises ResourceError where the cluster is too small, TrainingError
-    where the run cannot continue: after `cluster.max_failures` failures with the same cause, or one more of any kind.
+    An interrupted run with the same fingerprint and `run_dir` resumes from its last checkpoint. A failed worker is restarted,
+    and its cause is logged.
+    Raises ResourceError if the cluster is too small or a worker's documents exceed `cluster.shard_disk_gb`. Raises
+    TrainingError if the run cannot continue: after `cluster.max_failures` failures (at least 2) with the same cause, or after
+    one more failure of any cause.
     """
     cluster = job.config.cluster
     trainers = processes(cluster, cluster.num_workers)
     remedy = "lower cluster.num_workers or cluster.cpus_per_worker, or add nodes"
-    # One CPU more than the workers hold, or Ray Data could not read for them.
+    # Ray Data needs one CPU besides those of the workers.
     wait_for_resources(trainers.demand(reading_cpus=1), cluster.start_timeout_s, "training", remedy)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(_COLLECTIVE_TIMEOUT_S)
@@ -75,17 +77,17 @@ def train_on_ray(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
             resources_per_worker={"CPU": trainers.cpus, **({"GPU": trainers.gpus} if trainers.gpus else {})},
         ),
         run_config=ray.train.RunConfig(
-            # A name used again silently inherits the old run's checkpoint: the fingerprint keeps runs apart.
+            # Ray resumes the checkpoint of an older run of the same name. The fingerprint makes names unique.
             name=f"run-{job.fingerprint[:16]}",
             storage_path=directory,
             failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=1),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             callbacks=[RecordFailures(directory, cluster.max_failures)],
         ),
-        datasets={table: _read(names) for table, names in paths.items()},
+        datasets={table: _read_parquet(names) for table, names in paths.items()},
         dataset_config=WholeBuckets(paths, set().union(*(phase.kinds for phase in job.phases))),
     )
-    with watched(directory):
+    with show_training(directory):
         try:
             result = trainer.fit()
         except Exception as error:
@@ -99,15 +101,15 @@ def train_on_ray(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """One worker, from its shard to its last report."""
+    """Train in one worker, from loading its shard to its last report."""
     job: TrainJob = config["job"]
     directory: str = config["run_dir"]
     if files.exists(files.join(directory, _ERROR)):
-        return  # Ray tries once more what cannot succeed
+        return  # the run has failed for good, and Ray is restarting it once more
     torch.set_num_threads(config["threads"])
-    # Bit-for-bit resumption; a GPU kernel without a deterministic form warns and runs.
+    # For bit-identical resumption. A GPU kernel without a deterministic form runs with a warning.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Deterministic torch fills every new tensor, so that reading one before it is written shows.
+    # Saves a pass over memory: deterministic mode would otherwise fill every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     is_first = ray.train.get_context().get_world_rank() == 0
     log = LogFile(files.join(directory, METRICS), is_first, job.config.training.tensorboard)
@@ -118,7 +120,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 
     def save(checkpoint: Checkpoint) -> None:
         checkpoint.progress.num_log_lines = log.flush()
-        # Every rank reports (it is a barrier) and one of them brings the files; the directory outlives the call.
+        # All workers report, because a report is a barrier. The first one provides the files, which Ray copies in the call.
         with tempfile.TemporaryDirectory() as folder:
             if is_first:
                 write_checkpoint(folder, checkpoint, job.fingerprint)
@@ -126,29 +128,29 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     try:
-        shard = _shard(job.config.cluster.shard_disk_gb)
+        shard = _load_shard(job.config.cluster.shard_disk_gb)
         prompt_tokens, _ = load_token_space(job.prepared_dir)
         make_model = functools.partial(job.make_model, ray.train.torch.get_device())
         train(make_model, prompt_tokens.prompts, job.phases, shard, job.config, log=log, save=save, resumed=resumed)
     except TrainingError as error:
-        # All workers see the same sum and stop together; the same data and settings would fail again, so Ray is not told.
+        # All workers see the same sum and stop together. A restart would fail again, so Ray must not see an error.
         if is_first:
-            _record(directory, error)
+            _record_error(directory, error)
     except ResourceError as error:
-        # This worker alone has it and the others wait for it, so the group has to be brought down.
-        _record(directory, error)
+        # Only this worker fails, and the others wait for it. The error makes Ray stop the whole group.
+        _record_error(directory, error)
         raise
     finally:
         log.flush()
 
 
 class WholeBuckets(ray.train.DataConfig):  # type: ignore[misc]
-    """Worker r of W reads every W-th bucket file, whole and in order.
+    """Worker r of W reads every W-th bucket file from the r-th on, whole and in order.
 
-    Ray's own split hands blocks to whoever asks first and drops rows to make shards equal; this one is a function of
-    (rank, world size), so a resumed run sees the same documents, and all documents of a user stay on one worker.
+    Ray's own split gives blocks to the first worker that asks and drops rows to make shards equal. This split depends only on
+    rank and world size: a resumed run reads the same documents, and all documents of a user are on one worker.
 
-    kinds: of the documents that are read at all: texts are most of them, and finetuning needs none.
+    kinds: the kinds of documents to read. Most documents are texts, and finetuning needs none of them.
     """
 
     def __init__(self, paths: dict[str, list[str]], kinds: set[Kind]) -> None:
@@ -159,70 +161,73 @@ class WholeBuckets(ray.train.DataConfig):  # type: ignore[misc]
         self, datasets: dict[str, Any], world_size: int, worker_handles: Any, worker_node_ids: Any, **_: Any
     ) -> list[dict[str, Any]]:
         return [
-            {name: self._part(name, rank, world_size).iterator() for name in datasets} for rank in range(world_size)
+            {name: self._shard(name, rank, world_size).iterator() for name in datasets} for rank in range(world_size)
         ]
 
-    def _part(self, name: str, rank: int, world_size: int) -> Any:
-        rows = _read(self._paths[name][rank::world_size])
+    def _shard(self, name: str, rank: int, world_size: int) -> Any:
+        rows = _read_parquet(self._paths[name][rank::world_size])
         return rows.filter(expr=col("kind").is_in(self._kinds)) if name == "documents" else rows
 
 
 class RecordFailures(UserCallback):  # type: ignore[misc]
-    """Runs in Ray's controller: writes down which worker failed and why, for the driver to show, and ends a run whose
-    workers fail again and again for one reason.
+    """Records which worker failed and why, for the driver to show, and ends a run that fails repeatedly for one cause.
+
+    Runs in the controller of Ray Train.
     """
 
     def __init__(self, run_dir: str, max_failures: int) -> None:
         self._run_dir, self._max_failures = run_dir, max_failures
-        self._times: Counter[str] = Counter()
+        self._num_failures: Counter[str] = Counter()
+        """The number of failures by cause."""
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         rank, error = min(worker_exceptions.items())
         cause = _cause(error)
-        self._times[cause] += 1
-        entry = {"worker": rank, "cause": cause, "failure": self._times.total(), "max_failures": self._max_failures}
+        self._num_failures[cause] += 1
+        total = self._num_failures.total()
+        entry = {"worker": rank, "cause": cause, "failure": total, "max_failures": self._max_failures}
         files.append_bytes(files.join(self._run_dir, FAILURES), (json.dumps(entry) + "\n").encode())
-        if self._max_failures and self._times[cause] >= max(2, self._max_failures):
-            sentence = f"training stopped: {self._times[cause]} times a worker failed with: {cause}"
-            _record(self._run_dir, TrainingError(f"{sentence}; mend the cause and run the same command again"))
+        if self._max_failures and self._num_failures[cause] >= max(2, self._max_failures):
+            sentence = f"training stopped: workers failed {self._num_failures[cause]} times with: {cause}"
+            _record_error(self._run_dir, TrainingError(f"{sentence}; fix the cause and run the same command again"))
 
 
-def _record(directory: str, error: Cllm4RecError) -> None:
-    """Leave an error that ends the run for the driver; the first one stays."""
+def _record_error(directory: str, error: Cllm4RecError) -> None:
+    """Write an error that ends the run to a file for the driver. Only the first error is kept."""
     if not files.exists(files.join(directory, _ERROR)):
         files.write_json(files.join(directory, _ERROR), {"kind": type(error).__name__, "sentence": str(error)})
 
 
 def _raise_recorded(directory: str) -> None:
-    """Raise what a worker or the controller recorded, if anything."""
+    """Raise the error that a worker or the controller recorded, if any."""
     if files.exists(files.join(directory, _ERROR)):
         recorded = files.read_json(files.join(directory, _ERROR))
         kind = ResourceError if recorded["kind"] == ResourceError.__name__ else TrainingError
         raise kind(recorded["sentence"]) from None
 
 
-def _read(paths: list[str]) -> Any:
+def _read_parquet(paths: list[str]) -> Any:
     fs, _ = files.filesystem(paths[0])
     return ray.data.read_parquet([files.filesystem(path)[1] for path in paths], filesystem=fs)
 
 
-def _shard(shard_disk_gb: float) -> Shard:
-    """This worker's documents, fetched once through Ray Data and kept on its disk: an epoch then fetches nothing."""
-    documents = on_disk(bounded(map(Documents.from_arrow, _blocks("documents")), shard_disk_gb))
-    histories = on_disk(map(Histories.from_arrow, _blocks("histories")))
+def _load_shard(shard_disk_gb: float) -> Shard:
+    """The documents of this worker, fetched once through Ray Data and kept on its disk for all epochs."""
+    documents = memory_mapped(limit_size(map(Documents.from_arrow, _blocks("documents")), shard_disk_gb))
+    histories = memory_mapped(map(Histories.from_arrow, _blocks("histories")))
     return Shard(documents, Validation(histories))
 
 
-def bounded(parts: Iterator[Documents], most_gb: float) -> Iterator[Documents]:
-    """The parts, at least an empty one. Raises ResourceError where they take more than `most_gb` together."""
-    yield nothing()  # a worker whose users have no document of the phases' kinds gets no block
+def limit_size(parts: Iterator[Documents], max_gb: float) -> Iterator[Documents]:
+    """An empty part, then `parts`. Raises ResourceError once they exceed `max_gb` together."""
+    yield Documents.empty()  # a worker whose users have no documents of the required kinds gets no block
     num_bytes = 0
     for documents in parts:
         num_bytes += documents.num_bytes
-        if num_bytes > most_gb * 1e9:
+        if num_bytes > max_gb * 1e9:
             raise ResourceError(
-                f"a worker's documents take more than cluster.shard_disk_gb {most_gb}; add workers, raise it, or lower "
-                "data.max_text_tokens"
+                f"the documents of a worker take more than cluster.shard_disk_gb {max_gb}; add workers, raise the limit, or "
+                "lower data.max_text_tokens"
             )
         yield documents
 
@@ -232,7 +237,7 @@ def _blocks(table: str) -> Iterator[pa.Table]:
 
 
 def _resume(job: TrainJob) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that can be trusted, the one before it where that is damaged, and what was passed over."""
+    """The newest valid checkpoint, or None, and a warning for each newer one that was skipped."""
     latest = ray.train.get_checkpoint()
     if latest is None:
         return None, []
@@ -243,9 +248,9 @@ def _resume(job: TrainJob) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _cause(error: BaseException) -> str:
-    """One line of the innermost error: our own sentence if there is one, else its type and last line."""
+    """One line for a failure: the innermost Cllm4RecError if there is one, else the last line of the innermost error."""
     chain = list(causes(error))
-    ours = [one for one in chain if isinstance(one, Cllm4RecError)]
-    innermost = ours[-1] if ours else chain[-1]
+    own_errors = [cause for cause in chain if isinstance(cause, Cllm4RecError)]
+    innermost = own_errors[-1] if own_errors else chain[-1]
     lines = [line.strip() for line in str(innermost).splitlines() if line.strip()]
     return (lines[-1] if lines else type(innermost).__name__)[:500]

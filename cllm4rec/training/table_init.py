@@ -1,5 +1,6 @@
-"""Item rows that begin from what was written of the items, so that training starts near its goal where texts tell items
-apart: latent semantic analysis (Deerwester et al., "Indexing by Latent Semantic Analysis", JASIS 1990).
+"""Initializes item embeddings from the texts of the items, so that items with similar texts start close together.
+
+Latent semantic analysis (Deerwester et al., "Indexing by Latent Semantic Analysis", JASIS 1990).
 
 Shapes: J items, N words, R components, K width of the tables.
 """
@@ -11,7 +12,6 @@ import operator
 from collections.abc import Callable, Iterable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy import sparse
 from scipy.sparse.linalg import svds
@@ -23,12 +23,13 @@ from cllm4rec.data.documents import TEXT_KINDS, Documents
 from cllm4rec.data.tf_idf import tf_idf
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
+from cllm4rec.typing import Float32Array
 
 
 def initial_tables(
     config: Config, backbone: Backbone, token_space: TokenSpace, read: Callable[[], Iterable[Documents]]
 ) -> dict[str, Tensor]:
-    """The tables before any training, as `model.table_init` asks; `read` gives the training documents, part by part."""
+    """The tables before training, as `model.table_init` says. read: returns the training documents in parts."""
     model = new_model(config.model, backbone, token_space, config.seed)
     if config.model.table_init == "texts":
         init_items_from_texts(model, read(), config.seed)
@@ -36,35 +37,36 @@ def initial_tables(
 
 
 def init_items_from_texts(model: CLLM4Rec, parts: Iterable[Documents], seed: int) -> None:
-    """Put `text_components` in the place of both tables' fresh item rows, at a mean square length of 1.
+    """Set the item rows of both tables to `text_components`, scaled to a mean squared length of 1.
 
-    An item without a text keeps its noise, and so do all where no text tells items apart.
+    Items without a text keep their random rows. All items keep them if the texts do not distinguish items.
     """
     count_JN = word_counts(parts, model.token_space.num_items, model.token_space.num_words)
     has_text_J = np.diff(count_JN.indptr) > 0
     rows_JK = text_components(count_JN, model.content_items.shape[1], seed)
     length = np.sqrt(np.square(rows_JK[has_text_J]).sum(axis=1).mean()) if has_text_J.any() else 0.0
-    if length < _SAME:
+    if length < _MIN_LENGTH:
         return
-    chosen = torch.from_numpy(has_text_J)
+    has_text = torch.from_numpy(has_text_J)
     with torch.no_grad():
         for table in (model.content_items, model.collaborative_items):
-            table[chosen] = torch.from_numpy(rows_JK[has_text_J] / length).to(table)
+            table[has_text] = torch.from_numpy(rows_JK[has_text_J] / length).to(table)
 
 
-_SAME = 1e-6
+_MIN_LENGTH = 1e-6
+"""Shorter rows are rounding errors of components that are all zero."""
 
 
 def word_counts(parts: Iterable[Documents], num_items: int, num_words: int) -> sparse.csr_array:
-    """J × N: how often each item's texts and reviews have each token. Grows with the catalog, not with the reviews."""
+    """J × N: the count of each token in the texts and reviews of each item. Memory does not grow with the reviews."""
     total_JN = sparse.csr_array((num_items, num_words), dtype=np.float32)
     pending: list[sparse.csr_array] = []
     for documents in parts:
-        about = documents.take(np.flatnonzero(np.isin(documents.kind, TEXT_KINDS) & (documents.item >= 0)))
-        place = (np.repeat(about.item, about.main.lengths), about.main.values)
-        ones = np.ones(len(about.main.values), np.float32)
-        pending.append(sparse.coo_array((ones, place), shape=total_JN.shape).tocsr())
-        # Adding copies the total, so it waits until there is as much to add.
+        texts = documents.take(np.flatnonzero(np.isin(documents.kind, TEXT_KINDS) & (documents.item >= 0)))
+        index = (np.repeat(texts.item, texts.main.lengths), texts.main.values)
+        ones = np.ones(len(texts.main.values), np.float32)
+        pending.append(sparse.coo_array((ones, index), shape=total_JN.shape).tocsr())
+        # An addition copies the total, so it waits until the pending counts are as large.
         if sum(part.nnz for part in pending) > max(total_JN.nnz, _AT_ONCE):
             total_JN, pending = total_JN + functools.reduce(operator.add, pending), []
     return functools.reduce(operator.add, pending, total_JN)
@@ -73,9 +75,11 @@ def word_counts(parts: Iterable[Documents], num_items: int, num_words: int) -> s
 _AT_ONCE = 1 << 20
 
 
-def text_components(count_JN: sparse.csr_array, width: int, seed: int) -> npt.NDArray[np.float32]:
-    """J × K: principal components of the TF-IDF of the items that have words, centered, and turned at random so that every
-    dimension bears as much; the others are rows of zeros."""
+def text_components(count_JN: sparse.csr_array, width: int, seed: int) -> Float32Array:
+    """J × K: centered principal components of the TF-IDF weights of the items with texts; other rows are zero.
+
+    A random rotation distributes the variance evenly over the dimensions.
+    """
     weight_JN, has_text_J = tf_idf(count_JN), np.diff(count_JN.indptr) > 0
     rank = min(width, min(weight_JN.shape) - 1)
     rows_JK = np.zeros((len(has_text_J), width), np.float32)
@@ -83,8 +87,8 @@ def text_components(count_JN: sparse.csr_array, width: int, seed: int) -> npt.ND
         return rows_JK
     rng = np.random.default_rng(seed)
     _, _, direction_RN = svds(weight_JN, k=rank, v0=rng.standard_normal(min(weight_JN.shape)).astype(np.float32))
-    turn_KK = np.linalg.qr(rng.standard_normal((width, width)))[0]
-    part_JR = weight_JN @ direction_RN.T
-    part_JR -= part_JR[has_text_J].mean(axis=0)
-    rows_JK[has_text_J] = (part_JR @ turn_KK[:rank])[has_text_J]
+    rotation_KK = np.linalg.qr(rng.standard_normal((width, width)))[0]
+    component_JR = weight_JN @ direction_RN.T
+    component_JR -= component_JR[has_text_J].mean(axis=0)
+    rows_JK[has_text_J] = (component_JR @ rotation_KK[:rank])[has_text_J]
     return rows_JK

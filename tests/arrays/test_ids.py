@@ -3,11 +3,13 @@
 import uuid
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm4rec.arrays.ids import NOBODY, Catalog, TokenSpace, read_sizes
+from cllm4rec.arrays.ids import NOBODY, Catalog, IdMap, TokenSpace, read_sizes, remap_items
+from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.errors import ArtifactError
 from cllm4rec.storage import files
 
@@ -66,6 +68,30 @@ def test_what_was_unknown_at_training_has_no_row():
     assert (catalog.user_index("u2"), catalog.item_index("")) == (-1, -1)
     assert (catalog.user_texts, catalog.item_texts, catalog.item_counts.tolist()) == ([""], ["", ""], [0, 0])
     assert catalog.token_space(7) == TokenSpace(7, 1, 2)
+
+
+FORMS = {
+    "list": list,
+    "numpy": lambda ids: np.array([*ids, None], object)[:-1],
+    "arrow": lambda ids: pa.array(ids, pa.large_string()),
+    "chunked": lambda ids: pa.chunked_array([ids[:1], ids[1:]], pa.string()),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(st.lists(texts, unique=True, max_size=8), st.lists(texts, max_size=8))
+def test_an_id_map_finds_the_index_of_every_id(form, ids, asked):
+    index_of = IdMap(FORMS[form](ids))
+    expected = [ids.index(one) if one in ids else -1 for one in asked]
+    assert len(index_of) == len(ids)
+    assert index_of(FORMS[form](asked)).tolist() == expected
+    assert [index_of.one(one) for one in asked] == expected
+
+
+def test_items_are_remapped_by_id_and_unknown_ones_left_out():
+    index_of = IdMap(["c", "x", "a"])(["a", "b", "c"])
+    assert index_of.tolist() == [2, -1, 0]
+    assert remap_items(Ragged.from_lists([[0, 1, 2], [1], []]), index_of).tolist() == [[2, 0], [], []]
 
 
 @pytest.mark.parametrize("name", ["users", "items"])

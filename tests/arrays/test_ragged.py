@@ -5,7 +5,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged, chunks, slices
 
 LISTS = st.lists(st.lists(st.integers(-5, 1000), max_size=5), max_size=8)
 
@@ -52,4 +52,44 @@ def test_a_slice_and_chunks_of_an_arrow_column_are_read_right() -> None:
 
 def test_from_rows_leaves_rows_without_values_empty() -> None:
     assert Ragged.from_rows(np.array([7, 8, 9]), np.array([0, 2, 2]), 4).tolist() == [[7], [], [8, 9], []]
-    assert no_values(2).tolist() == [[], []]
+    assert Ragged.empty(2).tolist() == [[], []]
+
+
+COUNTS = st.lists(st.lists(st.integers(0, 6), max_size=5), min_size=4, max_size=4)
+
+
+@given(COUNTS, COUNTS)
+def test_isin_compares_each_row_with_the_same_row_only(left: list[list[int]], right: list[list[int]]) -> None:
+    found = Ragged.from_lists(left).isin(Ragged.from_lists(right, np.int32))
+    assert found.tolist() == [value in others for row, others in zip(left, right, strict=True) for value in row]
+
+
+@given(COUNTS)
+def test_unique_sorts_each_row_and_drops_repeats(lists: list[list[int]]) -> None:
+    distinct = Ragged.from_lists(lists, np.int32).unique()
+    assert distinct.tolist() == [sorted(set(row)) for row in lists]
+    assert distinct.values.dtype == np.int64
+
+
+@given(COUNTS, st.integers(7, 1 << 40))
+def test_keys_hold_row_and_value(lists: list[list[int]], stride: int) -> None:
+    keys = Ragged.from_lists(lists, np.int32).keys(stride).tolist()
+    assert [divmod(key, stride) for key in keys] == [
+        (row, value) for row, values in enumerate(lists) for value in values
+    ]
+
+
+@given(COUNTS, st.permutations(range(6)))
+def test_scatter_is_undone_by_take(lists: list[list[int]], places: list[int]) -> None:
+    rows = np.array(places[: len(lists)])
+    spread = Ragged.from_lists(lists).scatter(rows, 6)
+    assert spread.take(rows).tolist() == lists
+    assert sum(spread.lengths) == sum(map(len, lists))
+
+
+@given(st.integers(0, 30), st.integers(1, 9))
+def test_chunks_and_slices_cover_everything_once_in_order(total: int, size: int) -> None:
+    parts = [part.tolist() for part in chunks(total, size)]
+    assert [index for part in parts for index in part] == list(range(total))
+    assert all(len(part) == size for part in parts[:-1])
+    assert [list(range(total))[part] for part in slices(total, size)] == parts

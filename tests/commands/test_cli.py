@@ -102,9 +102,9 @@ def test_our_errors_are_one_sentence_and_a_status(call, error, status):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["pretrain.epoch=3"], "pretrain.epoch is no setting"),
+        (["pretrain.epoch=3"], "pretrain.epoch is not a setting"),
         (["pretrain.epochs"], "is not of the form section.key=value"),
-        (["--no-such-flag"], "unrecognized arguments: --no-such-flag; cllm4rec test --help"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag; see cllm4rec test --help"),
     ],
 )
 def test_a_wrong_command_line_is_told_like_any_other_error(call, arguments, sentence):

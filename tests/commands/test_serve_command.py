@@ -82,7 +82,7 @@ def test_more_replicas_than_the_cluster_holds_are_refused(served, monkeypatch):
     cluster_of(monkeypatch, CPU=2.0)
     served["serve"] |= {"min_replicas": 3, "max_replicas": 3}
     assert refused_endpoint(served) == (
-        "serve asks for 3 CPUs and the cluster has 2 CPUs; lower serve.min_replicas or "
+        "serve needs 3 CPUs, but the cluster has 2 CPUs; lower serve.min_replicas or "
         "cluster.cpus_per_worker, or add nodes"
     )
 

@@ -16,11 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from deltalake import DeltaTable
 from ray.job_submission import JobStatus, JobSubmissionClient
-
-from cllm4rec.data.world import parity_world
+from support.runs import write_config
 
 pytestmark = pytest.mark.ray
 
@@ -85,38 +83,12 @@ def connected(address: str) -> JobSubmissionClient:
             time.sleep(0.5)
 
 
-def write_config(folder: Path) -> Path:
-    """The parity world through every stage, one epoch each."""
-    raw = folder / "raw"
-    parity_world().write(str(raw))
-    same = {"user": "user", "item": "item", "rating": "rating", "text": "text", "timestamp": "timestamp"}
-    config = {
-        "output_dir": str(folder / "out"),
-        "data": {
-            "interactions": {"path": str(raw / "interactions.jsonl"), "columns": same},
-            "items": {"path": str(raw / "items.jsonl"), "columns": {"item": "item", "text": "text"}},
-            "core": 2,
-            "max_text_tokens": 24,
-            "split": {"kind": "leave_one_out"},
-        },
-        "model": {"backbone": {"layers": 1, "width": 32, "heads": 2, "vocab_size": 300}, "max_tokens": 64},
-        "backbone": {"epochs": 0},
-        "pretrain": {"warmup_epochs": 1, "epochs": 1},
-        "finetune": {"epochs": 1},
-        "training": {"engine": "torch", "bf16": False, "micro_batch_tokens": 2048},
-        "evaluate": {"bootstrap_samples": 20},
-        "score": {"k": 5},
-        "serve": {"port": free_ports(1)[0]},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    return folder / "run.yaml"
-
-
 def test_the_pipeline_runs_as_a_submitted_job(cluster: tuple[str, str], tmp_path: Path) -> None:
     address, folder = cluster
     client = connected(address)
     submit = ["job", "submit", "--address", address, "--no-wait", "--submission-id", "chain", "--working-dir", "."]
-    command = ["--", "python", "-m", "jobs.pipeline", "--config", str(write_config(tmp_path)), "pretrain.epochs=1"]
+    config = str(write_config(tmp_path, serve={"port": free_ports(1)[0]}))
+    command = ["--", "python", "-m", "jobs.pipeline", "--config", config, "pretrain.epochs=1"]
     subprocess.run([*RAY, *submit, *command], cwd=ROOT, check=True, capture_output=True, timeout=120)
     give_up = time.monotonic() + 400
     while not (status := client.get_job_status("chain")).is_terminal():
@@ -134,10 +106,10 @@ def test_the_pipeline_runs_as_a_submitted_job(cluster: tuple[str, str], tmp_path
     assert told["serve"]["items"] == 5
     assert not re.search(r"user-\d", (tmp_path / "out" / "run.json").read_text()), "an erasure would have to find it"
     assert DeltaTable(str(tmp_path / "out" / "dump")).to_pandas()["user_id"].nunique() == 40
-    # The job ran from the uploaded directory, without what git ignores.
+    # The job ran from the uploaded directory, which holds code alone.
     packages = Path(folder).glob("session_latest/runtime_resources/working_dir_files/*")
     (uploaded,) = [package for package in packages if package.is_dir()]
     names = {path.name for path in uploaded.iterdir()}
     assert {"cllm4rec", "jobs"} <= names
     assert (uploaded / "jobs" / "configs" / "demo.yaml").is_file()
-    assert not names & {"runs", ".venv", ".git", ".hypothesis"}
+    assert not names & {"runs", ".venv", ".git", ".hypothesis", "docs", "tests"}

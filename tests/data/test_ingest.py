@@ -1,19 +1,40 @@
-"""The first pass without Ray: its two tasks and the collecting driver as plain functions."""
+"""The first pass, with executors that hand over blocks in other sizes and orders than files have them."""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
 from cllm4rec.config import Columns
 from cllm4rec.data.formats import Layout
-from cllm4rec.data.ingest import Staged, _collect, _read_files, _stage_block, by_column
+from cllm4rec.data.ingest import Ingested, by_column, ingest
+from cllm4rec.data.ray_data import LocalExecutor, Read, Task
 from cllm4rec.data.records import Limits
 from cllm4rec.storage.files import read_tables
 
-LIMITS = Limits(1000, 20)
+Arrange = Callable[[list[pa.Table]], list[pa.Table]]
+
+
+class Arranged(LocalExecutor):
+    """Rearranges the blocks of all files before tasks see them."""
+
+    def __init__(self, arrange: Arrange) -> None:
+        self.arrange = arrange
+
+    def map_files(self, files: Sequence[Mapping[str, Any]], read: Read, task: Task) -> Iterator[pa.Table]:
+        blocks = list(super().map_files(files, read, lambda block: iter([block])))
+        yield from self.map_tables(self.arrange(blocks), task)
+
+
+ARRANGEMENTS: dict[str, Arrange] = {
+    "as read": lambda blocks: blocks,
+    "reversed": lambda blocks: blocks[::-1],
+    "halves": lambda blocks: [half for block in blocks for half in (block.slice(3), block.slice(0, 3))],
+    "one block": lambda blocks: [pa.concat_tables(blocks)],
+    "one block, reversed": lambda blocks: [pa.concat_tables(blocks[::-1])],
+}
 
 
 @pytest.fixture
@@ -23,73 +44,60 @@ def layouts(tmp_path: Path) -> list[Layout]:
         rows = "".join(f'{{"u": "u{row % 3}", "i": "i{file}", "t": "text {file} {row}"}}\n' for row in range(5))
         (tmp_path / f"{file}.jsonl").write_text(f"{rows}nonsense\n")
     (tmp_path / "items.jsonl").write_text('{"i": "i1", "t": "one"}\nnonsense\n{"i": "i0", "t": "none"}\n')
-    facts = tuple(str(tmp_path / f"{file}.jsonl") for file in range(2))
+    files = tuple(str(tmp_path / f"{file}.jsonl") for file in range(2))
     return [
-        Layout("interactions", facts, "jsonl", Columns(user="u", item="i", text="t")),
+        Layout("interactions", files, "jsonl", Columns(user="u", item="i", text="t")),
         Layout("items", (str(tmp_path / "items.jsonl"),), "jsonl", Columns(item="i", text="t")),
     ]
 
 
-def records_of(layouts: list[Layout]) -> list[pa.Table]:
-    batch = {
-        "source": np.array([0, 0, 1]),
-        "number": np.array([0, 1, 0]),
-        "file": np.array([*layouts[0].files, *layouts[1].files]),
-    }
-    return list(_read_files(batch, layouts, LIMITS))
+def ingested_by(arrange: Arrange, layouts: list[Layout], staging: Path) -> Ingested:
+    return ingest(layouts, Limits(1000, 20), str(staging), Arranged(arrange))
 
 
-def staged_from(blocks: list[pa.Table], layouts: list[Layout], staging: Path) -> Staged:
-    return _collect([rows for block in blocks for rows in _stage_block(block, layouts, LIMITS, str(staging))], layouts)
-
-
-def readable(staged: Staged, staging: Path) -> list[list[tuple[Any, ...]]]:
+def readable(ingested: Ingested, staging: Path) -> list[list[tuple[Any, ...]]]:
     """User, item and text of every row of each source."""
-    texts = [read_tables([f"{staging}/{name}"])["text"].to_pylist() for name in staged.fragments]
+    texts = [read_tables([f"{staging}/{name}"])["text"].to_pylist() for name in ingested.text_files]
     return [
         [
             (
-                staged.user_ids[user] if user >= 0 else None,
-                staged.item_ids[item],
-                texts[fragment][place],
+                ingested.user_ids[user] if user >= 0 else None,
+                ingested.item_ids[item],
+                texts[text_file][text_row],
             )
-            for user, item, fragment, place in zip(rows.user, rows.item, rows.fragment, rows.place, strict=True)
+            for user, item, text_file, text_row in zip(rows.user, rows.item, rows.text_file, rows.text_row, strict=True)
         ]
-        for rows in staged.rows
+        for rows in ingested.rows
     ]
 
 
-def test_rows_come_in_the_order_of_files_whatever_was_done_first(layouts: list[Layout], tmp_path: Path) -> None:
-    records = records_of(layouts)
-    halves = [half for table in records for half in (table.slice(3), table.slice(0, 3))]
-    for name, blocks in {"whole": records, "reversed": records[::-1], "halves": halves}.items():
-        staged = staged_from(blocks, layouts, tmp_path / name)
-        facts, items = readable(staged, tmp_path / name)
-        assert facts == [(f"u{row % 3}", f"i{file}", f"text {file} {row}") for file in range(2) for row in range(5)]
-        assert items == [(None, "i1", "one"), (None, "i0", "none")]
-        assert staged.rows_in == [12, 3]
-        assert staged.refused.to_pylist() == [
-            {"source": source, "file": file, "line": line, "reason": "not a JSON object"}
-            for source, file, line in [
-                ("interactions", "0.jsonl", 6),
-                ("interactions", "1.jsonl", 6),
-                ("items", "items.jsonl", 2),
-            ]
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+def test_rows_come_in_the_order_of_files_whatever_was_done_first(
+    name: str, layouts: list[Layout], tmp_path: Path
+) -> None:
+    ingested = ingested_by(ARRANGEMENTS[name], layouts, tmp_path)
+    interactions, items = readable(ingested, tmp_path)
+    assert interactions == [(f"u{row % 3}", f"i{file}", f"text {file} {row}") for file in range(2) for row in range(5)]
+    assert items == [(None, "i1", "one"), (None, "i0", "none")]
+    assert ingested.rows_in == [12, 3]
+    assert ingested.refused.to_pylist() == [
+        {"source": source, "file": file, "line": line, "reason": "not a JSON object"}
+        for source, file, line in [
+            ("interactions", "0.jsonl", 6),
+            ("interactions", "1.jsonl", 6),
+            ("items", "items.jsonl", 2),
         ]
+    ]
 
 
 def test_a_block_of_several_files_is_staged_file_by_file(layouts: list[Layout], tmp_path: Path) -> None:
-    staged = staged_from([pa.concat_tables(records_of(layouts))], layouts, tmp_path / "joined")
-    assert len(staged.fragments) == 3
-    assert readable(staged, tmp_path / "joined")[1] == [(None, "i1", "one"), (None, "i0", "none")]
+    assert len(ingested_by(ARRANGEMENTS["one block"], layouts, tmp_path).text_files) == 3
 
 
 def test_a_task_run_again_writes_the_same_staging_file_again(layouts: list[Layout], tmp_path: Path) -> None:
-    records = records_of(layouts)
-    once = staged_from(records, layouts, tmp_path / "staging")
-    twice = staged_from(records, layouts, tmp_path / "staging")
-    assert once.fragments == twice.fragments
-    assert len(list((tmp_path / "staging").iterdir())) == len(once.fragments)
+    once, twice = (ingested_by(ARRANGEMENTS["as read"], layouts, tmp_path / "staging") for _ in range(2))
+    assert once.text_files == twice.text_files
+    assert len(list((tmp_path / "staging").iterdir())) == len(once.text_files)
 
 
 def test_by_column_parts_a_table_by_value() -> None:

@@ -7,7 +7,7 @@ from support.parity import parity
 
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.documents import Documents
-from cllm4rec.data.memory_map import on_disk
+from cllm4rec.data.memory_map import memory_mapped
 from cllm4rec.errors import ResourceError
 from cllm4rec.metrics.protocol import Validation
 
@@ -21,7 +21,7 @@ def documents_of(num_bytes: int) -> Documents:
 def test_parts_come_back_as_one(at_once):
     documents = parity().documents
     cuts = range(0, len(documents), at_once)
-    kept = on_disk(documents.take(np.arange(begin, min(begin + at_once, len(documents)))) for begin in cuts)
+    kept = memory_mapped(documents.take(np.arange(begin, min(begin + at_once, len(documents)))) for begin in cuts)
     assert kept.to_arrow().equals(documents.to_arrow())
     assert kept.target.tolist() == documents.target.tolist()
     some = np.array([3, 0, len(documents) - 1])
@@ -31,7 +31,7 @@ def test_parts_come_back_as_one(at_once):
 def test_histories_on_disk_validate_alike():
     histories = parity().world.histories
     places = np.random.default_rng(0).permutation(len(histories.user))
-    kept, whole = Validation(on_disk(map(histories.take, np.array_split(places, 3)))), Validation(histories)
+    kept, whole = Validation(memory_mapped(map(histories.take, np.array_split(places, 3)))), Validation(histories)
     assert kept.users.tolist() == whole.users.tolist()
     assert (kept.read.tolist(), kept.relevant.tolist()) == (whole.read.tolist(), whole.relevant.tolist())
     few = kept.take(np.array([5, 2]))
@@ -47,7 +47,7 @@ def test_what_is_kept_is_not_the_process_s_own_memory(tmp_path, monkeypatch):
         return memory.rss - memory.shared
 
     before = own_bytes()
-    kept = on_disk(part for _ in range(50))
+    kept = memory_mapped(part for _ in range(50))
     assert int(kept.main.values.sum() + kept.user.sum()) == 50 * int(part.main.values.sum() + part.user.sum())
     assert kept.num_bytes > 150 << 20
     assert own_bytes() - before < 40 << 20
@@ -64,16 +64,16 @@ def test_a_full_disk_is_told_with_what_to_do(monkeypatch):
 
     monkeypatch.setattr("tempfile.TemporaryFile", Full)
     with pytest.raises(ResourceError, match=r"No space left on device\); set TMPDIR"):
-        on_disk([parity().documents])
+        memory_mapped([parity().documents])
 
 
 def test_without_a_part_there_is_nothing_to_keep():
     with pytest.raises(ValueError, match="no part"):
-        on_disk(iter(list[Documents]()))
+        memory_mapped(iter(list[Documents]()))
 
 
 def test_an_empty_part_is_one():
     nothing = parity().documents.take(np.empty(0, int))
-    kept = on_disk([nothing, nothing])
+    kept = memory_mapped([nothing, nothing])
     assert len(kept) == 0
     assert kept.main.tolist() == Ragged.from_lists([]).tolist() == []

@@ -1,13 +1,14 @@
-"""The prepare stage: its rules without Ray, then whole on worlds whose answer is known."""
+"""The prepare stage on data whose answer is known; in this process, and once on Ray with the same bytes."""
 
 import dataclasses
 import json
+import logging
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -17,133 +18,132 @@ from transformers import AutoTokenizer
 from cllm4rec.arrays.histories import SPLITS
 from cllm4rec.arrays.ids import Catalog, TokenSpace
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.config import Config, DataConfig, parse_config
-from cllm4rec.data import prepare as module
-from cllm4rec.data.document_files import LEAKS, Corpus, Facts, audit_bucket
+from cllm4rec.config import Config, parse_config
+from cllm4rec.data.document_files import LEAKS, Interactions, PrepareContext, audit_bucket
 from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind, Prompts
-from cllm4rec.data.formats import Layout
-from cllm4rec.data.ingest import Rows, Staged
 from cllm4rec.data.prepare import prepare, prepare_inputs
 from cllm4rec.data.prepared import bucket_of, bucket_paths, load_documents, load_histories, load_token_space
+from cllm4rec.data.ray_data import LocalExecutor
 from cllm4rec.data.split import TEST, TRAIN
 from cllm4rec.data.tokenizer import Encoder
 from cllm4rec.data.world import ParityWorld, parity_world
 from cllm4rec.errors import ConfigError, DataError
-from cllm4rec.storage.artifacts import Draft, Manifest, is_current, read_manifest, verify_files
+from cllm4rec.storage.artifacts import Manifest, is_current, read_manifest, verify_files
 from cllm4rec.storage.files import read_json, read_tables, write_table
 from cllm4rec.storage.tombstones import Tombstones
 
 PROMPTS = Prompts([1], [2], [3], [4], [5], [6], [7], [8])
 
 
-def corpus_at(directory: Path, num_users: int, num_items: int = 4, buckets: int = 1) -> Corpus:
-    space = TokenSpace(100, num_users, num_items)
-    return Corpus(str(directory), [], str(directory), "", PROMPTS, space, buckets, 16)
-
-
-def staged(rows: list[tuple[str, str, float, int]], refused: int = 0) -> Staged:
-    users, items = sorted({row[0] for row in rows}, reverse=True), sorted({row[1] for row in rows}, reverse=True)
-    columns = [
-        np.array([users.index(row[0]) for row in rows]),
-        np.array([items.index(row[1]) for row in rows]),
-        np.array([row[2] for row in rows]),
-        np.array([row[3] for row in rows]),
-        np.zeros(len(rows), np.int32),
-        np.arange(len(rows)),
-    ]
-    bad = pa.table(
-        {
-            "source": ["interactions"] * refused,
-            "file": ["a.jsonl"] * refused,
-            "line": range(refused),
-            "reason": ["not UTF-8" if line % 3 else "NUL character" for line in range(refused)],
-        }
-    )
-    ids = np.array(users, object), np.array(items, object)
-    return Staged([Rows(*columns)], *ids, ["fragment"], bad, [len(rows) + refused])
-
-
-def data_config(**settings: Any) -> DataConfig:
-    source = {"path": "a.jsonl", "columns": {"user": "user", "item": "item", "rating": "rating"}}
-    return DataConfig(**{"interactions": source, "core": 2} | settings)
+def context_at(directory: Path, num_users: int, num_items: int = 4, buckets: int = 1) -> PrepareContext:
+    token_space = TokenSpace(100, num_users, num_items)
+    return PrepareContext(str(directory), [], str(directory), "", PROMPTS, token_space, buckets, 16)
 
 
 SQUARE = [("anna", "x", 5.0, 3), ("anna", "y", 4.0, 1), ("ben", "x", 5.0, 2), ("ben", "y", 5.0, 2)]
 
 
-def test_what_is_kept_is_indexed_by_id_and_sorted_by_user_and_time() -> None:
+def small_config(
+    folder: Path, rows: list[tuple[str, str, float, int]], bad_lines: Sequence[str] = (), **data: Any
+) -> Config:
+    """The config of these interactions, written to `folder` with a text in each row that tells its place."""
+    names = ("user", "item", "rating", "timestamp")
+    lines = [
+        json.dumps(dict(zip(names, row, strict=True)) | {"text": f"row {place}"}) for place, row in enumerate(rows)
+    ]
+    (folder / "a.jsonl").write_text("\n".join([*lines, *bad_lines]) + "\n")
+    columns = {name: name for name in (*names, "text")}
+    source = {"interactions": {"path": str(folder / "a.jsonl"), "columns": columns}, "core": 2}
+    return parse_config(
+        {"output_dir": str(folder / "out"), "data": source | data, "model": {"backbone": {"vocab_size": 300}}}
+    )
+
+
+def test_what_is_kept_is_indexed_by_id_and_sorted_by_user_and_time(tmp_path: Path) -> None:
     rows = [*SQUARE, ("anna", "z", 3.0, 9), ("cleo", "x", 5.0, 9), ("anna", "x", 4.0, 4)]
-    counts: dict[str, Any] = {}
-    kept = module._keep(staged(rows), data_config(), counts)
-    assert (kept.user_ids.tolist(), kept.item_ids.tolist()) == (["anna", "ben"], ["x", "y"])
-    assert kept.facts.user.tolist() == [0, 0, 1, 1]
-    assert kept.facts.item.tolist() == [1, 0, 0, 1]
-    assert kept.facts.time.tolist() == [1, 4, 2, 2]
-    assert kept.place.tolist() == [1, 6, 2, 3], "texts come from the row that was kept"
+    config = small_config(tmp_path, rows)
+    counts = prepare(config, LocalExecutor()).counts
+    uri = config.run.prepared
+    catalog = Catalog.load(uri)
+    assert (catalog.user_ids.tolist(), catalog.item_ids.tolist()) == (["anna", "ben"], ["x", "y"])
+    written = read_tables(bucket_paths(uri, "interactions"))
+    assert written.select(["user", "item", "time"]).to_pydict() == {
+        "user": [0, 0, 1, 1],
+        "item": [1, 0, 0, 1],
+        "time": [1, 4, 2, 2],
+    }
+    reviews, encoder = load_documents(uri).of_kinds([Kind.REVIEW]), Encoder.load(f"{uri}/tokenizer")
+    spoken = dict(
+        zip(zip(reviews.user.tolist(), reviews.item.tolist(), strict=True), reviews.main.tolist(), strict=True)
+    )
+    kept = {(0, 0): "row 6", (0, 1): "row 1", (1, 0): "row 2", (1, 1): "row 3"}
+    assert spoken == {pair: encoder(text) for pair, text in kept.items()}, "texts come from the row that was kept"
     assert (counts["duplicates"], counts["below_threshold"], counts["outside_core"]) == (1, 1, 1)
     assert counts["users_without_test"] == 2
 
 
-def test_other_counts_than_expected_stop_the_stage_and_say_where_to_look() -> None:
+def test_other_counts_than_expected_stop_the_stage_and_say_where_to_look(tmp_path: Path) -> None:
     right = {"users": 2, "items": 2, "interactions": 4}
-    counts: dict[str, Any] = {}
-    module._keep(staged(SQUARE), data_config(expected=right), counts)
+    counts = prepare(small_config(tmp_path, SQUARE, expected=right), LocalExecutor()).counts
     assert {name: counts[name] for name in right} == right
     for name in right:
-        wrong = data_config(expected=right | {name: 1234})
+        wrong = small_config(tmp_path, SQUARE, expected=right | {name: 1234})
         with pytest.raises(
             DataError, match=rf"kept 2 users x 2 items x 4 .* names .*1,234 {name}.*; look at"
         ) as caught:
-            module._keep(staged(SQUARE), wrong, {})
+            prepare(wrong, LocalExecutor())
         for word in ("edition of the files", "data.min_rating 3.0", "data.core 2"):
             assert word in str(caught.value)
 
 
-def test_the_last_rating_of_a_pair_decides_whether_it_is_liked() -> None:
+def test_the_last_rating_of_a_pair_decides_whether_it_is_liked(tmp_path: Path) -> None:
     rows = [*SQUARE, ("ben", "y", 1.0, 9)]
     with pytest.raises(DataError, match="no interactions are left of 5: 1 were repeated pairs, 1 not rated above"):
-        module._keep(staged(rows), data_config(), {})
-    assert len(module._keep(staged(rows), data_config(min_rating=None), {}).facts.user) == 4
+        prepare(small_config(tmp_path, rows), LocalExecutor())
+    assert prepare(small_config(tmp_path, rows, min_rating=None), LocalExecutor()).counts["interactions"] == 4
 
 
 def test_every_row_of_an_erased_user_is_left_out_and_only_their_number_told(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    before, counts = staged([*SQUARE, ("cleo", "x", 5.0, 9), ("cleo", "y", 5.0, 9)]), dict[str, Any]()
-    items = before.rows[0].take(np.array([0])).take(np.array([0, 0]))
-    described = dataclasses.replace(items, user=np.array([-1, -1]))  # rows of items have no user
-    before = dataclasses.replace(before, rows=[*before.rows, described])
-    after = module._without_erased(before, Tombstones().with_users(["cleo", "nobody"]), counts)
-    assert [len(rows) for rows in after.rows] == [4, 2]
-    assert module._keep(after, data_config(), {}).user_ids.tolist() == ["anna", "ben"]
-    assert counts == {"erased": {"rows": 2}}
-    assert "cleo" not in capsys.readouterr().out
-    assert len(module._without_erased(before, Tombstones(), counts).rows[0]) == 6
+    config = small_config(tmp_path, [*SQUARE, ("cleo", "x", 5.0, 9), ("cleo", "y", 5.0, 9)])
+    Tombstones().with_users(["cleo", "nobody"]).save(config.output_dir)
+    with caplog.at_level(logging.INFO, "cllm4rec"):
+        counts = prepare(config, LocalExecutor()).counts
+    assert Catalog.load(config.run.prepared).user_ids.tolist() == ["anna", "ben"]
+    assert counts["erased"] == {"rows": 2}
+    assert "left out: 2 rows of erased users" in caplog.text
+    assert "cleo" not in caplog.text
 
 
 def test_too_many_refused_rows_stop_the_stage_and_name_the_commonest_reasons(tmp_path: Path) -> None:
-    layout = Layout("interactions", ("/data/a.jsonl",), "jsonl", data_config().interactions.columns)
-    draft = Draft(str(tmp_path))
+    bad = ['{"user": ', "[]", "nonsense", "7", '{"user": "\0"}', '{"item": "\0"}']
     with pytest.raises(DataError) as caught:
-        module._quarantine(staged(SQUARE, refused=6), [layout], data_config(), draft)
+        prepare(small_config(tmp_path, SQUARE, bad), LocalExecutor())
     assert "6 of 10 rows of data.interactions were refused" in str(caught.value)
-    assert "not UTF-8 (4 times, first in a.jsonl line 1), NUL character (2 times, first in a.jsonl line 0)" in str(
-        caught.value
+    assert (
+        "not a JSON object (4 times, first in a.jsonl line 5), NUL character (2 times, first in a.jsonl line 9)"
+        in str(caught.value)
     )
-    module._quarantine(staged(SQUARE, refused=6), [layout], data_config(max_bad_fraction=0.6), draft)
-    assert draft.counts["rows"]["interactions"] == {"in": 10, "good": 4, "quarantined": 6}
+    counts = prepare(small_config(tmp_path, SQUARE, bad, max_bad_fraction=0.6), LocalExecutor()).counts
+    assert counts["rows"]["interactions"] == {"in": 10, "good": 4, "quarantined": 6}
 
 
-@given(st.lists(st.integers(-1, 4), max_size=20))
-def test_of_repeated_texts_the_last_is_chosen(index: list[int]) -> None:
-    expected = {value: place for place, value in enumerate(index) if value >= 0}
-    assert module._last_of_each(np.array(index, np.int64)).tolist() == sorted(expected.values())
+def test_of_repeated_texts_the_last_is_kept(tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"item": item, "text": text}) for item, text in [("y", "old"), ("q", "?"), ("x", "x"), ("y", "new")]
+    ]
+    (tmp_path / "items.jsonl").write_text("\n".join(lines) + "\n")
+    items = {"path": str(tmp_path / "items.jsonl"), "columns": {"item": "item", "text": "text"}}
+    config = small_config(tmp_path, SQUARE, items=items)
+    assert prepare(config, LocalExecutor()).counts["unknown_items"] == 1
+    assert Catalog.load(config.run.prepared).item_texts == ["x", "new"]
 
 
 @given(st.integers(1, 500), st.integers(1, 40))
 def test_buckets_begin_where_the_bucket_of_a_user_changes(num_users: int, buckets: int) -> None:
-    corpus = dataclasses.replace(corpus_at(Path("."), num_users), buckets=buckets)
-    bounds = [corpus.first_user(bucket) for bucket in range(buckets + 1)]
+    context = context_at(Path("."), num_users, buckets=buckets)
+    bounds = [context.first_user(bucket) for bucket in range(buckets + 1)]
     assert (bounds[0], bounds[-1]) == (0, num_users)
     counts = np.bincount(bucket_of(np.arange(num_users), num_users, buckets), minlength=buckets)
     assert np.diff(bounds).tolist() == counts.tolist()
@@ -151,21 +151,23 @@ def test_buckets_begin_where_the_bucket_of_a_user_changes(num_users: int, bucket
 
 @pytest.mark.parametrize("leak", [None, *LEAKS])
 def test_the_audit_sees_every_kind_of_leak_in_the_written_files(tmp_path: Path, leak: str | None) -> None:
-    corpus = corpus_at(tmp_path, num_users=2)
-    facts = Facts(np.array([0, 0, 1]), np.array([0, 1, 2]), np.array([TRAIN, TEST, TRAIN]), np.array([1, 2, 3]))
+    context = context_at(tmp_path, num_users=2)
+    interactions = Interactions(
+        np.array([0, 0, 1]), np.array([0, 1, 2]), np.array([TRAIN, TEST, TRAIN]), np.array([1, 2, 3])
+    )
     if leak == "pairs_in_two_splits":
-        facts = dataclasses.replace(facts, item=np.array([0, 0, 2]))
+        interactions = dataclasses.replace(interactions, item=np.array([0, 0, 2]))
     read = [[0, 1], [2]] if leak == "held_out_items" else [[0], [2]]
     reviewed = np.array([1 if leak == "held_out_texts" else 0])
     documents = Documents.concat(
         [
-            PROMPTS.interactions(corpus.space, np.arange(2), Ragged.from_lists(read)),
-            PROMPTS.reviews(corpus.space, np.array([0]), reviewed, Ragged.from_lists([[9, 9]])),
+            PROMPTS.interactions(context.token_space, np.arange(2), Ragged.from_lists(read)),
+            PROMPTS.reviews(context.token_space, np.array([0]), reviewed, Ragged.from_lists([[9, 9]])),
         ]
     )
-    write_table(facts.to_arrow(), corpus.path("interactions", 0))
-    write_table(documents.to_arrow(), corpus.path("documents", 0))
-    counts = audit_bucket(corpus, 0)
+    write_table(interactions.to_arrow(), context.path("interactions", 0))
+    write_table(documents.to_arrow(), context.path("documents", 0))
+    counts = audit_bucket(context, 0)
     assert (counts["documents.review"], counts["tokens.review"]) == (1, 2)
     if leak is None:
         assert not any(counts[name] for name in LEAKS)
@@ -264,12 +266,11 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> tuple[Config, Manifest]:
+def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Manifest]:
     config = config_of(tmp_path_factory.mktemp("out"), raw)
-    return config, prepare(config)
+    return config, prepare(config, LocalExecutor())
 
 
-@pytest.mark.ray
 def test_the_parity_world_comes_out_as_it_is(prepared: tuple[Config, Manifest]) -> None:
     config, manifest = prepared
     world, uri = parity_world(), config.run.prepared
@@ -288,7 +289,6 @@ def test_the_parity_world_comes_out_as_it_is(prepared: tuple[Config, Manifest]) 
     assert ids == world.catalog.user_ids.tolist()
 
 
-@pytest.mark.ray
 def test_documents_hold_exactly_the_texts_that_may_be_seen(prepared: tuple[Config, Manifest]) -> None:
     config, _ = prepared
     world, uri = parity_world(), config.run.prepared
@@ -316,7 +316,6 @@ def test_documents_hold_exactly_the_texts_that_may_be_seen(prepared: tuple[Confi
     assert words.prompt.tolist()[0][0] == space.user_token(words.user[0])
 
 
-@pytest.mark.ray
 def test_no_word_of_a_text_that_may_not_be_seen_is_left_anywhere(prepared: tuple[Config, Manifest]) -> None:
     uri = prepared[0].run.prepared
     for path in Path(uri).rglob("*"):
@@ -328,11 +327,10 @@ def test_no_word_of_a_text_that_may_not_be_seen_is_left_anywhere(prepared: tuple
         assert syllable not in str(json.loads(Path(uri, "tokenizer", "tokenizer.json").read_text())["model"]["merges"])
 
 
-@pytest.mark.ray
-def test_a_user_who_was_erased_is_not_prepared_again(raw: Path, tmp_path: Path, ray_local: None) -> None:
+def test_a_user_who_was_erased_is_not_prepared_again(raw: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path, raw)
     Tombstones().with_users(["user-07"]).save(config.output_dir)
-    manifest = prepare(config)
+    manifest = prepare(config, LocalExecutor())
     uri = config.run.prepared
     assert (manifest.counts["erased"], manifest.counts["users"]) == ({"rows": 11}, 39)
     assert "user-07" not in Catalog.load(uri).user_ids
@@ -341,7 +339,6 @@ def test_a_user_who_was_erased_is_not_prepared_again(raw: Path, tmp_path: Path, 
     assert is_current(uri, "prepared", prepare_inputs(config))
 
 
-@pytest.mark.ray
 def test_every_row_is_accounted_for(prepared: tuple[Config, Manifest]) -> None:
     config, manifest = prepared
     uri, counts = config.run.prepared, manifest.counts
@@ -358,7 +355,6 @@ def test_every_row_is_accounted_for(prepared: tuple[Config, Manifest]) -> None:
     assert read_json(f"{uri}/audit.json") == dict.fromkeys(LEAKS, 0) | {"texts_that_spell_an_id": 1}
 
 
-@pytest.mark.ray
 def test_the_directory_is_whole_current_and_holds_no_staging(prepared: tuple[Config, Manifest]) -> None:
     config, manifest = prepared
     uri = config.run.prepared
@@ -368,7 +364,6 @@ def test_the_directory_is_whole_current_and_holds_no_staging(prepared: tuple[Con
     assert [path.name for path in Path(uri).parent.iterdir()] == ["prepared"]
 
 
-@pytest.mark.ray
 def test_the_result_does_not_depend_on_the_order_of_rows_and_files(
     raw: Path, prepared: tuple[Config, Manifest], tmp_path: Path
 ) -> None:
@@ -378,20 +373,30 @@ def test_the_result_does_not_depend_on_the_order_of_rows_and_files(
         (tmp_path / f"interactions-{number}.jsonl").write_text("\n".join(lines[number::3]) + "\n")
     for name in ("items.jsonl", "users.jsonl"):
         (tmp_path / name).write_text((raw / name).read_text())
-    again = prepare(config_of(tmp_path / "out", tmp_path)).files
+    again = prepare(config_of(tmp_path / "out", tmp_path), LocalExecutor()).files
     files = prepared[1].files
     assert again.keys() == files.keys()
     assert [name for name in files if files[name] != again[name]] == ["quarantine/refused.parquet"]
 
 
 @pytest.mark.ray
-def test_the_same_input_gives_the_same_bytes(prepared: tuple[Config, Manifest], tmp_path: Path) -> None:
+def test_ray_and_this_process_write_the_same_bytes(
+    prepared: tuple[Config, Manifest], tmp_path: Path, ray_local: None
+) -> None:
     config, manifest = prepared
     again = prepare(config.model_copy(update={"output_dir": str(tmp_path)}))
-    assert (again.digest, again.files) == (manifest.digest, manifest.files)
+    assert (again.digest, again.files, again.counts) == (manifest.digest, manifest.files, manifest.counts)
 
 
 @pytest.mark.ray
+def test_an_error_in_a_task_of_ray_is_raised_as_it_is(raw: Path, tmp_path: Path, ray_local: None) -> None:
+    (tmp_path / "a.csv").write_text("user,item\n1,2\n")
+    (tmp_path / "b.csv").write_text("user,thing\n1,2\n")
+    headers = {"path": f"{tmp_path}/*.csv", "format": "csv", "columns": {"user": "user", "item": "item"}}
+    with pytest.raises(DataError, match=r"^b.csv has the columns user, thing, but [^\n]*$"):
+        prepare(config_of(tmp_path / "out", raw, interactions=headers, min_rating=None))
+
+
 def test_bad_input_stops_with_one_sentence_and_leaves_what_was_there(
     raw: Path, prepared: tuple[Config, Manifest], tmp_path: Path
 ) -> None:
@@ -417,29 +422,28 @@ def test_bad_input_stops_with_one_sentence_and_leaves_what_was_there(
         ({"interactions": headers, "min_rating": None}, "b.csv has the columns user, thing"),
     ]:
         with pytest.raises((DataError, ConfigError), match=sentence) as caught:
-            prepare(config_of(output, raw, **data))
+            prepare(config_of(output, raw, **data), LocalExecutor())
         assert "\n" not in str(caught.value)
         assert CANARY not in str(caught.value)
     assert read_manifest(config.run.prepared, "prepared") == manifest
     assert [path.name for path in output.iterdir()] == ["prepared"]
 
 
-@pytest.mark.ray
-def test_texts_are_not_needed(raw: Path, tmp_path: Path, ray_local: None) -> None:
+def test_texts_are_not_needed(raw: Path, tmp_path: Path) -> None:
     columns = {"user": "user", "item": "item"}
     source = {"path": f"{raw}/interactions.jsonl", "columns": columns}
     config = config_of(tmp_path, raw, interactions=source, min_rating=None, items=None, users=None)
-    manifest = prepare(config)
+    manifest = prepare(config, LocalExecutor())
     assert manifest.counts["documents"] == {"interactions": 40}
     assert load_histories(config.run.prepared).train.lengths.min() >= 8
 
 
-@pytest.mark.ray
-def test_musical_instruments_have_the_papers_way_of_counting(shared_dir: Path, tmp_path: Path, ray_local: None) -> None:
+def test_musical_instruments_have_the_papers_way_of_counting(shared_dir: Path, tmp_path: Path) -> None:
     path = shared_dir / "data" / "amazon_musical_instruments" / "*.json.gz"
     data = {"interactions": {"path": str(path), "format": "amazon2014"}}
     manifest = prepare(
-        parse_config({"output_dir": str(tmp_path), "data": data, "model": {"backbone": {"vocab_size": 1024}}})
+        parse_config({"output_dir": str(tmp_path), "data": data, "model": {"backbone": {"vocab_size": 1024}}}),
+        LocalExecutor(),
     )
     counts = manifest.counts
     assert (counts["users"], counts["items"], counts["interactions"]) == (526, 347, 3615)

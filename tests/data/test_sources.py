@@ -337,7 +337,7 @@ def test_a_delta_table_is_its_newest_rows_wherever_it_lies(tmp_path):
 
 def test_a_delta_table_that_cannot_be_read_as_files_is_refused(tmp_path):
     source = Source(path=str(tmp_path / "nothing"), format="delta", columns=Columns(user="reader", item="book"))
-    with pytest.raises(DataError, match="is no Delta table that can be read"):
+    with pytest.raises(DataError, match="cannot be read as a Delta table"):
         inspect(source, "interactions", None)
     uri = str(tmp_path / "parted")
     write_deltalake(uri, pa.table({"reader": ["u"], "book": ["i"], "day": ["mon"]}), partition_by=["day"])

@@ -94,7 +94,7 @@ def test_a_backbone_that_is_not_there_is_one_sentence_and_no_long_wait(
 ) -> None:
     monkeypatch.setattr(module, "_hub_answers", lambda name, revision: False)
     for name in (str(tmp_path / "missing"), str(tmp_path), "nobody/has-this-model"):
-        with pytest.raises(ConfigError, match="is neither a folder with a tokenizer"):
+        with pytest.raises(ConfigError, match="was found neither as a folder with a tokenizer"):
             save_tokenizer(ModelConfig(backbone=name), iter(()), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
@@ -105,5 +105,5 @@ def test_a_missing_tokenizer_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_without_words_for_the_prompts_is_refused() -> None:
-    with pytest.raises(ConfigError, match="has no tokens for the prompt's words"):
+    with pytest.raises(ConfigError, match="has no tokens for the words of the prompts"):
         tokenize_prompts(lambda text: [])  # type: ignore[arg-type]

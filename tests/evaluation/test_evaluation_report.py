@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from cllm4rec.config import Config, parse_config
 from cllm4rec.errors import ArtifactError, DataError
 from cllm4rec.evaluation import stage
 from cllm4rec.evaluation.report import markdown, render, table, verdict
+from cllm4rec.evaluation.results import EvaluationReport, PairedComparison
 from cllm4rec.metrics.ranking import rank_scores
 from cllm4rec.storage.artifacts import is_current, write_directory
 from cllm4rec.storage.files import write_table
@@ -91,7 +91,13 @@ def test_the_scorer_gets_the_credit_for_what_it_knows(evaluation: stage.Evaluati
     users = evaluation.held_out.users
     np.testing.assert_array_equal(evaluation.per_user["cllm4rec"]["recall@20"][users % 2 == 1], 1.0)
     np.testing.assert_array_equal(evaluation.per_user["cllm4rec"]["ndcg@100"][users % 2 == 1], 1.0)
-    assert evaluation.per_user["cllm4rec"]["recall@20"][users % 2 == 0].mean() < 0.5
+    # Of all other users every item has the same score, so the list is that of the lowest indices.
+    masked = evaluation.held_out.masked
+    lists = [np.setdiff1d(np.arange(NUM_ITEMS), masked[row])[:20] for row in np.flatnonzero(users % 2 == 0)]
+    by_index = [
+        float(HISTORIES.test[user][0] in items) for user, items in zip(users[users % 2 == 0], lists, strict=True)
+    ]
+    np.testing.assert_array_equal(evaluation.per_user["cllm4rec"]["recall@20"][users % 2 == 0], by_index)
     assert set(evaluation.per_user) == {"cllm4rec", "popularity", "ease"}
 
 
@@ -110,73 +116,81 @@ def test_the_scorer_reads_what_the_policy_says(read: str) -> None:
 
 
 def test_the_protocol_counts_who_was_dropped(evaluation: stage.Evaluation) -> None:
-    protocol = evaluation.metrics["protocol"]
-    assert (protocol["users_evaluated"], protocol["users_dropped"]) == (NUM_USERS - 1, 1)
-    assert protocol["mask"] == "train+validation"
-    assert protocol["baselines"]["ease"]["regularization"] in map(float, protocol["baselines"]["ease"]["grid"])
+    protocol = evaluation.report.protocol
+    assert (protocol.users_evaluated, protocol.users_dropped) == (NUM_USERS - 1, 1)
+    assert protocol.mask == "train+validation"
+    assert protocol.baselines["ease"]["regularization"] in map(float, protocol.baselines["ease"]["grid"])
 
 
 def test_the_difference_is_paired_with_the_best_baseline(evaluation: stage.Evaluation) -> None:
-    results, comparison = evaluation.metrics["results"], evaluation.metrics["comparison"]
+    results, comparison = evaluation.report.results, evaluation.report.comparison
     best = max(("popularity", "ease"), key=lambda method: results[method]["recall@20"]["mean"])
-    difference = comparison["difference"]["cllm4rec"]
-    assert comparison["baseline"] == best
+    difference = comparison.difference["cllm4rec"]
+    assert comparison.baseline == best
     assert difference["mean"] == pytest.approx(
         results["cllm4rec"]["recall@20"]["mean"] - results[best]["recall@20"]["mean"]
     )
     assert difference["low"] < difference["mean"] < difference["high"]
-    assert best not in comparison["difference"]
+    assert best not in comparison.difference
 
 
 @pytest.mark.parametrize(
     ("low", "high", "words"),
-    [(0.01, 0.03, "does not hold 0"), (-0.01, 0.03, "do not tell the two apart"), (-0.03, -0.01, "does not hold 0")],
+    [
+        (0.01, 0.03, "does not contain 0"),
+        (-0.01, 0.03, "do not separate the two"),
+        (-0.03, -0.01, "does not contain 0"),
+    ],
 )
 def test_the_verdict_claims_no_more_than_the_interval(low: float, high: float, words: str) -> None:
     difference = {"cllm4rec": {"mean": (low + high) / 2, "low": low, "high": high}}
-    sentence = verdict({"metric": "recall@20", "baseline": "ease", "difference": difference})
+    sentence = verdict(PairedComparison("recall@20", "ease", difference))
     assert words in sentence
     assert ("above EASE" in sentence) == (low + high > 0)
 
 
 def test_the_table_has_a_row_for_each_method_in_order(evaluation: stage.Evaluation) -> None:
-    lines = table(json.loads(json.dumps(evaluation.metrics, sort_keys=True))).splitlines()
+    stored = json.loads(json.dumps(evaluation.report.to_json(), sort_keys=True))
+    lines = table(EvaluationReport.from_json(stored)).splitlines()
     assert lines[0].split() == ["recall@20", "recall@40", "ndcg@100"]
+    assert set(lines[1]) == {"─"}
     assert [line.split()[0] for line in lines[2:5]] == ["CLLM4Rec", "Popularity", "EASE"]
-    value = evaluation.metrics["results"]["ease"]["ndcg@100"]
+    value = evaluation.report.results["ease"]["ndcg@100"]
     assert f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]" in lines[4]
 
 
 def test_the_report_shows_every_plot_it_links_to(evaluation: stage.Evaluation) -> None:
-    files = render(evaluation.metrics)
+    files = render(evaluation.report)
     linked = {part.split(")")[0] for part in files["report.md"].decode().split("](")[1:]}
     assert linked == set(files) - {"report.md"} == {"results.png", "history_length.png", "item_popularity.png"}
     assert all(files[name].startswith(b"\x89PNG") for name in linked)
 
 
 def test_the_best_mean_of_each_column_is_bold(evaluation: stage.Evaluation) -> None:
-    results = evaluation.metrics["results"]
+    results = evaluation.report.results
     best = max(values["ndcg@100"]["mean"] for values in results.values())
-    assert markdown(evaluation.metrics).count("**") == 2 * 3
-    assert f"**{best:.4f}**" in markdown(evaluation.metrics)
+    assert markdown(evaluation.report).count("**") == 2 * 3
+    assert f"**{best:.4f}**" in markdown(evaluation.report)
 
 
 def test_a_report_takes_methods_it_has_no_name_for(evaluation: stage.Evaluation) -> None:
-    metrics = copy.deepcopy(evaluation.metrics)
+    metrics = evaluation.report.to_json()
     parts = [metrics["results"], *(group["results"] for groups in metrics["strata"].values() for group in groups)]
     for part in parts:
         part["another"] = part["ease"]
     metrics["comparison"]["difference"]["another"] = metrics["comparison"]["difference"]["cllm4rec"]
-    assert "\n| another |" in render(metrics)["report.md"].decode()
-    assert "another" in table(metrics)
+    report = EvaluationReport.from_json(metrics)
+    assert "\n| another |" in render(report)["report.md"].decode()
+    assert "another" in table(report)
 
 
 def test_published_figures_stand_beside_those_measured_here() -> None:
     figures = {"cllm4rec_t5": {"recall@20": 0.25}, "ease": {"ndcg@100": 0.125, "recall@20": 0.5}}
     published = {"source": "a paper", "note": "Other data.", "results": figures}
-    metrics = stage.evaluate_methods(HISTORIES, CATALOG, Oracle(), config_for(published=published)).metrics
-    here = metrics["results"]["ease"]
-    report = render(metrics)["report.md"].decode()
+    measured = stage.evaluate_methods(HISTORIES, CATALOG, Oracle(), config_for(published=published)).report
+    assert measured.to_json()["published"]["source"] == "a paper"
+    here = measured.results["ease"]
+    report = render(measured)["report.md"].decode()
     assert "Published: a paper. Each cell: published / here. Other data." in report
     assert "| published / here | recall@20 | ndcg@100 |" in report
     assert f"| EASE | 0.5000 / {here['recall@20']['mean']:.4f} | 0.1250 / {here['ndcg@100']['mean']:.4f} |" in report
@@ -184,17 +198,17 @@ def test_published_figures_stand_beside_those_measured_here() -> None:
 
 
 def test_no_table_of_published_figures_where_none_are_named(evaluation: stage.Evaluation) -> None:
-    assert "published" not in evaluation.metrics
-    assert "ublished" not in markdown(evaluation.metrics)
+    assert "published" not in evaluation.report.to_json()
+    assert "ublished" not in markdown(evaluation.report)
 
 
 def test_ease_is_skipped_out_loud_where_the_catalog_is_too_large(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(stage, "MAX_ITEMS", 100)
-    metrics = stage.evaluate_methods(HISTORIES, CATALOG, Oracle(), config_for()).metrics
-    assert set(metrics["results"]) == {"cllm4rec", "popularity"}
-    for text in (caplog.text, table(metrics), markdown(metrics)):
+    report = stage.evaluate_methods(HISTORIES, CATALOG, Oracle(), config_for()).report
+    assert set(report.results) == {"cllm4rec", "popularity"}
+    for text in (caplog.text, table(report), markdown(report)):
         assert "EASE is skipped: its dense 130 × 130 matrices" in text
 
 
@@ -213,7 +227,11 @@ def test_the_stage_writes_what_its_contract_names(run_dir: Path, evaluation: sta
     manifest = stage.evaluate(config_for(str(run_dir)))
     folder = run_dir / "evaluation"
     assert {"metrics.json", "per_user.parquet", "top100.parquet", "report.md", "results.png"} <= set(manifest.files)
-    assert json.loads((folder / "metrics.json").read_text())["results"] == evaluation.metrics["results"]
+    content = json.loads((folder / "metrics.json").read_text())
+    assert content.keys() == {"protocol", "results", "comparison", "strata"}
+    assert content["results"] == evaluation.report.results
+    assert content["strata"]["history length"][0].keys() == {"label", "users", "metric", "results"}
+    assert EvaluationReport.load(str(folder)).comparison == evaluation.report.comparison
     per_user = pq.read_table(folder / "per_user.parquet").to_pandas()
     assert list(per_user.columns) == [
         "user_id",
@@ -225,7 +243,7 @@ def test_the_stage_writes_what_its_contract_names(run_dir: Path, evaluation: sta
         "ndcg@100",
     ]
     means = per_user.groupby("method")["recall@20"].mean()
-    assert means["ease"] == pytest.approx(evaluation.metrics["results"]["ease"]["recall@20"]["mean"])
+    assert means["ease"] == pytest.approx(evaluation.report.results["ease"]["recall@20"]["mean"])
     row = per_user[(per_user.user_id == "reader-07") & (per_user.method == "cllm4rec")].iloc[0]
     assert (row.num_train, row.num_test, row["recall@20"]) == (len(HISTORIES.train[7]), 1, 1.0)
     top = {row["user_id"]: row["item_ids"] for row in pq.read_table(folder / "top100.parquet").to_pylist()}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from support.shared import SHARED
 from support.trainings import cold_world, noisy_world, parity_training, recall, training_of
 
 from cllm4rec.arrays.histories import Histories
@@ -24,7 +23,6 @@ from cllm4rec.experiments.baselines.item_knn import ItemKNN
 from cllm4rec.experiments.baselines.text import tf_idf
 from cllm4rec.metrics.protocol import Validation, means, rank_with
 
-SHARED = Path(os.environ.get("CLLM4REC_SHARED", Path(__file__).parents[2] / "../shared"))
 REVIEWS = SHARED / "data/amazon_musical_instruments/reviews_Musical_Instruments_5.json.gz"
 
 

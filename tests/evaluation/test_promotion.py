@@ -171,15 +171,15 @@ def test_a_model_that_is_not_better_than_popularity_is_refused_where_that_is_ask
 
 
 def test_the_first_model_passes_by_popularity_alone_and_its_copy_is_current(config: Config) -> None:
-    told = trained_and_promoted(config, 0.5)
-    assert (told["promoted"], told["from"], told["difference"]) == (True, None, None)
-    assert current_model(config.output_dir) == f"{config.output_dir}/models/{told['to']}"
+    result = trained_and_promoted(config, 0.5)
+    assert (result["promoted"], result["from"], result["difference"]) == (True, None, None)
+    assert current_model(config.output_dir) == f"{config.output_dir}/models/{result['to']}"
     assert read_manifest(current_model(config.output_dir), "model") == read_manifest(config.run.model, "model")
-    assert files.read_json(told["report"])["to"] == told["to"]
+    assert files.read_json(result["report"])["to"] == result["to"]
 
 
 def test_a_first_model_below_popularity_is_refused(config: Config) -> None:
-    with pytest.raises(PromotionError, match="against popularity"):
+    with pytest.raises(PromotionError, match="differs from popularity"):
         trained_and_promoted(config, 0.0)
     assert current_model(config.output_dir) == config.run.model
     open_gate = config_for(config.output_dir, above_popularity=False)
@@ -201,10 +201,10 @@ def test_a_worse_model_is_refused_with_its_numbers_and_nothing_changes(config: C
     pointer = read_pointer(config.output_dir)
     with pytest.raises(PromotionError, match="may not reach below") as caught:
         trained_and_promoted(config, 0.5)
-    told = caught.value.details
-    assert (told["promoted"], told["to"], caught.value.exit_status) == (False, None, 3)
-    assert told["difference"]["high"] < 0
-    assert files.read_json(str(told["report"]))["difference"] == told["difference"]
+    result = caught.value.details
+    assert (result["promoted"], result["to"], caught.value.exit_status) == (False, None, 3)
+    assert result["difference"]["high"] < 0
+    assert files.read_json(str(result["report"]))["difference"] == result["difference"]
     assert read_pointer(config.output_dir) == pointer
     assert len(promoted_directories(config.output_dir)) == 1
 
@@ -299,9 +299,9 @@ def test_a_current_model_of_other_data_is_compared_and_its_advantage_said(
     )
     write_prepared(tmp_path, histories=rolled)
     with caplog.at_level(logging.WARNING):
-        told = trained_and_promoted(config, 0.9)
-    assert "which favors it" in told["warnings"][0]
-    assert "which favors it" in caplog.text
+        result = trained_and_promoted(config, 0.9)
+    assert "this favors it" in result["warnings"][0]
+    assert "this favors it" in caplog.text
 
 
 def test_no_user_or_item_is_named_in_reports_and_logs(config: Config, caplog: pytest.LogCaptureFixture) -> None:
@@ -360,22 +360,22 @@ def test_the_job_tells_in_its_last_line_and_by_its_exit_status(
     first = trained_and_promoted(config, 0.5)["to"]
     train(config, 0.8)
     evaluate(config)
-    status, told, _ = call()
-    assert (status, told["promoted"], told["from"]) == (0, True, first)
-    assert set(told["difference"]) == {"mean", "low", "high"}
-    status, told, said = call()
-    assert (status, told["promoted"], "nothing to do" in said) == (0, False, True)
+    status, result, _ = call()
+    assert (status, result["promoted"], result["from"]) == (0, True, first)
+    assert set(result["difference"]) == {"mean", "low", "high"}
+    status, result, said = call()
+    assert (status, result["promoted"], "nothing to do" in said) == (0, False, True)
     train(config, 0.2)
     evaluate(config)
-    status, told, said = call()
-    assert (status, told["ok"], told["promoted"], told["to"]) == (3, False, False, None)
-    assert "error: the model is not promoted: by recall@20, against the current model" in said
-    status, told, said = call("--rollback")
-    assert (status, told["rolled_back"], told["to"]) == (0, True, first)
+    status, result, said = call()
+    assert (status, result["ok"], result["promoted"], result["to"]) == (3, False, False, None)
+    assert "error: the model is not promoted: by recall@20, it differs from the current model" in said
+    status, result, said = call("--rollback")
+    assert (status, result["rolled_back"], result["to"]) == (0, True, first)
     assert current_model(config.output_dir).endswith(first)
-    status, told, _ = call("--rollback")
-    assert (status, told["ok"]) == (1, False)
-    assert "no earlier model" in told["error"]
+    status, result, _ = call("--rollback")
+    assert (status, result["ok"]) == (1, False)
+    assert "no previous model" in result["error"]
 
 
 def test_a_bit_flipped_during_the_copy_leaves_the_old_model(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.parity import MAX_TOKENS, all_kinds, parity
 
-from cllm4rec.arrays.ragged import no_values
+from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.commands import benchmark
 from cllm4rec.config import BackboneSize, load_config
 from cllm4rec.data.documents import Documents, Kind
@@ -75,7 +75,7 @@ def test_the_reference_ranks_as_the_scorer():
     # The Scorer reads histories in order of items.
     order = np.lexsort((read.values, read.rows))
     sorted_read = type(read)(read.values[order], read.offsets)
-    prompts = WORLD.prompts.recommendation(WORLD.token_space, HISTORIES.user, sorted_read, no_values(len(read)))
+    prompts = WORLD.prompts.recommendation(WORLD.token_space, HISTORIES.user, sorted_read, Ragged.empty(len(read)))
     items, _ = Scorer(Ranker(tested, WORLD.prompts, MAX_TOKENS), WORLD.world.catalog, "").top_k(HISTORIES.user, read, 5)
     assert Reference(tested).top_k(prompts, read, 5).tolist() == items.tolist()
 

@@ -28,7 +28,7 @@ from cllm4rec.experiments.comparison.trial import Data, MethodRun, fit, fit_vari
 from cllm4rec.metrics.protocol import HeldOut
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.training.epochs import EpochBuilder
-from cllm4rec.training.local_trainer import alone
+from cllm4rec.training.local_trainer import single_process
 from cllm4rec.training.phases import CONTENT
 
 
@@ -105,7 +105,7 @@ def test_rows_find_the_hidden_item_of_the_parity_world(split, data, name):
 def test_t5_is_trained_as_one_more_architecture(split, data):
     run_backbone(config_of("cllm4rec_t5", split, {}))
     model, _ = model_of("cllm4rec_t5", split, data)
-    assert model.backbone.pairs
+    assert model.backbone.is_encoder_decoder
 
 
 def test_every_named_row_is_known_and_tuned_by_a_grid_that_fits_the_config(split):
@@ -180,6 +180,6 @@ def test_rows_share_a_language_model_only_where_it_is_the_same(split):
 
 def test_rows_are_trained_by_plain_torch_whatever_the_engine(split):
     training = split.training.model_copy(update={"engine": "deepspeed", "zero_stage": 3})
-    settings = alone(split.model_copy(update={"training": training}))
+    settings = single_process(split.model_copy(update={"training": training}))
     assert (settings.training.engine, settings.training.zero_stage) == ("torch", 0)
     assert settings.training.micro_batch_tokens == split.training.micro_batch_tokens

@@ -46,7 +46,7 @@ def test_values_begin_from_the_language_model_they_describe(comparison):
 @pytest.mark.parametrize(
     ("settings", "values", "sentence"),
     [
-        (["finetune.lambda"], [0, 1], "finetune.lambda is "),
+        (["finetune.lambda"], [0, 1], "finetune.lambda is not a setting"),
         (["finetune.lambda.c"], [0, 1], "sets finetune.lambda.c, which is not a setting"),
         (["model.backbone.width"], [32, 30], "width 30 does not divide by 4 heads"),
         (["data.core"], [3, 5], "a sweep may change settings of model"),

@@ -8,14 +8,12 @@ import pytest
 from cllm4rec.metrics.intervals import (
     against_best_other,
     compared_with,
-    coverage,
     holm,
     interval,
     mean_over_splits,
-    popularity_lift,
     randomization_test,
+    summarize,
 )
-from cllm4rec.metrics.protocol import bootstrap_interval
 
 NAN = np.nan
 
@@ -79,12 +77,55 @@ def test_holm_is_as_computed_by_hand():
     assert holm({"a": 0.6, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
-def test_the_interval_of_one_split_is_that_of_the_protocol():
-    value_B = np.random.default_rng(4).random(300)
-    low, high = bootstrap_interval(value_B, 1000, seed=0)
-    assert interval(value_B[:, None], 1000, seed=0) == pytest.approx(
-        {"mean": value_B.mean(), "low": low, "high": high}, abs=0.003
-    )
+def slow_ends(value_I, samples, seed, most_values=1 << 22):
+    """Redraw the users of one split again and again; where draws are cut into chunks decides which users are drawn."""
+    generator, num_users = np.random.default_rng(seed), len(value_I)
+    size = max(1, most_values // num_users)
+    sizes = [min(size, samples - begin) for begin in range(0, samples, size)]
+    drawn = [row for rows in sizes for row in generator.integers(0, num_users, (rows, num_users))]
+    return np.quantile([value_I[row].mean() for row in drawn], [0.025, 0.975]).tolist()
+
+
+@pytest.mark.parametrize(("num_users", "samples"), [(1, 20), (101, 250), (30_000, 300)])
+def test_the_interval_of_one_split_has_the_bits_of_a_slow_reference(num_users, samples):
+    """`metrics.json` of runs from before is compared with that of runs from now."""
+    value_I = np.random.default_rng(0).exponential(size=num_users)
+    found = interval(value_I, samples, seed=3)
+    assert [found["mean"], found["low"], found["high"]] == [value_I.mean(), *slow_ends(value_I, samples, seed=3)]
+    assert interval(value_I[:, None], samples, seed=3) == found, "a single split may have an axis of its own"
+    assert samples == 20 or interval(value_I, samples, seed=4) != found
+
+
+def slow_means(value_IS, samples, seed):
+    """One draw after another: all splits of a user together, each split by its own users."""
+    drawn_RI = np.random.default_rng(seed).integers(0, len(value_IS), (samples, len(value_IS)))
+    means = []
+    for row in drawn_RI:
+        columns = [column[~np.isnan(column)] for column in value_IS[row].T]
+        means += [np.mean([column.mean() for column in columns if len(column)])] if any(map(len, columns)) else []
+    return means
+
+
+def test_the_interval_of_several_splits_agrees_with_a_slow_reference():
+    random = np.random.default_rng(4)
+    value_IS = np.where(random.random((12, 3)) < 0.4, NAN, random.random((12, 3)))
+    value_IS[:, 2] = NAN
+    value_IS[0, 2] = 0.5  # some draws leave the third split without users
+    found = interval(value_IS, 400, seed=0)
+    ends = np.quantile(slow_means(value_IS, 400, seed=0), [0.025, 0.975])
+    assert (found["low"], found["high"]) == pytest.approx(tuple(ends))
+
+
+def test_the_interval_is_that_of_the_normal_theory_for_many_users():
+    value_I = np.random.default_rng(0).exponential(size=4000)
+    found, half = interval(value_I, 2000, seed=1), 1.96 * value_I.std() / np.sqrt(4000)
+    assert found["low"] == pytest.approx(value_I.mean() - half, abs=0.1 * half)
+    assert found["high"] == pytest.approx(value_I.mean() + half, abs=0.1 * half)
+
+
+def test_a_summary_holds_the_mean_inside_its_interval():
+    summary = summarize({"recall@20": np.array([0.0, 0.0, 1.0, 0.5] * 20)}, 200, seed=0)["recall@20"]
+    assert summary["low"] < summary["mean"] == 0.375 < summary["high"]
 
 
 def test_splits_count_alike_however_many_users_they_have():
@@ -93,9 +134,10 @@ def test_splits_count_alike_however_many_users_they_have():
     assert interval(value_IS, 200, 0)["mean"] == 0.5
 
 
-def test_a_split_without_users_has_no_interval():
-    with pytest.raises(ValueError, match="no user"):
-        interval(np.full((3, 1), NAN), 10, 0)
+@pytest.mark.parametrize("values", [np.empty(0), np.empty((3, 0)), np.full((3, 1), NAN), np.array([[1.0, NAN]] * 3)])
+def test_a_split_without_users_has_no_interval(values):
+    with pytest.raises(ValueError, match="no values of a split"):
+        interval(values, 10, 0)
 
 
 def test_everyone_is_tested_against_the_best_and_the_best_against_the_second():
@@ -115,16 +157,3 @@ def test_everyone_is_tested_against_the_best_and_the_best_against_the_second():
 def test_one_method_alone_is_compared_with_nothing():
     assert compared_with("a", {"a": np.ones((3, 1))}, 10, 0) == {}
     assert against_best_other({"a": np.ones((3, 1))}, 10, 0) == {}
-
-
-def test_coverage_counts_items_once_and_no_empty_places():
-    item_BK = np.array([[0, 1, 2], [0, 3, -1]])
-    assert coverage(item_BK, 10, 2) == 0.3
-    assert coverage(item_BK, 10, 3) == 0.4
-
-
-def test_popularity_lift_of_a_random_list_is_one():
-    count_J = np.array([8, 4, 0, 0])
-    assert popularity_lift(np.array([[0, 1, 2, 3]]), count_J, 4) == 1.0
-    assert popularity_lift(np.array([[0, 1, 2, 3]]), count_J, 1) == pytest.approx(8 / 3)
-    assert popularity_lift(np.array([[0, -1, -1, -1]]), count_J, 4) == pytest.approx(8 / 3)

@@ -1,4 +1,4 @@
-"""The evaluation protocol: who is evaluated, what is read and masked, and the intervals."""
+"""The evaluation protocol: which users are evaluated, what is read, and what is masked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 from scipy import sparse
+from support.histories import random_histories
 
 from cllm4rec.arrays.histories import Histories
 from cllm4rec.arrays.ragged import Ragged
@@ -19,13 +20,9 @@ from cllm4rec.metrics import protocol
 from cllm4rec.metrics.protocol import (
     HeldOut,
     Validation,
-    bootstrap_interval,
-    history_strata,
     interaction_matrix,
     means,
-    popularity_strata,
     rank_with,
-    summarize,
 )
 from cllm4rec.metrics.ranking import compute
 
@@ -35,13 +32,6 @@ HISTORIES = Histories(
     validation=Ragged.from_lists([[2], [], [0]]),
     test=Ragged.from_lists([[3], [0, 1], []]),
 )
-
-
-def random_histories(num_users: int = 60, num_items: int = 40, seed: int = 0) -> Histories:
-    generator = np.random.default_rng(seed)
-    orders = [generator.permutation(num_items)[: generator.integers(6, 14)] for _ in range(num_users)]
-    cut = [Ragged.from_lists([order[part] for order in orders]) for part in (slice(4, None), slice(0, 2), slice(2, 4))]
-    return Histories(np.arange(num_users), *cut)
 
 
 def test_users_without_test_items_are_dropped_and_counted() -> None:
@@ -94,32 +84,6 @@ def test_a_shard_without_validation_users_adds_nothing() -> None:
     assert math.isnan(means(empty)["recall@20"])
 
 
-def test_the_interval_is_that_of_the_normal_theory_for_many_users() -> None:
-    values_B = np.random.default_rng(0).exponential(size=4000)
-    low, high = bootstrap_interval(values_B, 2000, seed=1)
-    half = 1.96 * values_B.std() / math.sqrt(4000)
-    assert low == pytest.approx(values_B.mean() - half, abs=0.1 * half)
-    assert high == pytest.approx(values_B.mean() + half, abs=0.1 * half)
-
-
-def test_the_interval_does_not_depend_on_the_memory_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    values_B = np.random.default_rng(0).random(101)
-    at_once = bootstrap_interval(values_B, 250, seed=3)
-    monkeypatch.setattr(protocol, "CHUNK_VALUES", 700)
-    assert bootstrap_interval(values_B, 250, seed=3) == at_once
-    assert bootstrap_interval(values_B, 250, seed=4) != at_once
-
-
-def test_a_summary_holds_the_mean_inside_its_interval() -> None:
-    summary = summarize({"recall@20": np.array([0.0, 0.0, 1.0, 0.5] * 20)}, 200, seed=0)["recall@20"]
-    assert summary["low"] < summary["mean"] == 0.375 < summary["high"]
-
-
-def test_an_interval_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no values"):
-        bootstrap_interval(np.empty(0), 10, seed=0)
-
-
 def test_baselines_are_ranked_the_same_in_chunks_and_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     histories = random_histories()
     popularity = Popularity().fit(TrainingData(40, histories.train, Validation(histories), [], []))
@@ -135,37 +99,3 @@ def test_the_interaction_matrix_has_a_one_for_every_item() -> None:
     matrix = interaction_matrix(Ragged.from_lists([[2, 0], [], [1]]), 4)
     assert sparse.issparse(matrix)
     assert matrix.toarray().tolist() == [[1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
-
-
-def test_history_strata_share_out_the_users_by_length() -> None:
-    held_out = HeldOut.test(random_histories(200))
-    strata = history_strata(held_out)
-    assert len(strata) == 4
-    assert sorted(np.concatenate([stratum.rows for stratum in strata]).tolist()) == list(range(200))
-    longest = [held_out.num_train[stratum.rows].max() for stratum in strata]
-    shortest = [held_out.num_train[stratum.rows].min() for stratum in strata]
-    assert all(before < after for before, after in zip(longest, shortest[1:], strict=False))
-    assert strata[0].label == f"{shortest[0]} to {longest[0]}"
-
-
-def test_users_of_one_length_are_one_stratum() -> None:
-    histories = Histories(np.arange(5), *(Ragged.from_lists([[item]] * 5) for item in (0, 1, 2)))
-    assert [stratum.label for stratum in history_strata(HeldOut.test(histories))] == ["1"]
-
-
-def test_popularity_strata_share_out_the_test_items() -> None:
-    histories = random_histories(200)
-    counts = np.zeros(40, np.int64)
-    counts[:11] = [40, 20, 20, 5, 5, 5, 5, 5, 5, 5, 5]
-    held_out = HeldOut.test(histories)
-    head, middle, tail = popularity_strata(held_out, counts)
-    assert [stratum.label for stratum in (head, middle, tail)] == [
-        "head (1 items)",
-        "middle (2 items)",
-        "tail (37 items)",
-    ]
-    assert set(head.relevant.values) == {0}
-    assert set(middle.relevant.values) == {1, 2}
-    parts = np.concatenate([stratum.relevant.values for stratum in (head, middle, tail)])
-    assert sorted(parts) == sorted(held_out.relevant.values)
-    assert all(held_out.relevant[row].tolist().count(0) == 1 for row in head.rows)

@@ -1,4 +1,4 @@
-"""Attention in blocks equals attention under a mask over whole rows, with its gradients."""
+"""Attention in blocks equals attention under a mask over whole rows, in outputs and gradients."""
 
 import itertools
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def grid_of(lengths: list[int], num_rows: int, num_columns: int) -> np.ndarray:
-    """Documents of these lengths one after another in each row, turned by a place from row to row."""
+    """Documents of these lengths, one after another in each row. Each row starts one document later."""
     segment_RT = np.zeros((num_rows, num_columns), np.int32)
     for row in range(num_rows):
         begin = 0
@@ -40,28 +40,30 @@ def masked(query, key, value, segment_RT):
 
 
 @given(st.lists(st.integers(1, 90), min_size=2, max_size=40), st.integers(1, 3), st.booleans())
-def test_every_slot_stands_in_one_block_with_its_whole_document(lengths, num_rows, alone):
+def test_every_slot_is_in_one_block_with_its_whole_document(lengths, num_rows, batch_invariant):
     segment_RT = grid_of(lengths, num_rows, 160)
     segment_S = segment_RT.ravel()
-    blocks = build_blocks(segment_RT, CPU, alone)
+    blocks = build_blocks(segment_RT, CPU, batch_invariant)
     slots = torch.arange(segment_S.size)
-    cut = torch.cat([blocks.cut(slots.view(-1, 1, 1), number, 1).flatten() for number in range(len(blocks.groups))])
-    has_place = segment_S > 0 if alone else np.ones(segment_S.size, bool)
-    assert (blocks.paste(cut[:, None], 1, 1).flatten() == slots)[has_place].all()
-    sees = torch.cat([(group.bias_BLL == 0).sum(dim=2).flatten() for group in blocks.groups])
-    found = blocks.paste(sees[:, None], 1, 1).flatten().numpy()
+    gathered = torch.cat(
+        [blocks.gather(slots.view(-1, 1, 1), number, 1).flatten() for number in range(len(blocks.groups))]
+    )
+    is_in_block = segment_S > 0 if batch_invariant else np.ones(segment_S.size, bool)
+    assert (blocks.scatter(gathered[:, None], 1, 1).flatten() == slots)[is_in_block].all()
+    num_attended = torch.cat([(group.bias_BLL == 0).sum(dim=2).flatten() for group in blocks.groups])
+    found = blocks.scatter(num_attended[:, None], 1, 1).flatten().numpy()
     row, column = slots.numpy() // 160, slots.numpy() % 160
-    before = [(segment_RT[r, : c + 1] == segment_RT[r, c]).sum() for r, c in zip(row, column, strict=True)]
-    assert (found == before)[segment_S > 0].all()
+    expected = [(segment_RT[r, : c + 1] == segment_RT[r, c]).sum() for r, c in zip(row, column, strict=True)]
+    assert (found == expected)[segment_S > 0].all()
 
 
-def test_padding_costs_short_blocks_however_much_there_is():
+def test_padding_is_divided_into_short_blocks():
     for segment_RT in (np.zeros((1, 4096), np.int32), grid_of([90, 30], 1, 4096)):
         blocks = build_blocks(segment_RT, CPU)
         assert max(group.bias_BLL.shape[1] for group in blocks.groups) <= 96 + 32
 
 
-def test_alone_the_shapes_of_a_group_follow_from_its_documents_length():
+def test_batch_invariant_groups_of_one_length_have_one_shape():
     shapes = {
         group.bias_BLL.shape
         for lengths in ([3] * 50, [20, 30, 3], [17], [24] * 6, [21, 3] * 4)
@@ -70,26 +72,26 @@ def test_alone_the_shapes_of_a_group_follow_from_its_documents_length():
     assert len({shape[1] for shape in shapes}) == len(shapes)
 
 
-@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("lengths", [[3, 5, 1, 7] * 8, [100, 20, 64, 65], [150, 1]])
-def test_blocks_give_what_a_mask_gives(lengths, key_heads, alone):
+def test_attention_in_blocks_equals_masked_attention(lengths, key_heads, batch_invariant):
     segment_RT = grid_of(lengths, 3, 160)
     inputs = states(segment_RT, 4, key_heads)
     weight = torch.randn(3, 160, 4, 4, generator=torch.Generator().manual_seed(1))
-    weight *= torch.from_numpy(segment_RT > 0)[:, :, None, None]  # nothing is promised of padding
+    weight *= torch.from_numpy(segment_RT > 0)[:, :, None, None]  # outputs of padding are undefined
     expected = masked(*inputs, segment_RT)
     expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
-    found, _ = attend(None, *inputs, None, layout=DocumentLayout(segment_RT, CPU, alone))
+    found, _ = attend(None, *inputs, None, layout=DocumentLayout(segment_RT, CPU, batch_invariant))
     found_grads = torch.autograd.grad((found * weight).sum(), inputs)
     assert torch.allclose(found * weight, expected * weight, atol=1e-5)
-    for one, other in zip(found_grads, expected_grads, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+    for found_grad, expected_grad in zip(found_grads, expected_grads, strict=True):
+        assert torch.allclose(found_grad, expected_grad, atol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [[3, 5, 1, 7] * 8, [100, 20, 40], [160], [1]])
-def test_attention_inside_spans_is_attention_inside_documents(lengths):
-    """What a GPU's kernel is asked for, by a plain loop over the spans."""
+def test_attention_within_spans_equals_attention_within_documents(lengths):
+    """The definition of the GPU kernel, as a plain loop over the spans."""
     segment_RT = grid_of(lengths, 1, 160)
     query, key, value = states(segment_RT, 4, 4)
     spans = build_spans(segment_RT, CPU)
@@ -108,7 +110,7 @@ def test_attention_inside_spans_is_attention_inside_documents(lengths):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("key_heads", [4, 2])
-def test_a_gpu_gives_what_blocks_give_and_a_document_the_same_bits_alone(key_heads):
+def test_a_gpu_agrees_with_blocks_and_gives_a_document_the_same_bits_in_any_batch(key_heads):
     device, lengths = torch.device("cuda"), [3, 5, 1, 7] * 8 + [20]
     segment_RT = grid_of(lengths, 1, 160)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Layers in the CPU's own layout give what the layers they replace gave."""
+"""Fused layers compute what the layers that they replace compute."""
 
 import copy
 import pickle
@@ -15,16 +15,16 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 from cllm4rec.model.attention import IMPLEMENTATION, DocumentLayout, attend
-from cllm4rec.model.cpu.fused import FrozenGPT2Layer, FrozenLinear, can_lay_out
+from cllm4rec.model.cpu.fused import FrozenGPT2Layer, FrozenLinear, can_prepack
 
 PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-6)])
 LAYERS = [lambda: nn.Linear(48, 80), lambda: nn.Linear(48, 80, bias=False), lambda: Conv1D(80, 48)]
 
 
-def both(make, dtype):
+def plain_and_frozen(make, dtype):
     torch.manual_seed(0)
     layer = make().to(dtype).requires_grad_(False)
-    return layer, FrozenLinear.of(layer)
+    return layer, FrozenLinear.from_layer(layer)
 
 
 def product_and_gradient(layer, dtype):
@@ -38,42 +38,42 @@ def product_and_gradient(layer, dtype):
 @pytest.mark.parametrize("make", LAYERS)
 @PRECISIONS
 def test_products_and_gradients_are_those_of_the_layer(make, dtype, tolerance):
-    layer, frozen = both(make, dtype)
-    for found, wanted in zip(product_and_gradient(frozen, dtype), product_and_gradient(layer, dtype), strict=True):
-        assert found.shape == wanted.shape
-        assert torch.allclose(found.float(), wanted.float(), atol=tolerance)
+    layer, frozen = plain_and_frozen(make, dtype)
+    for found, expected in zip(product_and_gradient(frozen, dtype), product_and_gradient(layer, dtype), strict=True):
+        assert found.shape == expected.shape
+        assert torch.allclose(found.float(), expected.float(), atol=tolerance)
 
 
 @pytest.mark.parametrize("make", LAYERS)
 @PRECISIONS
 def test_inference_gives_the_same_products(make, dtype, tolerance):
-    layer, frozen = both(make, dtype)
+    layer, frozen = plain_and_frozen(make, dtype)
     inputs = torch.randn(3, 7, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert torch.allclose(frozen(inputs).float(), layer(inputs).float(), atol=tolerance)
     assert frozen(inputs).shape == (3, 7, 80)
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_a_used_layer_can_be_copied_and_sent(again):
-    _, frozen = both(LAYERS[2], torch.bfloat16)
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_used_layer_can_be_copied_and_pickled(copied):
+    _, frozen = plain_and_frozen(LAYERS[2], torch.bfloat16)
     inputs = torch.randn(5, 48).bfloat16()
     output = frozen(inputs)
-    assert torch.equal(again(frozen)(inputs), output)
+    assert torch.equal(copied(frozen)(inputs), output)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_weights_are_laid_out_once_and_only_for_inference(dtype):
-    if not can_lay_out(dtype):
-        pytest.skip("this CPU has no products with a layout of their own")
-    _, frozen = both(LAYERS[0], dtype)
+def test_weights_are_prepacked_once_and_only_for_inference(dtype):
+    if not can_prepack(dtype):
+        pytest.skip("this CPU has no products with prepacked weights")
+    _, frozen = plain_and_frozen(LAYERS[0], dtype)
     inputs = torch.randn(2, 48, dtype=dtype)
     frozen(inputs.clone().requires_grad_())
-    assert frozen.fused._layout is None
+    assert frozen.fused._packed is None
     frozen(inputs)
-    layout = frozen.fused._layout
-    assert layout is not None
+    packed = frozen.fused._packed
+    assert packed is not None
     frozen(inputs)
-    assert frozen.fused._layout is layout
+    assert frozen.fused._packed is packed
 
 
 def gpt2_layers(dtype, gelu="none"):
@@ -84,45 +84,48 @@ def gpt2_layers(dtype, gelu="none"):
     layer = GPT2Block(config, layer_idx=0).to(dtype).requires_grad_(False)
     layer.mlp.act = nn.GELU(gelu)
     with torch.no_grad():
-        layer.mlp.c_fc.weight.mul_(30)  # where GELU and its approximation by tanh differ
+        layer.mlp.c_fc.weight.mul_(30)  # to a range in which GELU and its tanh approximation differ
     layer.ln_1.weight.normal_(1.0, 0.2)
     layer.ln_2.bias.normal_(0.0, 0.2)
     inner = copy.deepcopy(layer)
     for part in (inner.attn, inner.mlp):
-        part.c_proj = FrozenLinear.of(part.c_proj)
-    inner.attn.c_attn, inner.mlp.c_fc = FrozenLinear.of(inner.attn.c_attn), FrozenLinear.of(inner.mlp.c_fc)
-    return layer, FrozenGPT2Layer.of(inner)
+        part.c_proj = FrozenLinear.from_layer(part.c_proj)
+    inner.attn.c_attn, inner.mlp.c_fc = (
+        FrozenLinear.from_layer(inner.attn.c_attn),
+        FrozenLinear.from_layer(inner.mlp.c_fc),
+    )
+    return layer, FrozenGPT2Layer.from_layer(inner)
 
 
 @PRECISIONS
 @pytest.mark.parametrize("gelu", ["none", "tanh"])
-@pytest.mark.parametrize("part", [1024, 80])
-def test_a_frozen_layer_of_gpt2_gives_its_states_and_gradients(dtype, tolerance, gelu, part, monkeypatch):
-    monkeypatch.setattr("cllm4rec.model.cpu.fused._PART", part)  # of 256 inner numbers: all at once, and 86 + 86 + 84
+@pytest.mark.parametrize("chunk", [1024, 80])
+def test_a_frozen_layer_of_gpt2_gives_its_states_and_gradients(dtype, tolerance, gelu, chunk, monkeypatch):
+    monkeypatch.setattr("cllm4rec.model.cpu.fused._MLP_CHUNK", chunk)  # 256 inner features: one part, or 86 + 86 + 84
     AttentionInterface.register(IMPLEMENTATION, attend)
     segment_RT = np.repeat([[1, 2, 3, 0]], [20, 5, 30, 5], axis=1)
     layout = DocumentLayout(segment_RT, torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     inputs, weights = (torch.randn(1, 60, 64, generator=generator).to(dtype) for _ in range(2))
-    told = []
+    results = []
     for layer in gpt2_layers(dtype, gelu):
-        given = inputs.clone().requires_grad_()
-        trained = layer(given, attention_mask=None, layout=layout)
+        trained_inputs = inputs.clone().requires_grad_()
+        trained = layer(trained_inputs, attention_mask=None, layout=layout)
         trained.backward(weights)
         with torch.inference_mode():
-            told.append((trained.detach(), layer(inputs, attention_mask=None, layout=layout), given.grad))
-    for wanted, found in zip(*told, strict=True):
-        # In bf16 the error of rounding, measured against the size of what is rounded.
-        assert float((found - wanted).float().norm() / wanted.float().norm()) < tolerance
+            results.append((trained.detach(), layer(inputs, attention_mask=None, layout=layout), trained_inputs.grad))
+    for expected, found in zip(*results, strict=True):
+        # In bf16 this is the rounding error, relative to the rounded values.
+        assert float((found - expected).float().norm() / expected.float().norm()) < tolerance
 
 
-def test_threads_that_ask_for_the_parts_of_an_mlp_at_once_get_all_of_them(monkeypatch):
-    monkeypatch.setattr("cllm4rec.model.cpu.fused._PART", 32)
+def test_concurrent_threads_get_all_parts_of_an_mlp(monkeypatch):
+    monkeypatch.setattr("cllm4rec.model.cpu.fused._MLP_CHUNK", 32)
     monkeypatch.setattr("cllm4rec.model.cpu.fused.FusedProduct", lambda *_: time.sleep(0.005))
     _, layer = gpt2_layers(torch.bfloat16)
     with ThreadPoolExecutor(4) as threads:
-        asked = [threads.submit(lambda: len(layer.mlp_parts)) for _ in range(4)]
-    assert [one.result() for one in asked] == [8, 8, 8, 8]
+        counts = [threads.submit(lambda: len(layer.mlp_parts)) for _ in range(4)]
+    assert [count.result() for count in counts] == [8, 8, 8, 8]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -132,7 +135,7 @@ def test_a_frozen_backbone_keeps_its_weights_and_their_names(architecture, dtype
     before = {name: weight.to(dtype) for name, weight in model.backbone.model.state_dict().items()}
     model.train_only(())
     model.compute_in(dtype)
-    model.compute_in(dtype)  # each stage of training does
+    model.compute_in(dtype)  # as each phase of training does
     after = model.backbone.model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)

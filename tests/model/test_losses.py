@@ -5,7 +5,7 @@ from cllm4rec.model import losses
 from cllm4rec.model.losses import squared_distance, tied_cross_entropy
 
 
-def obvious(hidden, table, rows, targets):
+def reference_loss(hidden, table, rows, targets):
     log_p = torch.log_softmax(hidden @ table.T, dim=1)
     return -sum(log_p[row, target] for row, target in zip(rows.tolist(), targets.tolist(), strict=True))
 
@@ -21,20 +21,20 @@ def world():
 
 
 @pytest.mark.parametrize("rows_at_once", [1000, 2, 1, 0])
-def test_loss_and_gradients_equal_the_obvious_ones_whatever_the_chunk(world, rows_at_once, monkeypatch):
+def test_loss_and_gradients_equal_a_reference_for_any_chunk_size(world, rows_at_once, monkeypatch):
     monkeypatch.setattr(losses, "_LOGITS_BYTES", rows_at_once * 11 * 4)
     hidden, table, rows, targets = world
     loss = 3.0 * tied_cross_entropy(hidden.float(), table.float(), rows, targets)
-    expected = 3.0 * obvious(hidden, table, rows, targets)
+    expected = 3.0 * reference_loss(hidden, table, rows, targets)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     found = torch.autograd.grad(loss, (hidden, table))
     wanted = torch.autograd.grad(expected, (hidden, table))
-    for one, other in zip(found, wanted, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+    for gradient, expected_gradient in zip(found, wanted, strict=True):
+        assert torch.allclose(gradient, expected_gradient, atol=1e-5)
 
 
-def test_a_bias_counts_everywhere_but_at_a_predictions_own_targets(world):
-    """Of items that were drawn the bias is -log of their chance; a target that was not drawn is nobody else's."""
+def test_a_bias_is_added_to_all_logits_except_those_of_the_own_targets(world):
+    """The bias is -log of the sampling probability. Targets not sampled have -inf: no other prediction counts them."""
     hidden, table, rows, targets = world
     bias = torch.linspace(0.0, 3.0, 11, dtype=torch.float64)
     bias[4] = bias[10] = -torch.inf
@@ -47,8 +47,8 @@ def test_a_bias_counts_everywhere_but_at_a_predictions_own_targets(world):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     found = torch.autograd.grad(loss, (hidden, table))
     wanted = torch.autograd.grad(expected, (hidden, table))
-    for one, other in zip(found, wanted, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+    for gradient, expected_gradient in zip(found, wanted, strict=True):
+        assert torch.allclose(gradient, expected_gradient, atol=1e-5)
 
 
 def test_a_frozen_table_gets_no_gradient(world):
@@ -60,15 +60,17 @@ def test_a_frozen_table_gets_no_gradient(world):
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_target_of_no_probability_loses_a_finite_amount_and_keeps_its_gradient(precision):
+def test_a_target_of_probability_zero_has_a_finite_loss_and_an_exact_gradient(precision):
     hidden, table = torch.tensor([[20.0]], requires_grad=True), torch.tensor([[20.0], [-20.0]])
     loss = tied_cross_entropy(hidden, table, torch.tensor([0]), torch.tensor([1]), precision)
     loss.backward()
-    assert loss.item() == pytest.approx(87.3, abs=0.1)  # of 800: what the smallest normal float32 stands for
+    assert loss.item() == pytest.approx(
+        87.3, abs=0.1
+    )  # the true loss is 800; 87.3 is -log of the smallest normal float32
     assert hidden.grad.item() == pytest.approx(40.0)
 
 
-def test_no_predictions_lose_nothing():
+def test_a_loss_without_predictions_is_zero():
     empty = torch.empty(0, dtype=torch.long)
     table = torch.randn(3, 4, requires_grad=True)
     loss = tied_cross_entropy(torch.empty(0, 4), table, empty, empty)
@@ -77,12 +79,12 @@ def test_no_predictions_lose_nothing():
     assert (table.grad == 0).all()
 
 
-def test_squared_distance_weighs_rows_by_their_times():
+def test_squared_distance_weights_rows_by_their_counts():
     left, right = torch.zeros(2, 2), torch.tensor([[1.0, 1.0], [2.0, 0.0]])
     assert squared_distance(left, right, torch.tensor([3, 2])).item() == 3 * 2 + 2 * 4
 
 
-def test_products_in_bf16_still_sum_and_collect_the_tables_gradient_in_float32(world):
+def test_with_products_in_bf16_the_loss_and_the_table_gradient_are_float32(world):
     hidden, table, rows, targets = world
     hidden, table = (tensor.detach().float().requires_grad_() for tensor in (hidden, table))
     rough = tied_cross_entropy(hidden, table, rows, targets, torch.bfloat16)
@@ -92,6 +94,6 @@ def test_products_in_bf16_still_sum_and_collect_the_tables_gradient_in_float32(w
     assert rough.item() != exact.item()
     found = torch.autograd.grad(rough, (hidden, table))
     wanted = torch.autograd.grad(exact, (hidden, table))
-    for one, other in zip(found, wanted, strict=True):
-        assert one.dtype == torch.float32
-        assert torch.allclose(one, other, atol=0.03)
+    for gradient, expected_gradient in zip(found, wanted, strict=True):
+        assert gradient.dtype == torch.float32
+        assert torch.allclose(gradient, expected_gradient, atol=0.03)

@@ -1,4 +1,4 @@
-"""One suite for every backbone: what the joint model promises, whatever language model is inside."""
+"""One suite for every backbone: the properties of the joint model that hold for any language model."""
 
 import numpy as np
 import pytest
@@ -39,11 +39,11 @@ def model_of(architecture: str) -> CLLM4Rec:
     return model
 
 
-def total_and_gradients(model: CLLM4Rec, some: list[Documents], micro_batch_tokens: int = 8 * MAX_TOKENS):
+def total_and_gradients(model: CLLM4Rec, parts: list[Documents], micro_batch_tokens: int = 8 * MAX_TOKENS):
     packer = packer_for(model.backbone, model.token_space, micro_batch_tokens, MAX_TOKENS)
     model.zero_grad()
     total = 0.0
-    for part in some:
+    for part in parts:
         for batch in packer.batches([part]):
             loss = model(batch_to_device(batch, CPU), 0.7).total
             loss.backward()
@@ -53,29 +53,29 @@ def total_and_gradients(model: CLLM4Rec, some: list[Documents], micro_batch_toke
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_rows_equal_one_document_at_a_time(architecture):
-    model, some = model_of(architecture), documents()
-    packed, packed_gradients = total_and_gradients(model, [some])
-    alone, alone_gradients = total_and_gradients(
-        model, [some.take(np.array([number])) for number in range(len(some))], MAX_TOKENS
+    model, sample = model_of(architecture), documents()
+    packed, packed_gradients = total_and_gradients(model, [sample])
+    single, single_gradients = total_and_gradients(
+        model, [sample.take(np.array([number])) for number in range(len(sample))], MAX_TOKENS
     )
-    assert packed == pytest.approx(alone, rel=1e-5)
+    assert packed == pytest.approx(single, rel=1e-5)
     for name, gradient in packed_gradients.items():
         scale = gradient.abs().max().item()
-        assert torch.allclose(gradient / scale, alone_gradients[name] / scale, atol=1e-5), name
+        assert torch.allclose(gradient / scale, single_gradients[name] / scale, atol=1e-5), name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_one_pass_over_all_kinds_equals_a_pass_for_each_kind(architecture):
-    model, some = model_of(architecture), documents()
-    together, _ = total_and_gradients(model, [some])
-    apart, _ = total_and_gradients(
-        model, [some.take(np.flatnonzero(some.kind == kind)) for kind in np.unique(some.kind)]
+    model, sample = model_of(architecture), documents()
+    joint, _ = total_and_gradients(model, [sample])
+    separate, _ = total_and_gradients(
+        model, [sample.take(np.flatnonzero(sample.kind == kind)) for kind in np.unique(sample.kind)]
     )
-    assert together == pytest.approx(apart, rel=1e-5)
+    assert joint == pytest.approx(separate, rel=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_only_what_is_trained_gets_a_gradient(architecture):
+def test_only_trained_parameters_get_a_gradient(architecture):
     model = model_of(architecture)
     model.train_only(CONTENT)
     packer = packer_for(model.backbone, model.token_space, 8 * MAX_TOKENS, MAX_TOKENS)
@@ -86,10 +86,10 @@ def test_only_what_is_trained_gets_a_gradient(architecture):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bf16_stays_near_float32(architecture):
-    model, some = model_of(architecture), documents()
-    exact, _ = total_and_gradients(model, [some])
+    model, sample = model_of(architecture), documents()
+    exact, _ = total_and_gradients(model, [sample])
     model.compute_in(torch.bfloat16)
-    rounded, gradients = total_and_gradients(model, [some])
+    rounded, gradients = total_and_gradients(model, [sample])
     assert rounded == pytest.approx(exact, rel=0.02)
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
 
@@ -109,16 +109,16 @@ def test_a_backbone_that_is_trained_stays_float32_and_computes_in_bf16():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_loss_of_interactions_is_that_of_the_backbone_run_by_hand(temperature):
-    """Eq. 7 without packing or tied-head tricks: embed, run, softmax."""
+def test_the_loss_of_interactions_equals_a_plain_run_of_the_backbone(temperature):
+    """Eq. 7 without packing and without the fused head: embed, run, softmax."""
     model = model_of("gpt2")
     model.temperature = temperature
     space = parity().token_space
-    one = parity().prompts.interactions(space, np.array([3]), Ragged.from_lists([[1, 5, 7]]))
-    found, _ = total_and_gradients(model, [one])
-    words = model.backbone.word_embeddings[torch.tensor(one.prompt[0][1:].astype(int))]
-    read = torch.cat([model.collaborative_users[3:4], words, model.collaborative_items[[1, 5]]])
-    hidden = model.backbone.model.transformer(inputs_embeds=read[None]).last_hidden_state[0]
+    document = parity().prompts.interactions(space, np.array([3]), Ragged.from_lists([[1, 5, 7]]))
+    found, _ = total_and_gradients(model, [document])
+    words = model.backbone.word_embeddings[torch.tensor(document.prompt[0][1:].astype(int))]
+    embeddings = torch.cat([model.collaborative_users[3:4], words, model.collaborative_items[[1, 5]]])
+    hidden = model.backbone.model.transformer(inputs_embeds=embeddings[None]).last_hidden_state[0]
     log_p = torch.log_softmax(hidden[-3:] @ model.collaborative_items.T / temperature, dim=1)
     penalty = (model.collaborative_users[3] - model.content_users[3]).square().sum()
     penalty += (model.collaborative_items[[1, 5, 7]] - model.content_items[[1, 5, 7]]).square().sum()
@@ -128,14 +128,14 @@ def test_loss_of_interactions_is_that_of_the_backbone_run_by_hand(temperature):
 
 @pytest.mark.parametrize("final_norm", [False, True])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5"])
-def test_without_its_last_norm_a_hidden_state_tells_how_much_a_history_agrees(architecture, final_norm, tmp_path):
-    """Items 0 to 3 are alike, 4 to 7 are not."""
+def test_without_the_final_norm_similar_items_give_a_longer_hidden_state(architecture, final_norm, tmp_path):
+    """Items 0 to 3 are identical, items 4 to 7 are not."""
     size = BackboneSize(architecture=architecture, layers=1, width=32, heads=4, vocab_size=300, final_norm=final_norm)
     backbone = build_backbone(size, parity().token_space.num_words, MAX_TOKENS, 0)
     save_backbone(backbone, str(tmp_path))
     lengths = []
-    for each in (backbone, load_backbone(str(tmp_path), MAX_TOKENS)):
-        model = CLLM4Rec(each, parity().token_space, std=1.0, seed=0)
+    for built_or_loaded in (backbone, load_backbone(str(tmp_path), MAX_TOKENS)):
+        model = CLLM4Rec(built_or_loaded, parity().token_space, std=1.0, seed=0)
         with torch.no_grad():
             model.collaborative_items[:4] = model.collaborative_items[0].clone()
         ranker = Ranker(model.eval(), parity().prompts, MAX_TOKENS)
@@ -177,7 +177,7 @@ def test_a_pretrained_llama_loads_by_reference_and_is_refused_when_its_bytes_cha
 
 
 def test_a_pretrained_llama_predicts_stories_better_than_chance(shared_dir):
-    """Real weights through our packed path: a wrong mask, position or head would show here."""
+    """Pretrained weights in packed rows: a wrong mask, position or head would raise the loss."""
     from transformers import AutoTokenizer
 
     from cllm4rec.arrays.ids import TokenSpace
@@ -197,7 +197,7 @@ def test_a_pretrained_llama_predicts_stories_better_than_chance(shared_dir):
     assert found / len(batch.word_targets) < 2.5  # chance is ln 512 = 6.2
 
 
-def test_a_backbone_that_is_not_there_is_named_in_one_sentence():
+def test_a_missing_backbone_is_named_in_the_error():
     from cllm4rec.errors import ConfigError
 
     with pytest.raises(ConfigError, match="cannot be loaded"):
@@ -205,12 +205,12 @@ def test_a_backbone_that_is_not_there_is_named_in_one_sentence():
 
 
 def test_a_fresh_model_is_the_same_for_the_same_seed():
-    one, other = parity().make_model("t5"), parity().make_model("t5")
-    assert one.backbone.digest() == other.backbone.digest()
-    assert torch.equal(one.content_items, other.content_items)
+    first, second = parity().make_model("t5"), parity().make_model("t5")
+    assert first.backbone.digest() == second.backbone.digest()
+    assert torch.equal(first.content_items, second.content_items)
 
 
-def test_in_bf16_the_exact_gelu_stands_where_its_approximation_was():
+def test_bf16_replaces_the_approximate_gelu_by_the_exact_one():
     model = parity().make_model("gpt2")
     names = lambda: {type(module).__name__ for module in model.backbone.modules()}  # noqa: E731
     assert "GELUTanh" in names()

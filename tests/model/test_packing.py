@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.parity import MAX_TOKENS, all_kinds, parity
 
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.documents import Documents, Kind
-from cllm4rec.model.packing import Batch, Packer, PairPacker, Table, fill
+from cllm4rec.model.packing import Batch, Packer, PairPacker, Table, first_fit
 
 
 def packers() -> list[Packer | PairPacker]:
@@ -19,36 +19,35 @@ def packers() -> list[Packer | PairPacker]:
 
 
 def tokens_of(batch: Batch, grid_number: int) -> np.ndarray:
-    """Rebuild the slots' token ids (-1 for the zero vector) from what reads what."""
+    """The token id of each slot (-1 for the zero vector), reconstructed from the lookups."""
     grid, space = batch.grids[grid_number], parity().token_space
     slots = np.full(grid.segment_RT.size, -1)
-    for table, (where, rows) in grid.lookups.items():
+    for table, (table_slots, rows) in grid.lookups.items():
         offset = {Table.WORDS: 0, Table.COLLABORATIVE_USERS: space.num_words, Table.CONTENT_USERS: space.num_words}
-        slots[where] = rows + offset.get(table, space.num_words + space.num_users)
+        slots[table_slots] = rows + offset.get(table, space.num_words + space.num_users)
     return slots
 
 
 @given(st.lists(st.integers(1, 32), max_size=60), st.integers(32, 100))
-def test_every_document_is_in_one_batch_that_has_room_for_it(lengths, num_slots):
-    batches, left = fill(np.array(lengths, np.int64), num_slots)
+def test_every_document_is_in_one_batch_and_no_batch_is_overfull(lengths, num_slots):
+    batches, rest = first_fit(np.array(lengths, np.int64), num_slots)
     assert all(sum(lengths[document] for document in batch) <= num_slots for batch in batches)
-    assert sorted(np.concatenate([left, *batches]).tolist()) == list(range(len(lengths)))
+    assert sorted(np.concatenate([rest, *batches]).tolist()) == list(range(len(lengths)))
 
 
 @given(st.lists(st.integers(1, 32), max_size=80), st.integers(32, 100), st.integers(1, 30))
-def test_documents_that_come_in_parts_are_placed_as_if_at_once(lengths, num_slots, at_once):
-    """Batches do not depend on how much of an epoch is in memory."""
+def test_batches_do_not_depend_on_how_documents_are_divided_into_parts(lengths, num_slots, at_once):
     documents = of_lengths(lengths)
     parts = [
         documents.take(np.arange(begin, min(begin + at_once, len(lengths))))
         for begin in range(0, len(lengths), at_once)
     ]
-    packer = Placed(parity().token_space, num_slots, 32)
+    packer = DocumentNumbers(parity().token_space, num_slots, 32)
     assert list(packer.batches(parts)) == list(packer.batches([documents]))
 
 
-class Placed(Packer):
-    """Lays nothing out: says which documents a batch has."""
+class DocumentNumbers(Packer):
+    """Returns the numbers of the documents of a batch instead of the batch."""
 
     def layout(self, documents):
         return documents.item.tolist()
@@ -59,19 +58,19 @@ def of_lengths(lengths: list[int]) -> Documents:
         all_kinds().take(np.zeros(len(lengths), int)),
         item=np.arange(len(lengths)),
         prompt=Ragged.from_lists([[0] * length for length in lengths], np.int32),
-        main=no_values(len(lengths)),
+        main=Ragged.empty(len(lengths)),
     )
 
 
 def test_short_documents_fill_the_gap_of_a_long_one_which_begins_the_next_batch():
-    batches, _ = fill(np.array([20, 30, 20, 12, 20]), 32)
+    batches, _ = first_fit(np.array([20, 30, 20, 12, 20]), 32)
     assert [batch.tolist() for batch in batches] == [[0, 3], [1], [2], [4]]
 
 
 def test_batches_of_texts_are_nearly_full():
     lengths = np.random.default_rng(0).integers(16, 192, 2000)
     for num_slots, least in ((768, 0.96), (8192, 0.99)):
-        batches, _ = fill(lengths, num_slots)
+        batches, _ = first_fit(lengths, num_slots)
         filled = [lengths[batch].sum() / num_slots for batch in batches[:-1]]
         assert np.mean(filled) > least
 
@@ -81,7 +80,7 @@ def test_a_document_longer_than_the_model_reads_is_refused_with_the_numbers():
         list(Packer(parity().token_space, 64, 32).batches([of_lengths([33])]))
 
 
-def test_a_batch_that_cannot_hold_the_longest_document_is_refused():
+def test_a_batch_smaller_than_the_longest_document_is_refused():
     with pytest.raises(ValueError, match="31 slots cannot hold a document of 32 tokens"):
         Packer(parity().token_space, 31, 32)
 

@@ -1,4 +1,4 @@
-"""bfloat16 where the device multiplies it, float32 elsewhere, in training as in scoring."""
+"""bfloat16 if the device multiplies it natively, otherwise float32, in training and in scoring."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from cllm4rec.model.precision import precision_on
 from cllm4rec.model.saved_model import SavedModel
 
 
-@pytest.fixture(params=[True, False], ids=["multiplies bf16", "does not"])
-def wanted(request, monkeypatch):
-    """The precision of a CPU that has bf16 products or has none."""
-    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: request.param)
+@pytest.fixture(params=[True, False], ids=["native bf16", "no bf16"])
+def expected_precision(request, monkeypatch):
+    """The precision of a CPU with and without bfloat16 instructions."""
+    monkeypatch.setattr(precision, "has_native_bf16", lambda device: request.param)
     return torch.bfloat16 if request.param else torch.float32
 
 
@@ -27,7 +27,7 @@ def wanted(request, monkeypatch):
         ({"neon": True, "bf16": False}, torch.float32),
     ],
 )
-def test_a_cpu_computes_in_what_it_multiplies(instructions, expected, monkeypatch):
+def test_a_cpu_computes_in_bf16_only_with_native_instructions(instructions, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
     assert precision_on("cpu", bf16=True) == expected
     assert precision_on("cpu", bf16=False) == torch.float32
@@ -39,12 +39,13 @@ def test_a_gpu_that_only_emulates_bf16_computes_in_float32(has_it, expected, mon
     assert precision_on(torch.device("cuda:0"), bf16=True) == expected
 
 
-def test_a_model_trained_in_bf16_is_loaded_in_what_is_here(wanted, tmp_path):
+def test_a_model_trained_in_bf16_is_loaded_in_the_precision_of_this_machine(expected_precision, tmp_path):
     directory = write_random_model(tmp_path, write_prepared(tmp_path / "prepared"), seed=0, bf16=True)
     model = SavedModel.from_pretrained(directory, device="cpu").ranker.model
-    assert (model.precision, model.backbone.dtype) == (wanted, wanted)
+    assert (model.precision, model.backbone.dtype) == (expected_precision, expected_precision)
 
 
-def test_a_run_trains_in_what_is_here_and_says_so(wanted):
+def test_a_run_trains_in_the_precision_of_this_machine_and_logs_it(expected_precision):
     _, log = train(phases()[:2], bf16=True)
-    assert {entry["precision"] for entry in log if entry["event"] == "epoch"} == {str(wanted).removeprefix("torch.")}
+    logged = {entry["precision"] for entry in log if entry["event"] == "epoch"}
+    assert logged == {str(expected_precision).removeprefix("torch.")}

@@ -10,16 +10,11 @@ from cllm4rec.config import BackboneSize
 from cllm4rec.data.documents import Prompts
 from cllm4rec.model.backbone import build_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
-from cllm4rec.model.ranker import Ranker, _threads, merged
-
-
-def test_merged_lists_are_ascending_and_distinct():
-    one, other = Ragged.from_lists([[5, 1, 5], [], [2]]), Ragged.from_lists([[1, 0], [], [3]])
-    assert merged(one, other).tolist() == [[0, 1, 5], [], [2, 3]]
+from cllm4rec.model.ranker import Ranker, _single_threaded_pool
 
 
 def hidden_with(num_threads, precision, width):
-    """Widths and lengths at which a product that is parted over threads does change its bits."""
+    """Hidden states at sizes where dividing a product over threads changes its bits."""
     torch.manual_seed(0)
     num_users, num_items, num_words = 60, 400, 300
     size = BackboneSize(layers=1, width=width, heads=4, vocab_size=num_words)
@@ -37,7 +32,7 @@ def hidden_with(num_threads, precision, width):
         torch.set_num_threads(before)
 
 
-# With width 512 a fused MLP is cut into two parts.
+# At width 512 a fused MLP has two parts.
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [384, 512])
 def test_hidden_states_have_the_same_bits_with_any_number_of_threads(precision, width):
@@ -47,13 +42,13 @@ def test_hidden_states_have_the_same_bits_with_any_number_of_threads(precision, 
         assert torch.equal(hidden_with(num_threads, precision, width), alone)
 
 
-def test_threads_that_rank_leave_the_others_their_number():
+def test_ranking_threads_do_not_change_the_thread_count_of_other_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        inside = set(_threads(3).map(lambda _: torch.get_num_threads(), range(9)))
-        with ThreadPoolExecutor(1) as other:
-            outside = other.submit(torch.get_num_threads).result()
+        inside = set(_single_threaded_pool(3).map(lambda _: torch.get_num_threads(), range(9)))
+        with ThreadPoolExecutor(1) as other_thread:
+            outside = other_thread.submit(torch.get_num_threads).result()
         assert (inside, outside, torch.get_num_threads()) == ({1}, 3, 3)
     finally:
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Sampled softmax: who is drawn, and that it estimates the whole."""
+"""Sampled softmax: which items are sampled, and that it estimates the full softmax."""
 
 import dataclasses
 
@@ -14,33 +14,33 @@ from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Packer
 from cllm4rec.model.ranker import Ranker
-from cllm4rec.model.sampling import ItemSample, ItemSampler, chances
+from cllm4rec.model.sampling import ItemSample, ItemSampler, sampling_probabilities
 
 CPU = torch.device("cpu")
 COUNTS = np.random.default_rng(0).zipf(1.6, 400).clip(max=10_000) - 1
 
 
 @pytest.mark.parametrize("size", [1, 2, 30, 399])
-def test_chances_grow_with_popularity_and_sum_to_the_size_asked_for(size):
-    chance = chances(COUNTS, size)
-    assert (np.diff(chance[np.argsort(COUNTS, kind="stable")]) >= 0)[:-1].all()
-    assert (chance > 0).all()
-    assert (chance <= 1).all()
-    certain = chance == 1.0
+def test_probabilities_grow_with_popularity_and_sum_to_the_size_asked_for(size):
+    probability = sampling_probabilities(COUNTS, size)
+    assert (np.diff(probability[np.argsort(COUNTS, kind="stable")]) >= 0)[:-1].all()
+    assert (probability > 0).all()
+    assert (probability <= 1).all()
+    certain = probability == 1.0
     assert certain[np.argmax(COUNTS)]
-    ratio = chance[~certain] / (COUNTS[~certain] + 1)
+    ratio = probability[~certain] / (COUNTS[~certain] + 1)
     assert np.ptp(ratio) < 1e-12
-    # What makes the most popular item certain may be added to the size.
-    assert size - 1e-9 <= chance.sum() < size + 1
+    # Raising the probability of the most popular item to 1 may add up to 1.
+    assert size - 1e-9 <= probability.sum() < size + 1
 
 
 def test_items_are_drawn_as_often_as_their_chance_says_and_anew_each_step():
-    sampler = ItemSampler(chances(COUNTS, 50), seed=3)
+    sampler = ItemSampler(sampling_probabilities(COUNTS, 50), seed=3)
     draws = [sampler.draw(1, step) for step in range(2000)]
     found = np.bincount(np.concatenate([draw.items for draw in draws]), minlength=400) / len(draws)
-    assert np.abs(found - sampler.chance_J).max() < 5 * np.sqrt(0.25 / len(draws))
-    assert np.exp(draws[0].log_chance) == pytest.approx(sampler.chance_J[draws[0].items])
-    again = ItemSampler(chances(COUNTS, 50), seed=3).draw(1, 7)
+    assert np.abs(found - sampler.probability_J).max() < 5 * np.sqrt(0.25 / len(draws))
+    assert np.exp(draws[0].log_probability) == pytest.approx(sampler.probability_J[draws[0].items])
+    again = ItemSampler(sampling_probabilities(COUNTS, 50), seed=3).draw(1, 7)
     assert np.array_equal(again.items, draws[7].items)
     assert not np.array_equal(draws[6].items, draws[7].items)
     assert not np.array_equal(sampler.draw(2, 7).items, draws[7].items)
@@ -50,21 +50,21 @@ def test_popularity_is_counted_in_interactions():
     space = TokenSpace(10, 3, 5)
     prompts = Prompts.tokenize(lambda text: [1])
     documents = prompts.interactions(space, np.arange(3), Ragged.from_lists([[0, 2], [2], [2, 4]]))
-    sampler = ItemSampler.of(documents, space, 2, seed=0)
+    sampler = ItemSampler.from_documents(documents, space, 2, seed=0)
     assert sampler is not None
-    assert np.array_equal(sampler.chance_J, chances(np.array([1, 0, 3, 0, 1]), 2))
+    assert np.array_equal(sampler.probability_J, sampling_probabilities(np.array([1, 0, 3, 0, 1]), 2))
 
 
 @pytest.mark.parametrize("size", [None, 5, 6])
-def test_all_items_need_no_sampler(size):
-    assert ItemSampler.of(parity().documents, TokenSpace(10, 3, 5), size, seed=0) is None
+def test_there_is_no_sampler_for_a_full_softmax(size):
+    assert ItemSampler.from_documents(parity().documents, TokenSpace(10, 3, 5), size, seed=0) is None
 
 
 SPACE = TokenSpace(parity().token_space.num_words, 40, len(COUNTS))
 
 
 def losses(sample: ItemSample | None):
-    """The joint loss of forty users over 400 items, and its gradient of the items table."""
+    """The joint loss of 40 users over 400 items, and the gradient of the item table."""
     model = CLLM4Rec(parity().make_model().backbone, SPACE, std=0.1)
     rng = np.random.default_rng(1)
     items = Ragged.from_lists([rng.choice(len(COUNTS), 12, replace=False).tolist() for _ in range(40)])
@@ -76,7 +76,7 @@ def losses(sample: ItemSample | None):
 
 
 def test_a_sample_has_all_targets_and_few_shapes():
-    """Every number of items would be a kernel that a CPU keeps."""
+    """A CPU caches one kernel for each number of items."""
     source = parity().documents.take(np.arange(40))
     batch = next(iter(Packer(parity().token_space, 4096, settings().model.max_tokens).batches([source])))
     sizes = set()
@@ -90,31 +90,31 @@ def test_a_sample_has_all_targets_and_few_shapes():
 
 
 def test_a_sample_of_all_items_is_the_whole_softmax():
-    every = np.arange(len(COUNTS))
+    items = np.arange(len(COUNTS))
     whole, gradient = losses(None)
-    found, found_gradient = losses(ItemSample(every, np.zeros(len(every), np.float32)))
+    found, found_gradient = losses(ItemSample(items, np.zeros(len(items), np.float32)))
     assert found == pytest.approx(whole, rel=1e-6)
     assert torch.allclose(found_gradient, gradient, atol=1e-5)
 
 
 def test_samples_give_the_loss_and_gradient_of_the_whole_softmax_on_average():
-    """Nearly: the average of logarithms is a little less than the logarithm of the average."""
+    """Approximately: the mean of logarithms is slightly less than the logarithm of the mean."""
     whole, gradient = losses(None)
-    sampler = ItemSampler(chances(COUNTS, 200), seed=0)
+    sampler = ItemSampler(sampling_probabilities(COUNTS, 200), seed=0)
     found = [losses(sampler.draw(0, step)) for step in range(200)]
     assert np.mean([loss for loss, _ in found]) == pytest.approx(whole, rel=0.002)
-    average = torch.stack([one for _, one in found]).mean(dim=0)
+    average = torch.stack([sampled_gradient for _, sampled_gradient in found]).mean(dim=0)
     assert (average - gradient).norm() < 0.15 * gradient.norm()
-    alone = [((one - gradient).norm() / gradient.norm()).item() for _, one in found]
-    assert np.mean(alone) > 1.0
+    errors = [((sampled_gradient - gradient).norm() / gradient.norm()).item() for _, sampled_gradient in found]
+    assert np.mean(errors) > 1.0
 
 
-def test_hidden_items_are_found_after_training_with_few_items_a_step():
+def test_hidden_items_are_found_after_training_with_few_items_per_step():
     world = parity()
     weights, _ = train(phases(), sampled_items=world.token_space.num_items // 4)
     model = world.make_model()
     model.load_state_dict(weights, strict=False)
     assert recall_at_1(Ranker(model, world.prompts, settings().model.max_tokens)) == 1.0
-    again, _ = train([dataclasses.replace(phases()[2], epochs=1)], sampled_items=world.token_space.num_items // 4)
-    other, _ = train([dataclasses.replace(phases()[2], epochs=1)])
-    assert not torch.equal(again["collaborative_items"], other["collaborative_items"])
+    sampled, _ = train([dataclasses.replace(phases()[2], epochs=1)], sampled_items=world.token_space.num_items // 4)
+    full, _ = train([dataclasses.replace(phases()[2], epochs=1)])
+    assert not torch.equal(sampled["collaborative_items"], full["collaborative_items"])

@@ -1,4 +1,4 @@
-"""A stored model: it comes back as it was, and nothing damaged, foreign or able to run is loaded."""
+"""A saved model loads unchanged. Damaged, foreign and executable files are refused."""
 
 import json
 import pickle
@@ -30,12 +30,12 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def model(written, tmp_path):
-    """A copy to damage."""
+    """A copy that a test may damage."""
     return Path(shutil.copytree(written, tmp_path / "model"))
 
 
 def seal(model: Path) -> None:
-    """Make the manifest agree with what lies there: what someone would do who means harm."""
+    """Rewrite the digests in the manifest for the present files, as an attacker would."""
     raw = json.loads((model / MANIFEST).read_text())
     names = [name for name in files.list_files(str(model)) if name != MANIFEST]
     raw["files"] = {name: {"sha256": digest_of_file(str(model / name)), "bytes": 0} for name in names}
@@ -43,7 +43,7 @@ def seal(model: Path) -> None:
 
 
 class Payload:
-    """Leaves a file behind where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -68,13 +68,13 @@ def test_a_model_comes_back_with_its_tables_and_catalog(written):
 
 
 def test_the_temperature_of_training_divides_the_scores(written, model):
-    facts = json.loads((model / "model.json").read_text())
-    assert facts["temperature"] == 1.0
-    (model / "model.json").write_text(json.dumps(facts | {"temperature": 4.0}))
+    metadata = json.loads((model / "model.json").read_text())
+    assert metadata["temperature"] == 1.0
+    (model / "model.json").write_text(json.dumps(metadata | {"temperature": 4.0}))
     seal(model)
-    asked = (np.arange(5), Ragged.from_lists([[0], [1], [2, 3], [], [4]]), 3)
+    query = (np.arange(5), Ragged.from_lists([[0], [1], [2, 3], [], [4]]), 3)
     (items, scores), (same_items, warm_scores) = (
-        Scorer.load(str(directory)).top_k(*asked) for directory in (written, model)
+        Scorer.load(str(directory)).top_k(*query) for directory in (written, model)
     )
     assert np.array_equal(items, same_items)
     assert np.allclose(warm_scores, scores / 4.0)
@@ -91,18 +91,18 @@ def test_a_model_is_loaded_from_any_file_system(written):
         assert np.array_equal(here, there)
 
 
-def test_a_loaded_model_keeps_what_was_checked(model):
-    """Even where somebody copies over its files in place: tables are read through a map of the file."""
+def test_a_loaded_model_does_not_change_with_its_files(model):
+    """Tables are read through a memory map, but copied before use: overwriting the file in place has no effect."""
     scorer = Scorer.load(str(model))
-    asked = (np.arange(5), Ragged.from_lists([[0], [1], [2, 3], [], [4]]), 3)
-    before = scorer.top_k(*asked)
+    query = (np.arange(5), Ragged.from_lists([[0], [1], [2, 3], [], [4]]), 3)
+    before = scorer.top_k(*query)
     with (model / "tables.safetensors").open("r+b") as stream:
         size = stream.seek(0, 2)
         stream.seek(size // 2)
         stream.write(bytes(size - size // 2))
         stream.seek(2048)
         stream.write(bytes(size // 2 - 2048))
-    assert all(np.array_equal(one, other) for one, other in zip(before, scorer.top_k(*asked), strict=True))
+    assert all(np.array_equal(old, new) for old, new in zip(before, scorer.top_k(*query), strict=True))
 
 
 def training_items(written):
@@ -135,12 +135,12 @@ def test_a_missing_file_is_refused(model):
 
 
 def test_a_foreign_catalog_is_refused(model):
-    """With a manifest that agrees: users and items that the tables have no rows for."""
+    """Even if the manifest matches: the catalog has users for which the tables have no rows."""
     Catalog([f"u{user}" for user in range(41)], [f"i{item}" for item in range(20)]).save(str(model))
     with pytest.raises(ArtifactError, match=r"is damaged"):
         SavedModel.from_pretrained(str(model))
     seal(model)
-    with pytest.raises(ArtifactError, match=r"was trained for .* \(300, 40, 20\) and its catalog has \(300, 41, 20\)"):
+    with pytest.raises(ArtifactError, match=r"was trained for .* \(300, 40, 20\), but its catalog has \(300, 41, 20\)"):
         SavedModel.from_pretrained(str(model))
 
 
@@ -152,26 +152,26 @@ def test_tables_of_another_shape_are_refused(model):
         SavedModel.from_pretrained(str(model))
 
 
-def test_facts_of_another_code_are_refused(model):
+def test_metadata_of_another_version_is_refused(model):
     (model / "model.json").write_text("{}")
     seal(model)
-    with pytest.raises(ArtifactError, match=r"model\.json is not what this code writes"):
+    with pytest.raises(ArtifactError, match=r"model\.json has other fields than this version writes"):
         SavedModel.from_pretrained(str(model))
 
 
 @pytest.mark.parametrize("load", [SavedModel.from_pretrained, lambda directory: load_tables(directory, "model")])
-def test_a_pickle_in_place_of_the_tables_is_never_loaded(model, tmp_path, load):
+def test_a_pickle_instead_of_the_tables_is_never_loaded(model, tmp_path, load):
     (model / "tables.safetensors").write_bytes(pickle.dumps(Payload(tmp_path / "trace")))
     seal(model)
-    with pytest.raises(ArtifactError, match="is no safetensors file"):
+    with pytest.raises(ArtifactError, match="is not a safetensors file"):
         load(str(model))
     assert not (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("instead", [True, False])
-def test_a_pickle_in_the_backbone_is_never_loaded(model, tmp_path, instead):
+@pytest.mark.parametrize("replaces_safetensors", [True, False])
+def test_a_pickle_in_the_backbone_is_never_loaded(model, tmp_path, replaces_safetensors):
     torch.save(Payload(tmp_path / "trace"), model / "backbone" / "pytorch_model.bin")
-    if instead:
+    if replaces_safetensors:
         (model / "backbone" / "model.safetensors").unlink()
     seal(model)
     with pytest.raises(ArtifactError, match=r"pytorch_model\.bin is neither safetensors nor JSON"):
@@ -179,8 +179,8 @@ def test_a_pickle_in_the_backbone_is_never_loaded(model, tmp_path, instead):
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_pretrained_directory_is_no_model(model):
+def test_a_pretrained_directory_is_refused_as_a_model(model):
     raw = json.loads((model / MANIFEST).read_text()) | {"kind": "pretrained"}
     (model / MANIFEST).write_text(json.dumps(raw))
-    with pytest.raises(ArtifactError, match="is a pretrained directory where a model directory is needed"):
+    with pytest.raises(ArtifactError, match="is a pretrained directory, but a model directory is needed"):
         SavedModel.from_pretrained(str(model))

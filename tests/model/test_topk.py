@@ -25,7 +25,7 @@ def test_the_best_are_those_of_a_stable_full_sort(logits, k):
     arrays(np.float32, st.tuples(st.just(2), st.integers(2, 40)), elements=few_values), st.integers(1, 12), st.data()
 )
 def test_parts_of_a_catalog_give_the_best_of_all(logits, k, data):
-    """Whatever ties run across parts and across the last place."""
+    """For any ties across parts and across the last position."""
     cut = data.draw(st.integers(1, logits.shape[1] - 1))
     parts = [stable_topk(torch.from_numpy(logits[:, :cut]), k), stable_topk(torch.from_numpy(logits[:, cut:]), k, cut)]
     together = torch.cat(parts, dim=1)
@@ -34,24 +34,24 @@ def test_parts_of_a_catalog_give_the_best_of_all(logits, k, data):
     assert np.array_equal(items, whole)
 
 
-def test_keys_of_everything_are_made_only_where_a_tie_runs_across_the_last_place(monkeypatch):
-    made = []
+def test_keys_of_whole_rows_are_built_only_if_a_tie_crosses_the_last_position(monkeypatch):
+    shapes = []
 
-    def counted(logits, items):
-        made.append(tuple(logits.shape))
+    def recording_pack_keys(logits, items):
+        shapes.append(tuple(logits.shape))
         return pack_keys(logits, items)
 
-    monkeypatch.setattr(keys, "pack_keys", counted)
+    monkeypatch.setattr(keys, "pack_keys", recording_pack_keys)
     logits = torch.arange(50.0).repeat(3, 1)
-    logits[:, 49] = logits[:, 48]  # a tie inside of the list
+    logits[:, 49] = logits[:, 48]  # a tie within the list
     logits[1, 39] = logits[1, 40]  # and one across its end
     items, _ = unpack_keys(stable_topk(logits, 10), 10)
     assert items[0].tolist() == [48, 49, *range(47, 39, -1)]
     assert items[1].tolist() == [48, 49, *range(47, 40, -1), 39]
-    assert made == [(3, 11), (1, 50)]
+    assert shapes == [(3, 11), (1, 50)]
 
 
-def test_what_is_masked_comes_out_as_missing():
+def test_masked_items_are_returned_as_missing():
     items, found = unpack_keys(stable_topk(torch.tensor([[1.0, -torch.inf, 0.5]]), 4), 4)
     assert items.tolist() == [[0, 2, -1, -1]]
     assert np.isneginf(found[0, 2:]).all()

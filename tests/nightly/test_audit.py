@@ -3,11 +3,10 @@
 import hashlib
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 
-from cllm4rec.arrays.ids import Catalog
+from cllm4rec.arrays.ids import Catalog, IdMap
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.prepared import bucket_name
 from cllm4rec.errors import AuditError
@@ -33,7 +32,7 @@ def table(lists):
 
 def audit(*tables, k=3, seen=SEEN, rules=RULES):
     expected = pa.table({"user_id": list(CATALOG.user_ids), "items": seen.to_arrow()})
-    return audit_bucket(expected, tables, pd.Index(CATALOG.item_ids), rules, k)
+    return audit_bucket(expected, tables, CATALOG.item_map, rules, k)
 
 
 def changed(user, items=None, scores=None):
@@ -53,29 +52,29 @@ def test_lists_as_promised_pass_in_one_table_or_several():
     [
         (table({user: GOOD[user] for user in ("ann", "cyd")}), "has no list"),
         (pa.concat_tables([table(GOOD), table({"bob": GOOD["bob"]})]), "has more than one list"),
-        (table({**GOOD, "dan": GOOD["ann"]}), "is not a user this run was to score, or stands in another bucket"),
+        (table({**GOOD, "dan": GOOD["ann"]}), "is not a user of this run or of this bucket"),
         (changed("bob", ["i0", "i1", "i4"]), "is recommended an item of their history"),
         (changed("bob", ["i0", "i2", "i0"]), "is recommended an item twice"),
         (changed("bob", ["i0", "i2", "i5"]), "is recommended a blocked item"),
         (changed("bob", ["i0", "i2", "ghost"]), "is recommended an item outside the catalog"),
         (changed("bob", scores=[0.5, float("nan"), 0.0]), "has a score that is not finite"),
         (changed("bob", scores=[float("inf"), 1.0, 0.0]), "has a score that is not finite"),
-        (changed("bob", scores=[0.5, 0.0, 0.1]), "has scores that rise"),
-        (changed("bob", ["i0", "i2"], [0.5, 0.0]), "has a list shorter than 3 though more items are allowed"),
+        (changed("bob", scores=[0.5, 0.0, 0.1]), "has scores that are not descending"),
+        (changed("bob", ["i0", "i2"], [0.5, 0.0]), "has a list shorter than 3 although more items are allowed"),
         (changed("bob", ["i0", "i2", "i3", "i4"], [4.0, 3.0, 2.0, 1.0]), "has a list longer than 3"),
-        (changed("bob", scores=[0.5, 0.0]), "has lists of items and scores of different lengths"),
+        (changed("bob", scores=[0.5, 0.0]), "has different numbers of items and scores"),
     ],
 )
 def test_each_broken_promise_is_refused_with_its_reason(bad, reason):
-    with pytest.raises(AuditError, match=rf"1 users of whom each {reason} \(such as [0-9a-f]{{12}}\); nothing was"):
+    with pytest.raises(AuditError, match=rf"each of 1 users {reason} \(hashed ids: [0-9a-f]{{12}}\); nothing was"):
         audit(bad)
 
 
 def test_an_empty_table_is_refused():
     """What a checkpoint that speaks of other files would make a resumed run write."""
-    with pytest.raises(AuditError, match="3 users of whom each has no list"):
+    with pytest.raises(AuditError, match="3 users has no list"):
         audit(table(GOOD).slice(0, 0))
-    with pytest.raises(AuditError, match="3 users of whom each has no list"):
+    with pytest.raises(AuditError, match="3 users has no list"):
         audit()
 
 
@@ -84,8 +83,8 @@ def test_a_row_without_a_user_or_a_list_is_refused():
     rows = table(GOOD).to_pylist()
     for name, reason in (
         ("user_id", "not a user"),
-        ("item_ids", "of different lengths"),
-        ("scores", "different lengths"),
+        ("item_ids", "different numbers"),
+        ("scores", "different numbers"),
     ):
         broken = pa.Table.from_pylist([rows[0], {**rows[1], name: None}, rows[2]], schema=loose)
         with pytest.raises(AuditError, match=reason):
@@ -102,13 +101,13 @@ def test_users_are_named_by_hash_only():
 
 def test_many_caught_users_are_counted_and_three_named():
     expected = pa.table({"user_id": [f"u{user}" for user in range(50)], "items": [[0]] * 50})
-    with pytest.raises(AuditError, match=r"50 users .* \(such as \w+, \w+, \w+\); "):
-        audit_bucket(expected, [], pd.Index(["i0", "i1"]), Rules(), 1)
+    with pytest.raises(AuditError, match=r"50 users .* \(hashed ids: \w+, \w+, \w+\); "):
+        audit_bucket(expected, [], IdMap(["i0", "i1"]), Rules(), 1)
 
 
 def test_seen_and_blocked_items_are_counted_once():
     overlapping = Rules(np.array([0, 5]))
-    with pytest.raises(AuditError, match="1 users of whom each has a list shorter than 3"):
+    with pytest.raises(AuditError, match="1 users has a list shorter than 3"):
         audit(changed("bob", ["i2", "i4"], [0.0, -1.0]), rules=overlapping)
     short = table({**GOOD, "bob": (["i2", "i3", "i4"], [0.0, -1.0, -2.0])})
     assert audit(short, rules=overlapping) == {"users": 3, "short_lists": 1, "capped_lists": 0}
@@ -156,12 +155,12 @@ def staged(tmp_path):
     return audited
 
 
-def test_the_files_of_a_bucket_are_audited_together_and_told_by_their_sha256(staged, tmp_path):
+def test_the_files_of_a_bucket_are_audited_together_and_named_by_their_sha256(staged, tmp_path):
     counts, sha256 = staged("one.parquet", "two.parquet")
     assert counts == {"users": 3, "short_lists": 1, "capped_lists": 0}
     contents = {path.name: path.read_bytes() for path in (tmp_path / "staging").iterdir()}
     assert sha256 == {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    with pytest.raises(AuditError, match="1 users of whom each has no list"):
+    with pytest.raises(AuditError, match="1 users has no list"):
         staged("one.parquet")
 
 

@@ -179,23 +179,23 @@ CALM = Drift(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"users_gone": 0.111}, "11.10% of the last table's users (100 looked at) are in the new one no more, and the "
+        ({"users_gone": 0.111}, "11.10% of the last table's users are missing in the new table (100 were sampled); the "
          "limit nightly.drift.max_users_gone is 10.00%."),
-        ({"top10_changed": 0.75}, "75.00% of 100 users in both tables have another set of ten best items, and the "
+        ({"top10_changed": 0.75}, "75.00% of 100 users in both tables have other items in their top ten; the "
          "limit nightly.drift.max_top10_changed is 50.00%."),
-        ({"coverage_new": 80}, "60.00% of the coverage is lost (200 different items before, 80 now), and the limit "
+        ({"coverage_new": 80}, "60.00% of the coverage is lost (200 distinct items before, 80 now); the limit "
          "nightly.drift.max_coverage_drop is 50.00%."),
-        ({"lift_new": 6.0}, "3 is the factor by which the popularity lift changed (from 2 to 6), and the limit "
+        ({"lift_new": 6.0}, "3 is the factor by which the popularity lift changed (from 2 to 6); the limit "
          "nightly.drift.max_lift_ratio is 2."),
-        ({"lift_new": 0.5}, "4 is the factor by which the popularity lift changed (from 2 to 0.5), and the limit "
+        ({"lift_new": 0.5}, "4 is the factor by which the popularity lift changed (from 2 to 0.5); the limit "
          "nightly.drift.max_lift_ratio is 2."),
-        ({"lift_new": 0.0}, "inf is the factor by which the popularity lift changed (from 2 to 0), and the limit "
+        ({"lift_new": 0.0}, "inf is the factor by which the popularity lift changed (from 2 to 0); the limit "
          "nightly.drift.max_lift_ratio is 2."),
-        ({"score_shift": 0.4}, "0.400 is the Kolmogorov-Smirnov distance of the scores from those before, and the limit "
+        ({"score_shift": 0.4}, "0.400 is the Kolmogorov-Smirnov distance between the old and the new scores; the limit "
          "nightly.drift.max_score_shift is 0.300."),
     ],
 )  # fmt: skip
-def test_a_limit_that_is_exceeded_is_told_in_a_sentence(change, words):
+def test_an_exceeded_limit_is_one_sentence(change, words):
     limits = DriftLimits(max_top10_changed=0.5, max_score_shift=0.3)
     assert breaches(dataclasses.replace(CALM, **change), limits) == [words]
 
@@ -216,9 +216,9 @@ def test_a_share_that_is_just_allowed_is_not_rounded_over_its_limit(num_users, g
 
 def test_every_limit_can_be_exceeded():
     far = dataclasses.replace(CALM, users_gone=1, top10_changed=1, coverage_new=1, lift_new=9, score_shift=1)
-    told = breaches(far, NOTHING_ALLOWED)
+    sentences = breaches(far, NOTHING_ALLOWED)
     settings = set(DriftLimits.model_fields) - {"sample_users"}
-    assert {name for name in settings for sentence in told if f"nightly.drift.{name} " in sentence} == settings
+    assert {name for name in settings for sentence in sentences if f"nightly.drift.{name} " in sentence} == settings
 
 
 # Plots

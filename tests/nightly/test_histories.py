@@ -9,7 +9,7 @@ from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.prepared import bucket_name, bucket_paths, load_histories
 from cllm4rec.data.world import parity_world
-from cllm4rec.nightly.events import EVENTS, Places, events_of
+from cllm4rec.nightly.events import EVENTS, BucketMap, events_of
 from cllm4rec.nightly.histories import HISTORIES, Bucket, files_per_bucket, merge_bucket, with_events, write_bucket
 from cllm4rec.storage.files import read_tables, write_table
 from cllm4rec.storage.tombstones import Tombstones
@@ -63,16 +63,16 @@ def test_a_known_user_belongs_to_the_bucket_of_their_history_and_new_ones_to_tho
     size = files_per_bucket(100, 10**6)
     assert (files_per_bucket(10, 40), size, files_per_bucket(1000, 4 * 10**6)) == (1, 3, 8)
     for per_bucket in (1, 3):
-        places = Places(prepared, model, num_users=40, num_files=10, files_per_bucket=per_bucket, num_new=2)
+        bucket_map = BucketMap(prepared, model, num_users=40, num_files=10, files_per_bucket=per_bucket, num_new=2)
         for place in range(0, 10, per_bucket):
             bucket = Bucket(place // per_bucket, tuple(files[place : place + per_bucket]), "nowhere")
             merged, _ = merge_bucket(bucket, prepared, model, Tombstones())
-            assert set(places.bucket_of(merged["user_id"]).tolist()) == {bucket.number}
+            assert set(bucket_map.bucket_of(merged["user_id"]).tolist()) == {bucket.number}
             assert set(merged["bucket"].to_pylist()) == {bucket.number}
         num_known = -(-10 // per_bucket)
-        new = places.bucket_of(pa.array([f"new-{number}" for number in range(50)]))
+        new = bucket_map.bucket_of(pa.array([f"new-{number}" for number in range(50)]))
         assert set(new.tolist()) == {num_known, num_known + 1}
-    assert places.item_of(pa.array(["item-03", "ghost"])).tolist() == [3, -1]
+    assert bucket_map.item_of(pa.array(["item-03", "ghost"])).tolist() == [3, -1]
 
 
 def test_a_bucket_is_its_files_its_events_and_nobody_erased(world, tmp_path):

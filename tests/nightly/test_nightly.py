@@ -76,11 +76,11 @@ def test_a_night_scores_everybody_by_what_they_have_done_by_now(ray_local, folde
     score(plan_score(before))
     first = published(before)
     planned = plan_score(night, nightly=True)
-    facts = score(planned)
-    assert facts["histories"]["events"] == {
+    report = score(planned)
+    assert report.histories["events"] == {
         "rows": 6, "refused": 0, "below_threshold": 1, "unknown_items": 1, "kept": 4
     }  # fmt: skip
-    assert (facts["histories"]["new_users"], facts["histories"]["new_interactions"], facts["users"]) == (1, 4, 41)
+    assert (report.histories["new_users"], report.histories["new_interactions"], report.users) == (1, 4, 41)
 
     second = published(night)
     scorer = Scorer.load(night.run.model)
@@ -91,13 +91,13 @@ def test_a_night_scores_everybody_by_what_they_have_done_by_now(ray_local, folde
     assert all(second[user] == first[user] for user in first if user != "user-00")
 
     # What it says of itself, and to whom.
-    report = report_of(planned)
-    assert (report["status"], report["table_version"], report["users"]) == ("published", 2, 41)
-    assert report["drift"]["users_added"] == pytest.approx(1 / 41)
-    assert report["sha256"].keys() == set(files.list_files(planned.staging))
+    written = report_of(planned)
+    assert (written["status"], written["table_version"], written["users"]) == ("published", 2, 41)
+    assert written["drift"]["users_added"] == pytest.approx(1 / 41)
+    assert written["sha256"].keys() == set(files.list_files(planned.staging))
     text = files.read_bytes(files.join(planned.report_dir, "report.md")).decode()
     assert "Published as version 2" in text
-    assert "stranger" not in text + json.dumps(report)
+    assert "stranger" not in text + json.dumps(written)
     assert is_published(night, nightly=True)
     assert not is_published(before)
     args = argparse.Namespace(force=False, accept_drift=False)
@@ -121,8 +121,8 @@ def test_a_promoted_model_of_older_data_is_matched_by_ids(ray_local, folder, tmp
     pointer = {"current": name, "previous": [], "promoted_at": "then", "why": "a test"}
     (folder / "promoted" / "models" / "current.json").write_text(json.dumps(pointer))
 
-    facts = score(plan_score(config))
-    assert facts["model_dir"] == files.absolute(current_model(config.output_dir))
+    report = score(plan_score(config))
+    assert report.model_dir == files.absolute(current_model(config.output_dir))
     scorer, lists = Scorer.load(current_model(config.output_dir)), published(config)
     known = new.histories.together("train", "validation", "test")
     assert len(lists) == NUM_USERS
@@ -160,8 +160,8 @@ def test_half_the_users_gone_stops_the_night_and_accepting_it_publishes(ray_loca
     assert (refused["status"], len(refused["users_gone_such_as"])) == ("refused", 3)
     assert set(refused["users_gone_such_as"]) <= {hashed(user) for user in first}
     assert num_staged(planned) == NUM_USERS // 2
-    facts = score(planned, accept_drift=True)
-    assert (facts["status"], facts["table_version"], len(published(config))) == ("published", 2, NUM_USERS // 2)
+    report = score(planned, accept_drift=True)
+    assert (report.status, report.table_version, len(published(config))) == ("published", 2, NUM_USERS // 2)
 
 
 @pytest.mark.ray
@@ -169,7 +169,7 @@ def test_half_the_users_gone_stops_the_night_and_accepting_it_publishes(ray_loca
     ("name", "content", "reason"),
     [
         ("empty.jsonl", b"", r"nightly\.events\) holds no rows"),
-        ("cut.jsonl.gz", None, "damaged or cut short"),
+        ("cut.jsonl.gz", None, "damaged or truncated"),
         (
             "wrong.jsonl",
             b'{"reader": "u", "book": "i", "stars": "many", "when": 1}\n',
@@ -275,8 +275,8 @@ def test_a_night_that_goes_on_past_midnight_keeps_its_date(ray_local, folder, mo
 
     write_lists = batch.write_lists
     monkeypatch.setattr(batch, "write_lists", write_and_wait)
-    facts = score(planned)
-    assert (Clock.day, facts["run_date"]) == (21, "2026-11-20")
+    report = score(planned)
+    assert (Clock.day, report.run_date) == (21, "2026-11-20")
     assert set(DeltaTable(config.run.dump).to_pandas()["run_date"]) == {"2026-11-20"}
     assert not is_published(config, nightly=True)  # the next day is another night
 
@@ -296,7 +296,7 @@ def test_users_erased_while_a_night_is_at_work_are_not_published(ray_local, fold
         with pytest.raises(ArtifactError, match="users were erased while this run was at work"):
             score(planned)
     assert not is_published(config, nightly=True)
-    assert score(plan_score(config, nightly=True))["histories"]["erased_users"] == 1
+    assert score(plan_score(config, nightly=True)).histories["erased_users"] == 1
     lists = expected(config)
     del lists["user-07"]
     assert published(config) == lists
@@ -358,8 +358,8 @@ def kill():
     os.kill(pid, signal.SIGKILL)
 
 threading.Thread(target=kill, daemon=True).start()
-facts = score(planned)
-print(json.dumps({"killed": killed, "users": facts["users"], "nodes": sum(node["Alive"] for node in ray.nodes())}))
+report = score(planned)
+print(json.dumps({"killed": killed, "users": report.users, "nodes": sum(node["Alive"] for node in ray.nodes())}))
 sys.stdout.flush()
 ray.shutdown()
 cluster.shutdown()

@@ -50,8 +50,8 @@ def test_every_user_is_published_once_or_nobody(ray_local, folder, tmp_path, mon
     config = config_of(folder, "whole", k=1000, rules={"deny": str(tmp_path / "deny.txt")})
     report = score(plan_score(config))
     assert published(config) == expected(config)
-    assert (report["users"], report["short_lists"], report["table_version"]) == (NUM_USERS, NUM_USERS, 1)
-    assert len(report["sha256"]) >= NUM_USERS / 4
+    assert (report.users, report.short_lists, report.table_version) == (NUM_USERS, NUM_USERS, 1)
+    assert len(report.sha256) >= NUM_USERS / 4
     frame = DeltaTable(config.run.dump).to_pandas()
     assert set(frame["run_date"]) == {"2026-11-20"}
     assert set(frame["model_version"]) == {Scorer.load(config.run.model).model_version}
@@ -59,13 +59,13 @@ def test_every_user_is_published_once_or_nobody(ray_local, folder, tmp_path, mon
     assert not files.exists(plan_score(config).checkpoint_dir)
     # Asked again, it writes nothing: readers use these files.
     again = score(plan_score(config))
-    assert (again["table_version"], again["sha256"]) == (1, report["sha256"])
+    assert (again.table_version, again.sha256) == (1, report.sha256)
 
     # Lists that fail the audit are not published, and readers keep the old.
     other = config_of(folder, "whole", k=3)
     with monkeypatch.context() as patch:
         patch.setattr(batch, "write_lists", lose_a_user)
-        with pytest.raises(AuditError, match="1 users of whom each has no list"):
+        with pytest.raises(AuditError, match="each of 1 users has no list"):
             score(plan_score(other))
     assert published(config) == expected(config)
     assert (DeltaTable(config.run.dump).version(), is_published(config), is_published(other)) == (
@@ -77,7 +77,7 @@ def test_every_user_is_published_once_or_nobody(ray_local, folder, tmp_path, mon
     # The cause removed, --force scores everybody anew.
     plan = plan_score(other, force=True)
     forget_staged(plan)
-    assert score(plan)["table_version"] == 2
+    assert score(plan).table_version == 2
     assert published(other) == expected(other)
     assert published(config, version=1) == expected(config)
     # Once readers see other lists, those of before are no longer up to date.
@@ -149,9 +149,9 @@ def test_a_run_whose_driver_was_killed_at_a_third_goes_on_and_publishes_every_us
             score(plan)
     finally:
         driver.send_signal(signal.SIGKILL)
-        driver.wait()
-        driver.stderr.close()
-    time.sleep(3)  # Ray ends the workers of a driver that is gone
+        _, printed = driver.communicate()
+    assert b"constructor arguments in the object store" not in printed, "a line of Ray's core that means nothing here"
+    time.sleep(3)  # Ray ends the workers of a driver that has died
     num_before = num_staged(plan)
     assert NUM_USERS // 3 <= num_before < NUM_USERS, "the kill did not land in the middle of the work"
     assert not is_published(config)
@@ -160,6 +160,6 @@ def test_a_run_whose_driver_was_killed_at_a_third_goes_on_and_publishes_every_us
 
     report = score(plan_score(config))
     assert published(config) == expected(config)
-    assert report["users"] == NUM_USERS
-    kept = {name: digest for name, digest in report["sha256"].items() if before.get(name) == digest}
+    assert report.users == NUM_USERS
+    kept = {name: digest for name, digest in report.sha256.items() if before.get(name) == digest}
     assert sum(pq.read_metadata(files.join(plan.staging, name)).num_rows for name in kept) == num_before

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from deltalake import DeltaTable
 from support.erasures import CANARY, CANARY_TEXT, USER_IDS, assert_whole, copy_of, files_with, receipts, state
 
 from cllm4rec.config import Config
@@ -15,7 +17,6 @@ from cllm4rec.errors import ResourceError
 from cllm4rec.nightly.audit import hashed
 from cllm4rec.privacy import erasure
 from cllm4rec.privacy.erasure import erase
-from cllm4rec.storage import artifacts
 from cllm4rec.storage.lease import hold
 from cllm4rec.storage.tombstones import Tombstones
 
@@ -46,15 +47,15 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: i
 @pytest.mark.parametrize(
     ("owner", "name", "calls"),
     [
-        (erasure._Erasure, "run", 0),  # nothing but the tombstone
-        (erasure, "copy_without", 5),  # in mid-directory
-        (artifacts, "_move", 1),  # prepared/ is set aside and the new one has no name yet
+        (erasure.Erasure, "run", 0),  # only the tombstone is written
+        (erasure, "copy_without", 5),  # in the middle of a directory
+        (os, "rename", 1),  # prepared/ is set aside and the new one has no name yet
         (erasure, "copy_zeroed", 1),  # pretrained/ is done and model/ is not
-        (artifacts, "_move", 5),  # model/ is set aside
+        (os, "rename", 5),  # model/ is set aside
         (erasure, "replace_file", 0),
-        (erasure, "_swap", 0),  # new files of the table lie there and no commit names them
-        (erasure, "vacuum", 1),  # the commit is done and old versions are there
-        (erasure._Erasure, "write_receipt", 0),
+        (DeltaTable, "create_write_transaction", 0),  # new files of the table exist, but no commit names them
+        (erasure, "vacuum", 1),  # the commit is done, old versions still exist
+        (erasure.Erasure, "write_receipt", 0),
     ],
 )
 def test_an_interrupted_erasure_leaves_whole_directories_and_is_finished_by_the_same_command(
@@ -102,7 +103,7 @@ def test_a_directory_brought_back_from_a_backup_is_cleaned_again(config: Config,
     erase(config, [CANARY])
     shutil.rmtree(config.run.evaluation)
     shutil.copytree(tmp_path / "backup", config.run.evaluation)
-    told = erase(config)
+    result = erase(config)
     assert files_with(Path(config.output_dir), CANARY) == []
-    assert (told["new_tombstones"], told["touched"]) == (0, 1)
+    assert (result["new_tombstones"], result["touched"]) == (0, 1)
     assert_whole(config)

@@ -1,4 +1,4 @@
-"""What an erasure tells: the receipt, what it did not do, and never the id."""
+"""The receipt of an erasure: what was done and what was not, and never the id."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def config(erasure_template: Path, tmp_path: Path) -> Config:
     return copy_of(erasure_template, tmp_path)
 
 
-def test_the_receipt_tells_what_was_done_and_what_was_not(config: Config) -> None:
+def test_the_receipt_lists_what_was_done_and_what_was_not(config: Config) -> None:
     before = read_manifest(config.run.model, "model").digest
-    told = erase(config, [CANARY])
+    result = erase(config, [CANARY])
     (receipt,) = receipts(config)
-    assert told["receipt"].endswith(".json")
+    assert result["receipt"].endswith(".json")
     assert receipt["tombstones"] == sorted(Tombstones.load(config.output_dir).digests)
     touched = {entry["path"]: entry for entry in receipt["touched"]}
     (promoted,) = promoted_directories(config.output_dir)
@@ -68,10 +68,10 @@ def test_a_user_nobody_knows_gets_a_tombstone_and_nothing_is_touched(config: Con
     for name in ("prepared.partial", "backbone.partial", "evaluation.old", "models/20260101T000000Z-0123456789ab"):
         shutil.rmtree(Path(config.output_dir, name))
     before = contents(Path(config.output_dir))
-    told = erase(config, ["never-seen-1"])
+    result = erase(config, ["never-seen-1"])
     after = contents(Path(config.output_dir))
     new = {name for name in after if name not in before}
-    assert new == {"erased.json", told["receipt"].removeprefix(f"{config.output_dir}/")}
+    assert new == {"erased.json", result["receipt"].removeprefix(f"{config.output_dir}/")}
     assert {name for name in before if after[name] != before[name]} == {"prepared/manifest.json"}, "its inputs"
     assert (receipts(config)[0]["found"], receipts(config)[0]["touched"]) == (False, [])
     assert Tombstones.load(config.output_dir).contains(["never-seen-1"]).all()
@@ -80,7 +80,7 @@ def test_a_user_nobody_knows_gets_a_tombstone_and_nothing_is_touched(config: Con
 
 def test_an_id_in_another_users_text_is_told_and_not_hidden(config: Config) -> None:
     Path(config.output_dir, "notes.json").write_text(json.dumps({"text": f"as {CANARY} says"}))
-    with pytest.raises(AuditError, match=r"an id still stands in 1 files .*notes\.json") as caught:
+    with pytest.raises(AuditError, match=r"an id is still found in 1 files .*notes\.json") as caught:
         erase(config, [CANARY])
     assert CANARY not in str(caught.value)
     assert receipts(config)[0]["files_that_still_name_them"] == ["notes.json"]
@@ -93,7 +93,7 @@ def test_an_empty_id_is_refused(config: Config) -> None:
     assert len(Tombstones.load(config.output_dir)) == 0
 
 
-def test_the_job_tells_the_receipt_and_never_the_id(
+def test_the_command_prints_the_receipt_and_never_the_id(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True)))
@@ -101,7 +101,7 @@ def test_the_job_tells_the_receipt_and_never_the_id(
     done = run_command(capsys, "erase", "--config", tmp_path / "run.yaml", "--user", CANARY, "--user", USER_IDS[3])
     assert done.status == 0
     assert CANARY not in "\n".join([*done.lines, done.errors])
-    told = {**done.last, **done.result}
-    assert (told["ok"], told["new_tombstones"]) == (True, 2)
-    assert Path(told["receipt"]).exists()
+    result = {**done.last, **done.result}
+    assert (result["ok"], result["new_tombstones"]) == (True, 2)
+    assert Path(result["receipt"]).exists()
     assert files_with(Path(config.output_dir), CANARY, USER_IDS[3]) == []

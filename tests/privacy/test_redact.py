@@ -20,7 +20,7 @@ from cllm4rec.errors import ArtifactError
 from cllm4rec.model.cllm4rec import TABLES
 from cllm4rec.privacy import redact
 from cllm4rec.privacy.redact import (
-    Gone,
+    ErasedUsers,
     copy_without,
     copy_zeroed,
     erased_indices,
@@ -31,7 +31,7 @@ from cllm4rec.privacy.redact import (
 from cllm4rec.storage.tombstones import Tombstones
 
 ERASED = Tombstones().with_users(["ben", "dora"])
-GONE = Gone(ERASED, np.array([1, 3]))
+ERASED_USERS = ErasedUsers(ERASED, np.array([1, 3]))
 
 
 def written(path: Path, table: pa.Table, row_group_size: int | None = None) -> str:
@@ -48,19 +48,19 @@ def test_rows_go_by_id_or_by_index_and_the_others_keep_order_and_schema(tmp_path
     by_index = written(
         tmp_path / "a" / "b.parquet", pa.table({"user": [1, 0, -1, 3, 2], "n": range(5)}), row_group_size
     )
-    assert (rows_of(by_id, "by_id.parquet", GONE), rows_of(by_index, "a/b.parquet", GONE)) == (2, 2)
+    assert (rows_of(by_id, "by_id.parquet", ERASED_USERS), rows_of(by_index, "a/b.parquet", ERASED_USERS)) == (2, 2)
     target = str(tmp_path / "new" / "x.parquet")
-    copy_without(by_id, target, "by_id.parquet", GONE)
+    copy_without(by_id, target, "by_id.parquet", ERASED_USERS)
     left = pq.read_table(target)
     assert left.schema.equals(schema)
     assert left.to_pydict() == {"user_id": ["anna", "cleo", "anna"], "items": [[], [3, 4], [5]]}
-    copy_without(by_index, target, "a/b.parquet", GONE)
+    copy_without(by_index, target, "a/b.parquet", ERASED_USERS)
     assert pq.read_table(target).to_pydict() == {"user": [0, -1, 2], "n": [1, 2, 4]}
 
 
 def test_a_file_of_which_nothing_is_left_keeps_its_columns(tmp_path: Path) -> None:
     source = written(tmp_path / "x.parquet", pa.table({"user_id": ["ben"], "scores": [[1.0]]}))
-    copy_without(source, str(tmp_path / "y.parquet"), "x.parquet", GONE)
+    copy_without(source, str(tmp_path / "y.parquet"), "x.parquet", ERASED_USERS)
     empty = pq.read_table(tmp_path / "y.parquet")
     assert (len(empty), empty.schema) == (0, pq.read_schema(source))
     assert pq.read_metadata(tmp_path / "y.parquet").num_row_groups == 1, "as prepare writes an empty bucket"
@@ -70,14 +70,14 @@ def test_files_about_nobody_are_told_apart(tmp_path: Path) -> None:
     items = written(
         tmp_path / "items.parquet", pa.table({"index": [0], "id": ["ben"], "text": ["x"], "num_train": [1]})
     )
-    assert rows_of(items, "items.parquet", GONE) == 0, "an item may be called like a user"
+    assert rows_of(items, "items.parquet", ERASED_USERS) == 0, "an item may be called like a user"
 
 
 def test_a_catalog_keeps_every_place_and_forgets_id_and_text(tmp_path: Path) -> None:
     Catalog(["anna", "ben", "cleo", "dora"], ["i"], ["a", "b", "c", "d"]).save(str(tmp_path))
     source = str(tmp_path / "users.parquet")
     assert erased_indices(source, ERASED).tolist() == [1, 3]
-    copy_without(source, str(tmp_path / "new.parquet"), "users.parquet", GONE)
+    copy_without(source, str(tmp_path / "new.parquet"), "users.parquet", ERASED_USERS)
     (tmp_path / "new.parquet").replace(source)
     catalog = Catalog.load(str(tmp_path))
     assert catalog.user_ids.tolist() == ["anna", placeholder(1), "cleo", placeholder(3)]
@@ -111,14 +111,14 @@ def test_the_user_tables_are_those_of_the_model(tmp_path: Path) -> None:
         copy_zeroed(str(tmp_path / "x.safetensors"), str(tmp_path / "y"), np.array([1]))
 
 
-def test_a_large_file_is_copied_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redact, "_PIECE_BYTES", 7)
-    before = {name: np.random.default_rng(0).normal(size=(9, 5)) for name in TABLES.values()}
+def test_a_large_file_is_copied_and_searched_in_pieces(tmp_path: Path) -> None:
+    before = {name: np.random.default_rng(0).normal(size=(9, redact.PIECE_BYTES // 24)) for name in TABLES.values()}
     save_file(before, tmp_path / "x.safetensors")
     copy_zeroed(str(tmp_path / "x.safetensors"), str(tmp_path / "y"), np.array([0, 8]))
     after = load_file(tmp_path / "y")
     assert all((after[name][1:8] == before[name][1:8]).all() for name in before)
-    (tmp_path / "text.json").write_text(json.dumps({"long" * 9: ["customer-4711"]}))
+    begin = redact.PIECE_BYTES - len("custom")  # the id begins in one piece and ends in the next
+    (tmp_path / "text.json").write_text("long " * (begin // 5) + "." * (begin % 5) + "customer-4711")
     assert find_remaining_ids(str(tmp_path), ["customer-4711"]) == ["text.json"]
 
 

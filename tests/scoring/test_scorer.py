@@ -11,7 +11,7 @@ from support.parity import ARCHITECTURES, MAX_TOKENS, parity, recall_at_1, score
 from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.model import ranker as ranking
-from cllm4rec.model.ranker import Ranker, merged
+from cllm4rec.model.ranker import Ranker
 from cllm4rec.scoring import scorer as scorer_module
 from cllm4rec.scoring.rules import Rules
 from cllm4rec.scoring.scorer import Scorer
@@ -76,7 +76,7 @@ def test_nobody_asked_nobody_answered():
 def test_history_blocked_and_excluded_items_are_never_recommended():
     rules, exclude = Rules(np.array([0, 7])), Ragged.from_lists([[(row * 3) % 20, 19] for row in range(len(USERS))])
     items, scores = scorer().top_k(USERS, KNOWN, 20, rules, exclude)
-    out = merged(KNOWN, exclude, Ragged.from_lists([[0, 7]] * len(USERS)))
+    out = Ragged.interleave(KNOWN, exclude, Ragged.from_lists([[0, 7]] * len(USERS))).unique()
     for row, (found, found_scores) in enumerate(lists(items, scores)):
         assert set(found) == set(range(20)) - set(out[row].tolist())
         assert found_scores == sorted(found_scores, reverse=True)
@@ -297,7 +297,7 @@ def test_ranking_in_pieces_equals_a_stable_sort_of_everything(head_items, monkey
     table = torch.from_numpy(rng.integers(-1, 2, (20, 32))).float()
     model.collaborative_items.data = table
     hidden = torch.from_numpy(rng.integers(-1, 2, (70, 32))).float()  # more users than one piece of the head takes
-    out = merged(Ragged.from_lists([rng.integers(0, 20, rng.integers(0, 21)) for _ in range(70)]))
+    out = Ragged.from_lists([rng.integers(0, 20, rng.integers(0, 21)) for _ in range(70)]).unique()
     asked = Ranker(model, ranker.prompts, MAX_TOKENS)
     monkeypatch.setattr(Ranker, "encode_users", lambda *_: hidden)
     items, scores = asked.top_k(np.full(70, -1), out, out, 9)

@@ -119,7 +119,7 @@ class Crash(BaseException):
 def crash_before(monkeypatch, step):
     """Replace the move by one that dies at its first or second call, as a killed process does: without cleaning up."""
     calls = []
-    move, remove = artifacts._move, files.remove_directory
+    move, remove = artifacts.move_directory, files.remove_directory
 
     def dying_move(source, target):
         calls.append(source)
@@ -127,7 +127,7 @@ def crash_before(monkeypatch, step):
             raise Crash
         move(source, target)
 
-    monkeypatch.setattr(artifacts, "_move", dying_move)
+    monkeypatch.setattr(artifacts, "move_directory", dying_move)
     monkeypatch.setattr(artifacts, "remove_directory", lambda uri: None if len(calls) == step else remove(uri))
 
 
@@ -184,7 +184,7 @@ def test_a_damaged_manifest_is_refused_in_a_sentence(uri, content):
 
 def test_a_directory_of_another_kind_is_refused_and_never_replaced(uri):
     write(uri, kind="prepared")
-    with pytest.raises(ArtifactError, match="is a prepared directory where a model directory is needed"):
+    with pytest.raises(ArtifactError, match="is a prepared directory, but a model directory is needed"):
         read_manifest(uri, "model")
     with pytest.raises(ArtifactError, match="no model stage wrote"):
         write(uri, "new", kind="model")

@@ -1,4 +1,4 @@
-"""One writer at a time, and a dead one is no obstacle."""
+"""One writer at a time; the lease of a dead process is taken over."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_a_process_elsewhere_loses_it_when_it_was_not_renewed(tmp_path):
 
 def test_a_lease_that_is_just_being_written_is_held(tmp_path):
     (tmp_path / "dump.lease").write_text("")
-    with pytest.raises(ResourceError, match="wait for its end"), hold(str(tmp_path / "dump"), "run two"):
+    with pytest.raises(ResourceError, match="wait until it ends"), hold(str(tmp_path / "dump"), "run two"):
         pass
     old = time.time() - lease.STALE_S - 1
     os.utime(tmp_path / "dump.lease", (old, old))
@@ -141,5 +141,5 @@ def test_a_lease_is_renewed_again_after_the_storage_was_away(tmp_path, monkeypat
 
 def test_a_lease_that_says_nothing_is_held(tmp_path):
     (tmp_path / "dump.lease").write_text("[]")
-    with pytest.raises(ResourceError, match="wait for its end"), hold(str(tmp_path / "dump"), "run two"):
+    with pytest.raises(ResourceError, match="wait until it ends"), hold(str(tmp_path / "dump"), "run two"):
         pass

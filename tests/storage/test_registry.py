@@ -199,7 +199,7 @@ def test_rollback_goes_back_step_by_step_and_then_says_that_there_is_no_more(con
     assert text_of(current_model(config.output_dir)) == "two"
     rollback(config.output_dir)
     assert text_of(current_model(config.output_dir)) == "one"
-    with pytest.raises(ArtifactError, match="holds no earlier model"):
+    with pytest.raises(ArtifactError, match="has no previous model"):
         rollback(config.output_dir)
     promote(config, "four")
     assert {text_of(uri) for uri in promoted_directories(config.output_dir)} == {"one", "four"}
@@ -215,7 +215,7 @@ def test_rollback_to_a_damaged_model_is_refused(config: Config) -> None:
 
 
 def test_nothing_to_roll_back_to_is_said(config: Config) -> None:
-    with pytest.raises(ArtifactError, match="promote one"):
+    with pytest.raises(ArtifactError, match="run cllm4rec promote first"):
         rollback(config.output_dir)
 
 
@@ -241,7 +241,7 @@ def test_a_damaged_pointer_is_refused_in_a_sentence(config: Config, content: byt
 def test_a_dangling_pointer_is_refused_and_names_what_is_missing(config: Config) -> None:
     name = promote(config, "one")
     files.remove_file(f"{config.run.models}/{name}/{MANIFEST}")
-    with pytest.raises(ArtifactError, match=f"names {name}, which is no finished model directory"):
+    with pytest.raises(ArtifactError, match=f"names {name}, which is not a finished model directory"):
         current_model(config.output_dir)
 
 

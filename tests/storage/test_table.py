@@ -118,7 +118,7 @@ def test_a_table_that_cannot_be_read_is_told_in_a_sentence(dump):
     publish(dump, stage(dump, "first", ["a"]), "first", 1, FACTS)
     for commit in (Path(dump) / "_delta_log").glob("*.json"):
         commit.write_text("not JSON")
-    with pytest.raises(ArtifactError, match=r"dump cannot be read \(.*\); restore it or move it away"):
+    with pytest.raises(ArtifactError, match=r"dump cannot be read \(.*\); restore it from a backup, or move it away"):
         published_attempt(dump, "first")
 
 

@@ -1,4 +1,4 @@
-"""The published table in people's hands: real Delta tables, every verb of `jobs.dump`, and what may not happen."""
+"""Work with the published table: every verb of `cllm4rec dump` on real Delta tables, and what must not happen."""
 
 import csv
 import json
@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +24,7 @@ from cllm4rec.storage import table_versions as dumps
 from cllm4rec.storage.artifacts import write_directory
 from cllm4rec.storage.lease import hold
 from cllm4rec.storage.table import SCHEMA, current_run, publish
+from cllm4rec.storage.table_export import FORMATS, export
 from cllm4rec.storage.tombstones import Tombstones
 
 ROOT = Path(__file__).parents[2]
@@ -113,10 +115,10 @@ def test_versions_tell_who_published_what_and_what_can_be_read(table, call):
     assert told[0]["facts"] == {
         "run_id": "first", "run_date": "2026-11-20", "model_version": "model-first", "schema_version": "1",
     }  # fmt: skip
-    assert (status, len(lines)) == (0, 4)
-    assert "not readable any more" in lines[2]
-    assert lines[1].split()[0] == "1"
-    assert "2026-11-20" in lines[1]
+    assert (status, len(lines)) == (0, 5)
+    assert "no longer readable" in lines[3]
+    assert lines[2].split()[0] == "1"
+    assert "2026-11-20" in lines[2]
 
 
 def test_commits_that_change_no_list_are_no_versions_of_the_lists(table):
@@ -136,7 +138,7 @@ def test_a_table_that_is_not_there_is_told_in_a_sentence(call, verb, tmp_path):
     target = ["--to", tmp_path / "x"] if verb[0] == "export" else []
     status, _, last, errors = call(*verb, *target)
     assert status == 1
-    assert "dump is no table yet; publish one with cllm4rec nightly or cllm4rec score" in last["error"]
+    assert "dump is not a table yet; run cllm4rec nightly or cllm4rec score to publish one" in last["error"]
     assert errors == f"error: {last['error']}\n"
 
 
@@ -207,11 +209,11 @@ def test_the_next_publication_replaces_restored_lists(table):
 
 def test_a_version_that_is_gone_empty_or_of_erased_users_is_not_restored(table, folder):
     (Path(table) / "run=second" / "part-0.parquet").unlink()
-    with pytest.raises(ArtifactError, match=r"version 2 of .* can be read no more"):
+    with pytest.raises(ArtifactError, match=r"version 2 of .* is no longer readable"):
         dumps.restore(table, 2, NOBODY)
-    with pytest.raises(ArtifactError, match=r"version 0 of .* holds no lists"):
+    with pytest.raises(ArtifactError, match=r"version 0 of .* has no lists"):
         dumps.restore(table, 0, NOBODY)
-    with pytest.raises(ArtifactError, match="holds users who were erased since"):
+    with pytest.raises(ArtifactError, match="contains users who were erased since"):
         dumps.restore(table, 1, erase(folder, USERS[40]))
     assert DeltaTable(table).version() == 3
 
@@ -220,7 +222,7 @@ def test_a_publication_in_the_meantime_is_not_overwritten(table, monkeypatch):
     stale = DeltaTable(table)
     publish(table, stage(table, "fourth", USERS), "fourth", 1, FACTS)
     monkeypatch.setattr(dumps, "open_table", lambda _, version=None: DeltaTable(table, version=1) if version else stale)
-    with pytest.raises(ResourceError, match="somebody else has just published"):
+    with pytest.raises(ResourceError, match="another process has just published"):
         dumps.restore(table, 1, NOBODY)
     assert seen(table) == dict.fromkeys(USERS, "fourth")
 
@@ -269,11 +271,10 @@ def test_a_csv_export_has_a_row_for_every_recommended_item(varied, call, tmp_pat
     assert [one[3] for one in found] == pytest.approx([one[3] for one in expected], rel=1e-7)
 
 
-def test_batches_of_any_size_export_the_same(varied, tmp_path, monkeypatch):
+def test_batches_of_any_size_export_the_same(varied, tmp_path):
     for size in (1, 7, 1000):
-        monkeypatch.setattr(dumps, "_BATCH_USERS", size)
-        for name in dumps.FORMATS:
-            dumps.export(varied, None, str(tmp_path / f"{name}-{size}"), name, NOBODY)
+        for name in FORMATS:
+            export(varied, None, str(tmp_path / f"{name}-{size}"), name, NOBODY, batch_users=size)
     for name in ("csv", "jsonl"):
         assert len({(tmp_path / f"{name}-{size}").read_bytes() for size in (1, 7, 1000)}) == 1
     assert read_back(tmp_path / "parquet-1", "parquet") == rows_of(varied)
@@ -297,28 +298,33 @@ def test_a_file_is_replaced_only_by_force(table, call, tmp_path):
 
 def test_a_folder_is_never_replaced(table, tmp_path):
     with pytest.raises(ConfigError, match="is a directory; name a file in it"):
-        dumps.export(table, None, str(tmp_path), "csv", NOBODY, force=True)
+        export(table, None, str(tmp_path), "csv", NOBODY, force=True)
 
 
-def test_an_export_that_fails_leaves_nothing_and_the_old_file(varied, tmp_path, monkeypatch):
+def test_an_export_that_fails_leaves_nothing_and_the_old_file(varied, tmp_path):
     target = tmp_path / "out" / "lists"
-    dumps.export(varied, None, str(target), "jsonl", NOBODY)
+    export(varied, None, str(target), "jsonl", NOBODY)
     before = target.read_bytes()
-    monkeypatch.setattr(dumps, "_BATCH_USERS", 10)
-    plain, seen_batches = dumps._without_erased, []
 
-    def fails_midway(part, tombstones):
-        seen_batches.append(len(part))
-        if len(seen_batches) == 3:
-            assert [name for name in os.listdir(target.parent) if name.endswith(".partial")]
-            raise OSError(28, "No space left on device")
-        return plain(part, tombstones)
+    class FullDisk(Tombstones):
+        """Asked about the users of each batch; the third time it fails, when a part is written."""
 
-    monkeypatch.setattr(dumps, "_without_erased", fails_midway)
-    for name in dumps.FORMATS:
-        seen_batches.clear()
+        num_asked = 0
+
+        def __len__(self) -> int:
+            return 1
+
+        def contains(self, user_ids):
+            FullDisk.num_asked += 1
+            if FullDisk.num_asked == 3:
+                assert [name for name in os.listdir(target.parent) if name.endswith(".partial")]
+                raise OSError(28, "No space left on device")
+            return np.zeros(len(user_ids), bool)
+
+    for name in FORMATS:
+        FullDisk.num_asked = 0
         with pytest.raises(OSError, match="No space left"):
-            dumps.export(varied, None, str(target), name, NOBODY, force=True)
+            export(varied, None, str(target), name, FullDisk(), force=True, batch_users=10)
     assert os.listdir(target.parent) == ["lists"]
     assert target.read_bytes() == before
 
@@ -326,13 +332,13 @@ def test_an_export_that_fails_leaves_nothing_and_the_old_file(varied, tmp_path, 
 def test_an_export_goes_to_any_fsspec_uri(table):
     import fsspec
 
-    dumps.export(table, None, "memory://exports/lists.jsonl", "jsonl", NOBODY)
+    export(table, None, "memory://exports/lists.jsonl", "jsonl", NOBODY)
     fs = fsspec.filesystem("memory")
     assert fs.find("exports") == ["/exports/lists.jsonl"]
     assert len(fs.cat_file("/exports/lists.jsonl").splitlines()) == 60
 
 
-@pytest.mark.parametrize("file_format", dumps.FORMATS)
+@pytest.mark.parametrize("file_format", FORMATS)
 def test_erased_users_are_in_no_export(table, folder, call, tmp_path, file_format):
     erase(folder, USERS[7], USERS[20])
     _, _, last, _ = call("export", "--format", file_format, "--to", tmp_path / "lists")
@@ -393,12 +399,14 @@ def test_a_vacuum_leaves_the_current_version_and_removes_everything_else(table, 
     status, lines, last, _ = call("vacuum", "--keep-days", 0)
     assert (status, last["dump"]["num_files"], last["dump"]["versions"]) == (0, 6, [1, 2])
     assert lines[0].startswith("dump: 6 files (0.0 MB) are older than 0 days")
-    assert lines[1:] == ["dump: without them these versions can be read no more: 1, 2", "dump: removed"]
+    assert lines[1:] == ["dump: without them these versions are no longer readable: 1, 2", "dump: removed"]
     assert seen(table) == dict.fromkeys(USERS, "third")
     # No empty folder either: a run's folder without its files would make a resumed run believe they are there.
     assert sorted(os.listdir(table)) == ["_delta_log", "run=third"]
     assert [one.num_users for one in dumps.versions(table)] == [None, None, 60]
-    with pytest.raises(ArtifactError, match=r"version 2 of .* can be read no more: its files were removed by a vacuum"):
+    with pytest.raises(
+        ArtifactError, match=r"version 2 of .* is no longer readable, because a vacuum removed its files"
+    ):
         next(dumps.tables(table, 2))
     again = call("vacuum", "--keep-days", 0)[2]["dump"]
     assert (again["num_files"], again["num_bytes"], again["versions"]) == (0, 0, [])
@@ -460,7 +468,7 @@ def test_no_id_of_a_user_gets_into_the_log(table, tmp_path):
         (["publish"], "invalid choice: 'publish'"),
         (["restore"], "the following arguments are required: version"),
         (["restore", "last"], "invalid int value: 'last'"),
-        (["vacuum", "--keep-days", -1], "-1 days are fewer than none"),
+        (["vacuum", "--keep-days", -1], "-1 days is less than 0"),
         (["export", "--to", "x"], "the following arguments are required: --format"),
         (["versions", "--version", 3], "unrecognized arguments: --version"),
         (["versions", "typo"], "the override 'typo' is not of the form section.key=value"),

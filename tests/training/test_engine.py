@@ -1,4 +1,4 @@
-"""DeepSpeed at every ZeRO stage on two workers against one process of plain torch with the same documents."""
+"""DeepSpeed at every ZeRO stage on two workers, compared with one process of plain torch on the same documents."""
 
 import dataclasses
 import datetime
@@ -22,32 +22,32 @@ pytestmark = pytest.mark.ray
 ZERO_STAGES = (0, 1, 2, 3)
 EPOCHS = 3
 NUM_WORKERS = 2
-# Every epoch is one step of all documents, so that how they are divided cannot matter.
-STAGE = dataclasses.replace(phases()[1], epochs=EPOCHS, collaborative_from_content=False)
-BACKBONE_STAGE = Phase("backbone", ("backbone",), ("plain_texts",), 1, 1e-3)
+# Every epoch is one step of all documents, so that the result cannot depend on how they are divided.
+PHASE = dataclasses.replace(phases()[1], epochs=EPOCHS, collaborative_from_content=False)
+BACKBONE_PHASE = Phase("backbone", ("backbone",), ("plain_texts",), 1, 1e-3)
 CLIPPED = {"accumulation": 2, "gradient_clipping": 0.05}
-# Several steps an epoch, so that a step reads some users and not others.
+# Several steps per epoch, so that a step reads only some users.
 PARTS = {"micro_batch_rows": 6}
-# A norm that is never reached changes no step, and has the users tables stepped whole.
+# A norm that is never reached changes no step, but turns row-wise steps off.
 WHOLE_TABLES = {"gradient_clipping": 1e9}
 
 
 def shard_of(rank: int, num_workers: int) -> Shard:
-    """Three users in four belong to worker 0, so that worker 1 runs out of documents first. User 7 has no documents."""
+    """Worker 0 has three quarters of the users, so worker 1 runs out of documents first. User 7 has no documents."""
     world = parity()
     documents, histories = world.documents, world.world.histories
-    few = Documents.concat(
+    sample = Documents.concat(
         [documents.of_kinds([Kind.INTERACTIONS]), documents.of_kinds([Kind.REVIEW]).take(np.arange(0, 320, 4))]
     )
-    few = few.take(np.flatnonzero(few.user != 7))
+    sample = sample.take(np.flatnonzero(sample.user != 7))
     if num_workers == 1:
-        return Shard(few, Validation(histories))
-    mine = np.isin(np.arange(40) % 4, [0, 1, 2] if rank == 0 else [3])
-    return Shard(few.take(np.flatnonzero(mine[few.user])), Validation(histories.take(np.flatnonzero(mine))))
+        return Shard(sample, Validation(histories))
+    is_own = np.isin(np.arange(40) % 4, [0, 1, 2] if rank == 0 else [3])
+    return Shard(sample.take(np.flatnonzero(is_own[sample.user])), Validation(histories.take(np.flatnonzero(is_own))))
 
 
-def train(rank=0, num_workers=1, phase=STAGE, resumed=None, micro_batch_rows=None, **changes):
-    """Weights, checkpoints after each epoch and log of a run."""
+def train(rank=0, num_workers=1, phase=PHASE, resumed=None, micro_batch_rows=None, **changes):
+    """The weights of a run, its checkpoints after each epoch, and its log."""
     saved, log = [], []
 
     def save(checkpoint: Checkpoint) -> None:
@@ -81,25 +81,25 @@ def join_workers(rank, num_workers, port):
 
 
 def work(rank, port, folder):
-    """One of two workers: all stages in one process, for importing DeepSpeed takes longest."""
+    """One of two workers. All ZeRO stages run in one process, because importing DeepSpeed takes longest."""
     join_workers(rank, NUM_WORKERS, port)
     start = torch.load(folder / "start.pt", weights_only=False)
     results = {}
     for zero_stage in ZERO_STAGES:
-        chosen = {"rank": rank, "num_workers": NUM_WORKERS, "engine": "deepspeed", "zero_stage": zero_stage}
-        results[zero_stage, "clipped"] = train(**chosen, **CLIPPED, micro_batch_rows=24)
-        results[zero_stage, "accumulated"] = train(**chosen, accumulation=2, micro_batch_rows=24)
-        whole = results[zero_stage, "whole"] = train(**chosen)
-        results[zero_stage, "whole resumed"] = train(**chosen, resumed=whole["saved"][0])
-        parts = results[zero_stage, "parts"] = train(**chosen, **PARTS)
-        results[zero_stage, "parts resumed"] = train(**chosen, **PARTS, resumed=parts["saved"][0])
-        results[zero_stage, "parts of whole tables"] = train(**chosen, **PARTS, **WHOLE_TABLES)
-        results[zero_stage, "from torch"] = train(**chosen, resumed=start)
-        results[zero_stage, "backbone"] = train(**chosen, phase=BACKBONE_STAGE)
+        options = {"rank": rank, "num_workers": NUM_WORKERS, "engine": "deepspeed", "zero_stage": zero_stage}
+        results[zero_stage, "clipped"] = train(**options, **CLIPPED, micro_batch_rows=24)
+        results[zero_stage, "accumulated"] = train(**options, accumulation=2, micro_batch_rows=24)
+        whole = results[zero_stage, "whole"] = train(**options)
+        results[zero_stage, "whole resumed"] = train(**options, resumed=whole["saved"][0])
+        parts = results[zero_stage, "parts"] = train(**options, **PARTS)
+        results[zero_stage, "parts resumed"] = train(**options, **PARTS, resumed=parts["saved"][0])
+        results[zero_stage, "parts of whole tables"] = train(**options, **PARTS, **WHOLE_TABLES)
+        results[zero_stage, "from torch"] = train(**options, resumed=start)
+        results[zero_stage, "backbone"] = train(**options, phase=BACKBONE_PHASE)
     try:
         users_of_both = np.array([3])
         model = parity().make_model()
-        model.train_only(STAGE.trained)
+        model.train_only(PHASE.trained)
         make_engine(model, settings().training, 1e-2, users=users_of_both)
     except AssertionError as error:
         results["one user twice"] = str(error)
@@ -108,7 +108,7 @@ def work(rank, port, folder):
 
 
 def work_alone(rank, port, folder):
-    """The only worker, where nothing was compiled before."""
+    """A single worker with an empty folder of compiled extensions."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder / "compiled")
     join_workers(rank, 1, port)
     torch.save(train(engine="deepspeed"), folder / "alone.pt")
@@ -129,13 +129,13 @@ def plain():
         "whole": whole,
         "accumulated": whole,
         "clipped": train(**CLIPPED | {"accumulation": 1}),
-        "backbone": train(phase=BACKBONE_STAGE),
+        "backbone": train(phase=BACKBONE_PHASE),
     }
 
 
 @pytest.fixture(scope="module")
 def workers(plain, tmp_path_factory):
-    """What each of two workers came to, by ZeRO stage and variant."""
+    """The results of both workers, by ZeRO stage and variant."""
     folder = tmp_path_factory.mktemp("workers")
     torch.save(plain["whole"]["saved"][0], folder / "start.pt")
     torch.multiprocessing.spawn(work, (free_port(), folder), nprocs=NUM_WORKERS)
@@ -186,7 +186,7 @@ def test_a_resumed_worker_matches_an_uninterrupted_one(workers, zero_stage, vari
 
 
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
-def test_two_workers_step_their_own_users_as_they_would_whole_tables(workers, zero_stage):
+def test_row_wise_steps_on_two_workers_equal_dense_steps(workers, zero_stage):
     by_row, whole = workers[0][zero_stage, "parts"], workers[0][zero_stage, "parts of whole tables"]
     assert len(steps(by_row)) > 3 * EPOCHS
     assert distance(by_row["weights"], whole["weights"]) < 1e-5
@@ -196,18 +196,18 @@ def test_two_workers_step_their_own_users_as_they_would_whole_tables(workers, ze
 
 
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
-def test_a_checkpoint_goes_on_with_another_engine_and_number_of_workers(plain, workers, zero_stage):
+def test_a_checkpoint_resumes_with_another_engine_and_number_of_workers(plain, workers, zero_stage):
     from_torch = workers[0][zero_stage, "from torch"]
     assert distance(from_torch["weights"], plain["whole"]["weights"]) < 1e-5
     to_torch = train(resumed=workers[0][zero_stage, "whole"]["saved"][0])
     assert distance(to_torch["weights"], plain["whole"]["weights"]) < 1e-5
 
 
-def test_a_user_whose_documents_two_workers_have_is_noticed(workers):
+def test_a_user_with_documents_on_two_workers_is_an_error(workers):
     assert [worker["one user twice"] for worker in workers] == ["two workers have documents of one user"] * NUM_WORKERS
 
 
-def test_a_lone_worker_takes_the_same_steps_and_compiles_nothing(plain, tmp_path):
+def test_a_single_worker_takes_the_same_steps_and_compiles_nothing(plain, tmp_path):
     torch.multiprocessing.spawn(work_alone, (free_port(), tmp_path), nprocs=1)
     alone = torch.load(tmp_path / "alone.pt", weights_only=False)
     assert distance(alone["weights"], plain["whole"]["weights"]) < 1e-5

@@ -38,16 +38,16 @@ def test_reordering_keeps_the_items_and_changes_their_order_each_epoch(builder, 
 def test_an_epoch_does_not_depend_on_which_users_a_worker_holds(builder, source):
     options = {"mask_range": (0.1, 0.9), "all_targets": False, "user_dropout": 0.5}
     everyone = builder.recommendations(source, 4, **options)
-    some = np.array([7, 3, 21])
-    alone = builder.recommendations(source.take(some), 4, **options)
-    assert alone.prompt.tolist() == everyone.prompt.take(some).tolist()
-    assert alone.target.tolist() == everyone.target.take(some).tolist()
+    users = np.array([7, 3, 21])
+    shard = builder.recommendations(source.take(users), 4, **options)
+    assert shard.prompt.tolist() == everyone.prompt.take(users).tolist()
+    assert shard.target.tolist() == everyone.target.take(users).tolist()
 
 
 def test_held_out_items_and_prompt_are_a_partition_of_the_history(builder, source):
     made = builder.recommendations(source, 0, mask_range=(0.2, 0.2), all_targets=False, user_dropout=0.0)
     read, held, history = items_of(made, made.prompt), made.target.tolist(), items_of(source, source.main)
-    assert [sorted(one + other) for one, other in zip(read, held, strict=True)] == history
+    assert [sorted(prompt + target) for prompt, target in zip(read, held, strict=True)] == history
     assert {len(row) for row in held} == {2}  # 20 % of 8 items, rounded
 
 
@@ -58,8 +58,8 @@ def test_all_targets_are_the_whole_history(builder, source):
 
 def test_a_single_item_is_held_out_and_leaves_an_empty_prompt(builder):
     token_space = parity().token_space
-    lonely = parity().prompts.interactions(token_space, np.array([5]), Ragged.from_lists([[3]]))
-    made = builder.recommendations(lonely, 0, mask_range=(0.0, 0.0), all_targets=False, user_dropout=0.0)
+    single = parity().prompts.interactions(token_space, np.array([5]), Ragged.from_lists([[3]]))
+    made = builder.recommendations(single, 0, mask_range=(0.0, 0.0), all_targets=False, user_dropout=0.0)
     assert made.target.tolist() == [[3]]
     assert not token_space.is_item(made.prompt.values).any()
 
@@ -72,7 +72,7 @@ def test_a_long_history_is_cut_to_fit_the_row_and_keeps_its_prompt(source):
     assert {len(row) for row in made.target.tolist()} == {8}
 
 
-def test_user_dropout_hides_about_the_share_it_says_and_others_each_epoch(source, builder):
+def test_user_dropout_hides_about_its_fraction_and_other_users_in_each_epoch(source, builder):
     hidden = [
         [row[0] < 0 for row in builder.interactions(source, epoch, reorder=True, user_dropout=0.5).prompt.tolist()]
         for epoch in range(20)
@@ -81,12 +81,12 @@ def test_user_dropout_hides_about_the_share_it_says_and_others_each_epoch(source
     assert hidden[0] != hidden[1]
 
 
-def test_hidden_users_are_spread_over_the_epoch_like_everyone():
+def test_hidden_users_are_in_random_order_too():
     made = all_kinds(user_dropout=1.0).of_kinds([Kind.INTERACTIONS])
-    assert (np.diff(made.user) < 0).any()  # ties would leave them in order
+    assert (np.diff(made.user) < 0).any()  # equal hashes would leave them in order
 
 
-def test_text_sampling_takes_about_its_share_and_another_one_each_epoch(builder):
+def test_text_sampling_takes_about_its_fraction_and_other_texts_in_each_epoch(builder):
     documents = parity().documents
     full = builder.text_rows(documents, 0, 1.0)
     first, second = builder.text_rows(documents, 0, 0.3), builder.text_rows(documents, 1, 0.3)
@@ -98,21 +98,20 @@ def test_text_sampling_takes_about_its_share_and_another_one_each_epoch(builder)
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 10_000])
-def test_an_epoch_made_some_at_a_time_is_the_epoch_made_at_once(builder, monkeypatch, at_once):
-    """And it does not matter how the documents lie."""
+def test_an_epoch_does_not_depend_on_its_chunks_or_on_the_storage_order(builder, monkeypatch, at_once):
     documents = parity().documents
     options = {"mask_range": (0.2, 0.6), "all_targets": False, "user_dropout": 0.5}
 
-    def stream(lying):
-        parts = [
+    def stream(stored):
+        sources = [
             DocumentSource(
-                lying.rows_of([Kind.INTERACTIONS]),
-                lambda some: builder.recommendations(some, 3, **options),
+                stored.rows_of([Kind.INTERACTIONS]),
+                lambda subset: builder.recommendations(subset, 3, **options),
                 Kind.RECOMMENDATION,
             ),
-            DocumentSource(builder.text_rows(lying, 3, 0.5), lambda some: some),
+            DocumentSource(builder.text_rows(stored, 3, 0.5), lambda subset: subset),
         ]
-        return list(builder.iter_documents(lying, parts, 3))
+        return list(builder.iter_documents(stored, sources, 3))
 
     (whole,) = stream(documents)
     sources = documents.of_kinds([Kind.INTERACTIONS]), documents.take(builder.text_rows(documents, 3, 0.5))

@@ -1,4 +1,4 @@
-"""Stages of training without a cluster: what they are made from may not change under them."""
+"""Training stages without a cluster: their inputs may not change during a run."""
 
 import shutil
 
@@ -18,7 +18,7 @@ def write_pretrained(config, source) -> None:
             files.copy_file(files.join(str(source), name), draft.path(name))
 
 
-def test_a_pretraining_that_was_replaced_meanwhile_is_not_joined_with_what_was_trained(tmp_path):
+def test_finetuning_fails_if_the_pretrained_tables_change_during_the_run(tmp_path):
     config = make_config(tmp_path)
     write_prepared(tmp_path / "prepared")
     first = write_random_model(tmp_path, config.run.prepared, seed=0)
@@ -26,12 +26,10 @@ def test_a_pretraining_that_was_replaced_meanwhile_is_not_joined_with_what_was_t
     shutil.rmtree(first)
 
     def trainer(job, run_dir):
-        other = write_random_model(tmp_path / "other", config.run.prepared, seed=1)
-        write_pretrained(config, other)
+        replacement = write_random_model(tmp_path / "other", config.run.prepared, seed=1)
+        write_pretrained(config, replacement)
         return {}
 
-    with pytest.raises(
-        ArtifactError, match=r"pretrained changed while finetune was at work; run the same command again"
-    ):
+    with pytest.raises(ArtifactError, match=r"pretrained changed during finetuning; run the same command again"):
         finetune(config, trainer)
     assert not files.exists(config.run.model)

@@ -1,4 +1,4 @@
-"""The training loop on the parity world: it learns, it resumes bit for bit, it stops cleanly."""
+"""The training loop on the parity world: it learns, resumes with identical bits, and stops cleanly."""
 
 import dataclasses
 
@@ -59,25 +59,26 @@ def test_resumed_run_matches_uninterrupted_run(stop_after, tmp_path):
         assert torch.equal(whole[name], resumed[name]), name
 
 
-class Scripted(Validation):
-    """A validation whose epochs turn out as told."""
+class FixedValidation(Validation):
+    """A validation that returns the given value for each epoch."""
 
     def __init__(self, *values: float) -> None:
         super().__init__(parity().world.histories)
-        self._told = iter(values)
+        self._values = iter(values)
 
     def metrics(self, ranked_BK):
-        return {"count": 1.0, "ndcg@100": next(self._told)}
+        return {"count": 1.0, "ndcg@100": next(self._values)}
 
 
-def test_the_best_epoch_is_kept_and_patience_ends_a_stage():
+def test_the_best_epoch_is_kept_and_patience_ends_a_phase():
     phase = dataclasses.replace(phases()[2], epochs=9, patience=2)
-    shard = Shard(parity().documents, Scripted(0.1, 0.5, 0.4, 0.45))
+    shard = Shard(parity().documents, FixedValidation(0.1, 0.5, 0.4, 0.45))
     weights, log = train([phase], shard=shard)
     epochs = [entry for entry in log if entry["event"] == "epoch"]
     assert [entry["best_epoch"] for entry in epochs] == [1, 2, 2, 2]
     assert [entry["stopped"] for entry in epochs] == [False, False, False, True]
-    second, _ = train([dataclasses.replace(phase, epochs=2)], shard=Shard(parity().documents, Scripted(0.1, 0.5)))
+    two_epochs = dataclasses.replace(phase, epochs=2)
+    second, _ = train([two_epochs], shard=Shard(parity().documents, FixedValidation(0.1, 0.5)))
     assert torch.equal(weights["collaborative_items"], second["collaborative_items"])
 
 
@@ -91,8 +92,8 @@ def test_warmup_moves_content_tables_only_and_finetuning_collaborative_ones_only
 
 
 def test_pretraining_starts_the_collaborative_tables_at_the_warmed_content():
-    still = dataclasses.replace(phases()[1], learning_rate=1e-12, epochs=1)
-    weights, _ = train([phases()[0], still])
+    almost_no_training = dataclasses.replace(phases()[1], learning_rate=1e-12, epochs=1)
+    weights, _ = train([phases()[0], almost_no_training])
     assert torch.allclose(weights["collaborative_items"], weights["content_items"], atol=1e-6)
 
 
@@ -125,13 +126,13 @@ def test_the_backbone_stage_trains_the_backbone_and_nothing_else(architecture):
 
 
 def test_alternating_steps_train_one_side_at_a_time():
-    """The first step reads interactions only: with z^c held and Adam untouched, content stays where it was."""
+    """The first step reads only interactions, so it changes neither z^c nor the moments of z^c."""
     phase = dataclasses.replace(phases()[1], alternate=True, epochs=1, collaborative_from_content=False)
     alternating, log = train([phase])
     kinds = [entry["words"] > 0 for entry in log if entry["event"] == "step"]
     assert kinds[:4] == [False, True, False, True]
-    together, _ = train([dataclasses.replace(phase, alternate=False)])
-    assert not torch.equal(alternating["content_items"], together["content_items"])
+    joint, _ = train([dataclasses.replace(phase, alternate=False)])
+    assert not torch.equal(alternating["content_items"], joint["content_items"])
 
 
 def test_mutual_regularization_draws_the_tables_together():
@@ -156,7 +157,7 @@ def test_accumulating_micro_batches_equals_one_large_batch():
         assert torch.allclose(one[name], many[name], atol=1e-5), name
 
 
-# A norm that is never reached changes no step, and has the users tables stepped whole.
+# A norm that is never reached changes no step, but turns row-wise steps off.
 WHOLE_TABLES = {"gradient_clipping": 1e9}
 
 
@@ -170,7 +171,7 @@ WHOLE_TABLES = {"gradient_clipping": 1e9}
         (Phase("backbone", ("backbone",), ("plain_texts",), 1, 1e-2), {}, TorchEngine),
     ],
 )
-def test_users_are_stepped_by_row_where_that_is_possible(phase, changes, engine, monkeypatch):
+def test_users_are_stepped_row_by_row_if_possible(phase, changes, engine, monkeypatch):
     engines = []
 
     def recorded(*arguments):
@@ -179,39 +180,41 @@ def test_users_are_stepped_by_row_where_that_is_possible(phase, changes, engine,
 
     monkeypatch.setattr(loop, "make_engine", recorded)
     train([dataclasses.replace(phase, epochs=1)], **changes)
-    assert [type(each) for each in engines] == [engine]
+    assert [type(created) for created in engines] == [engine]
 
 
-def furthest(left, right):
+def max_difference(left, right):
     assert set(left) == set(right)
     return max((left[name] - right[name]).abs().max().item() for name in left)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_users_stepped_by_row_end_where_whole_tables_do(accumulation):
+def test_row_wise_steps_end_at_the_same_tables_as_dense_steps(accumulation):
     """Pretraining reads every user in each epoch, but not in each step."""
     phase = dataclasses.replace(phases()[1], validate=None)
     by_row, log = train([phase], accumulation=accumulation)
     whole, _ = train([phase], accumulation=accumulation, **WHOLE_TABLES)
     assert sum(entry["event"] == "step" for entry in log) > 5
-    assert furthest(by_row, whole) < 1e-5
-    assert furthest(by_row, {name: table.detach() for name, table in parity().make_model().tables().items()}) > 0.05
+    assert max_difference(by_row, whole) < 1e-5
+    assert (
+        max_difference(by_row, {name: table.detach() for name, table in parity().make_model().tables().items()}) > 0.05
+    )
 
 
-def test_validation_ranks_with_users_that_took_all_steps():
-    """Most were last read some steps before an epoch's end."""
+def test_validation_ranks_with_rows_that_took_all_steps():
+    """Most users were last read some steps before the end of the epoch."""
     world, models, seen, saved = parity(), [], [], []
 
     def make_model():
         models.append(world.make_model())
         return models[-1]
 
-    class Looking(Validation):
+    class RecordingValidation(Validation):
         def metrics(self, ranked_BK):
             seen.append(models[-1].collaborative_users.detach().clone())
             return super().metrics(ranked_BK)
 
-    shard = Shard(world.documents, Looking(world.world.histories))
+    shard = Shard(world.documents, RecordingValidation(world.world.histories))
     loop.train(
         make_model, world.prompts, phases(epochs=2)[2:], shard, settings(), log=lambda _: None, save=saved.append
     )
@@ -219,7 +222,7 @@ def test_validation_ranks_with_users_that_took_all_steps():
 
 
 @pytest.mark.parametrize("reads", [("recommendations",), ("texts",), ("plain_texts",), ("interactions", "texts")])
-def test_an_epoch_is_made_of_the_kinds_its_stage_names(reads):
+def test_an_epoch_reads_only_the_kinds_of_its_phase(reads):
     world = parity()
     phase = Phase("any", COLLABORATIVE, reads, 1, 1e-3)
     builder = EpochBuilder(world.prompts, world.token_space, 48, 0)
@@ -233,7 +236,7 @@ def test_an_epoch_is_made_of_the_kinds_its_stage_names(reads):
 
 
 @pytest.mark.parametrize("at_once", [1, 7])
-def test_validation_by_parts_gives_what_it_gives_at_once(monkeypatch, at_once):
+def test_validation_does_not_depend_on_its_chunks(monkeypatch, at_once):
     def validated():
         return [entry["validation_ndcg@100"] for entry in train(phases(epochs=1)[2:])[1] if entry["event"] == "epoch"]
 
@@ -243,14 +246,14 @@ def test_validation_by_parts_gives_what_it_gives_at_once(monkeypatch, at_once):
 
 
 @pytest.mark.parametrize(("first", "then"), [({}, WHOLE_TABLES), (WHOLE_TABLES, {})])
-def test_a_checkpoint_goes_on_whether_users_are_stepped_by_row_or_whole(first, then):
+def test_a_checkpoint_resumes_between_row_wise_and_dense_steps(first, then):
     phase, saved = dataclasses.replace(phases()[1], validate=None), []
     whole, _ = train([phase], save=lambda checkpoint: saved.append(copied(checkpoint)), **first)
     resumed, _ = train([phase], resumed=saved[0], **then)
     assert {name for name in saved[0].state if name.startswith("content_users")} == {
         "content_users", "content_users.exp_avg", "content_users.exp_avg_sq"
     }  # fmt: skip
-    assert furthest(resumed, whole) < 1e-5
+    assert max_difference(resumed, whole) < 1e-5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -277,7 +280,7 @@ def test_every_document_of_an_epoch_is_stepped_once():
     assert sum(entry["documents"] for entry in log if entry["event"] == "step") == len(documents)
 
 
-def test_damaged_and_foreign_checkpoints_are_passed_over_out_loud(tmp_path):
+def test_damaged_and_foreign_checkpoints_are_skipped_with_a_warning(tmp_path):
     saved = []
     train(phases(epochs=3), save=lambda checkpoint: saved.append(copied(checkpoint)))
     folders = [tmp_path / f"checkpoint_{number}" for number in range(3)]
@@ -287,11 +290,11 @@ def test_damaged_and_foreign_checkpoints_are_passed_over_out_loud(tmp_path):
     blob = bytearray((folders[2] / "best.safetensors").read_bytes())
     blob[-1] ^= 1
     (folders[2] / "best.safetensors").write_bytes(bytes(blob))
-    found, passed_over = newest_valid(folders, "this run")
+    found, warnings = newest_valid(folders, "this run")
     assert found is not None
     assert found.progress == saved[1].progress
-    assert len(passed_over) == 1
-    assert "sha256 of best.safetensors differs" in passed_over[0]
+    assert len(warnings) == 1
+    assert "sha256 of best.safetensors differs" in warnings[0]
     (folders[1] / "state.safetensors").unlink()
     assert newest_valid(folders, "this run")[0].progress == saved[0].progress
     with pytest.raises(ArtifactError, match="other data or another config"):
@@ -299,7 +302,7 @@ def test_damaged_and_foreign_checkpoints_are_passed_over_out_loud(tmp_path):
 
 
 def test_the_best_weights_of_a_resumed_run_do_not_depend_on_its_files(tmp_path):
-    """Ray deletes old checkpoints, and what is best is needed until the end."""
+    """Ray deletes old checkpoints, but the best weights are needed until the end."""
     best = {"table": torch.arange(100_000.0)}
     write_checkpoint(tmp_path, Checkpoint(Progress(), {}, best), "this run")
     read = read_checkpoint(tmp_path, "this run").best
@@ -310,7 +313,7 @@ def test_the_best_weights_of_a_resumed_run_do_not_depend_on_its_files(tmp_path):
     assert torch.equal(read["table"], best["table"])
 
 
-def test_putting_weights_back_gives_the_same_lists():
+def test_loading_parameters_gives_the_same_lists():
     ranker = trained()
     model = parity().make_model()
     load_parameters(model, {name: table.detach() for name, table in ranker.model.tables().items()})

@@ -1,16 +1,16 @@
-"""What a worker keeps, writes down and says of failures, without a cluster."""
+"""The log file, the document limit and the failure records of workers, without a cluster."""
 
 import json
 
 import pytest
 from support.parity import parity
 
-from cllm4rec.data.memory_map import on_disk
+from cllm4rec.data.memory_map import memory_mapped
 from cllm4rec.errors import ResourceError
 from cllm4rec.progress import FAILURES
 from cllm4rec.storage.files import read_json, remove_directory
 from cllm4rec.training.job import METRICS, LogFile
-from cllm4rec.training.ray_trainer import RecordFailures, bounded
+from cllm4rec.training.ray_trainer import RecordFailures, limit_size
 
 STEP = {"event": "step", "phase": "finetune", "loss": 2.0, "items": 1.0, "words": 0.5, "penalty": 0.5}
 
@@ -33,23 +33,23 @@ def test_only_the_first_worker_writes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_documents_are_kept_up_to_what_the_config_allows():
+def test_documents_above_the_configured_limit_are_an_error():
     documents = parity().documents
     blocks = [documents] * 3
-    assert len(on_disk(bounded(iter(blocks), most_gb=3.1 * documents.num_bytes / 1e9))) == 3 * len(documents)
+    assert len(memory_mapped(limit_size(iter(blocks), max_gb=3.1 * documents.num_bytes / 1e9))) == 3 * len(documents)
     with pytest.raises(ResourceError, match=r"take more than cluster\.shard_disk_gb [\d.e-]+; add workers"):
-        on_disk(bounded(iter(blocks), most_gb=2.5 * documents.num_bytes / 1e9))
+        memory_mapped(limit_size(iter(blocks), max_gb=2.5 * documents.num_bytes / 1e9))
 
 
-def test_a_worker_without_a_document_has_none():
-    assert len(on_disk(bounded(iter(()), most_gb=1.0))) == 0
+def test_a_worker_without_documents_has_an_empty_shard():
+    assert len(memory_mapped(limit_size(iter(()), max_gb=1.0))) == 0
 
 
 def failures(folder):
     return [json.loads(line) for line in (folder / FAILURES).read_text().splitlines()]
 
 
-def test_each_failure_is_written_down_with_its_worker_and_its_innermost_cause(tmp_path):
+def test_each_failure_is_recorded_with_its_worker_and_its_innermost_cause(tmp_path):
     recorder = RecordFailures(str(tmp_path), max_failures=3)
     inner = ResourceError("the disk of this node is full; free some space")
     outer = RuntimeError("a worker group died\nTraceback ...")
@@ -63,11 +63,11 @@ def test_each_failure_is_written_down_with_its_worker_and_its_innermost_cause(tm
     assert not (tmp_path / "error.json").exists()
 
 
-def test_the_same_cause_again_and_again_ends_the_run_with_that_cause(tmp_path):
+def test_repeated_failures_with_one_cause_end_the_run_with_that_cause(tmp_path):
     recorder = RecordFailures(str(tmp_path), max_failures=2)
     recorder.after_exception(None, {0: ValueError("no such column")})
     recorder.after_exception(None, {1: ValueError("another cause")})
     assert not (tmp_path / "error.json").exists()
     recorder.after_exception(None, {1: ValueError("no such column")})
     sentence = read_json(str(tmp_path / "error.json"))["sentence"]
-    assert "2 times a worker failed with: no such column" in sentence
+    assert "workers failed 2 times with: no such column" in sentence

@@ -1,4 +1,4 @@
-"""Training on a real Ray: a worker killed in mid-run changes nothing, and a cluster that is too small is named."""
+"""Training on a real Ray: a killed worker does not change the result, and a cluster that is too small is an error."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def job(prepared_dir: str, name: str, **cluster: object) -> TrainJob:
 
 
 def write_documents(prepared_dir: str) -> None:
-    """Interaction documents in two buckets, one for each worker."""
+    """Write interaction documents in two buckets, one per worker."""
     world = parity_world()
     prompt_tokens, token_space = load_token_space(prepared_dir)
     documents: Documents = prompt_tokens.prompts.interactions(token_space, world.histories.user, world.histories.train)
@@ -67,12 +67,12 @@ def num_epochs(metrics: Path) -> int:
 
 
 def has_registered_checkpoint(run_dir: Path) -> bool:
-    """True once Ray would resume from a checkpoint: a directory alone is not known to it yet."""
+    """Whether Ray would resume from a checkpoint. A checkpoint directory alone is not registered yet."""
     return any('"checkpoint_' in path.read_text() for path in run_dir.glob("run-*/checkpoint_manager_snapshot.json"))
 
 
 def kill_a_worker(run_dir: Path, killed: dict[str, int]) -> None:
-    """SIGKILL one training worker of this process's own Ray once some epochs are done and a checkpoint stands."""
+    """SIGKILL one training worker of this process's own Ray once some epochs are done and a checkpoint is registered."""
     while num_epochs(run_dir / METRICS) < KILL_AFTER or not has_registered_checkpoint(run_dir):
         time.sleep(0.02)
     workers = [
@@ -115,7 +115,7 @@ def test_a_run_whose_worker_was_killed_ends_with_the_same_bits(prepared_dir, tmp
 
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("kinds", [{Kind.INTERACTIONS}, {Kind.REVIEW, Kind.USER_TEXT}])
-def test_workers_read_their_buckets_whole_and_only_the_kinds_they_need(tmp_path, kinds):
+def test_workers_read_whole_buckets_and_only_the_required_kinds(tmp_path, kinds):
     documents = parity().documents
     bucket_D = np.arange(len(documents)) % 3
     for bucket in range(3):
@@ -127,27 +127,27 @@ def test_workers_read_their_buckets_whole_and_only_the_kinds_they_need(tmp_path,
         for parts in buckets.configure({"documents": None}, 2, None, None)
     ]
     wanted_D = np.isin(documents.kind, list(kinds))
-    for table, mine_D in zip(shards, (bucket_D != 1, bucket_D == 1), strict=True):
-        expected = documents.take(np.flatnonzero(mine_D & wanted_D))
-        assert 0 < len(expected) < mine_D.sum()
+    for table, own_D in zip(shards, (bucket_D != 1, bucket_D == 1), strict=True):
+        expected = documents.take(np.flatnonzero(own_D & wanted_D))
+        assert 0 < len(expected) < own_D.sum()
         assert Documents.from_arrow(table).in_order().to_arrow().equals(expected.in_order().to_arrow())
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_cluster_that_is_too_small_is_refused_with_what_was_asked_and_what_exists(prepared_dir, tmp_path):
-    began = time.monotonic()
-    with pytest.raises(ResourceError, match=r"training asks for 65 CPUs and the cluster has 4 CPUs;"):
+def test_a_cluster_that_is_too_small_is_an_error_with_the_requested_and_existing_cpus(prepared_dir, tmp_path):
+    started = time.monotonic()
+    with pytest.raises(ResourceError, match=r"training needs 65 CPUs, but the cluster has 4 CPUs;"):
         train_on_ray(job(prepared_dir, "c", num_workers=64, start_timeout_s=1), str(tmp_path))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_cause_that_comes_again_stops_the_run_with_that_cause(prepared_dir, tmp_path, monkeypatch, caplog):
-    """Ray alone would start the workers a fourth time, in silence, and name its own wrapper in the end."""
+def test_a_repeated_cause_stops_the_run_with_that_cause(prepared_dir, tmp_path, monkeypatch, caplog):
+    """Ray itself would restart the workers a fourth time without a message and finally report only its wrapper."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     broken = tmp_path / "prepared"
     shutil.copytree(prepared_dir, broken)
     (broken / "prompts.json").unlink()
-    with pytest.raises(TrainingError, match=r"3 times a worker failed with: .*prompts\.json is missing"):
+    with pytest.raises(TrainingError, match=r"workers failed 3 times with: .*prompts\.json is missing"):
         train_on_ray(job(str(broken), "d", max_failures=3), str(tmp_path / "run"))
     assert caplog.text.count("prompts.json is missing") == 3

@@ -16,7 +16,7 @@ from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.neural import hold_out, multinomial_nll, padded
 from cllm4rec.experiments.baselines.sequence import SequenceNetwork
-from cllm4rec.metrics.ranking import IntArray
+from cllm4rec.typing import IntArray
 
 
 class BERT4Rec(SequenceNetwork):

@@ -13,7 +13,7 @@ from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.item_knn import import_implicit
 from cllm4rec.metrics.protocol import interaction_matrix
-from cllm4rec.metrics.ranking import IntArray
+from cllm4rec.typing import IntArray
 
 
 class IALS:

@@ -14,7 +14,7 @@ from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.errors import ConfigError
 from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.metrics.protocol import interaction_matrix
-from cllm4rec.metrics.ranking import IntArray
+from cllm4rec.typing import IntArray
 
 
 class ItemKNN:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.errors import DataError
-from cllm4rec.evaluation.baseline import TrainingData, Vectors
+from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.neural import bag, bag_of_items
 from cllm4rec.experiments.baselines.two_tower import Retrieval
-from cllm4rec.metrics.ranking import IntArray
+from cllm4rec.typing import Float32Array, IntArray
 
 
 class M6Retrieval(Retrieval):
@@ -63,7 +63,7 @@ class M6Retrieval(Retrieval):
         return vector
 
 
-def standardized(vectors: Vectors) -> Vectors:
+def standardized(vectors: Float32Array) -> Float32Array:
     """Mean 0 and standard deviation 1 in every dimension: hidden states lie in a narrow cone, far from the origin."""
     centered = vectors - vectors.mean(axis=0)
     return np.asarray(centered / np.maximum(centered.std(axis=0), 1e-6), np.float32)

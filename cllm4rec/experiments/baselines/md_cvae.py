@@ -18,7 +18,7 @@ from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.multi_vae import MultiVAE
 from cllm4rec.experiments.baselines.neural import bag, small_normal
 from cllm4rec.experiments.baselines.text import item_tf_idf
-from cllm4rec.metrics.ranking import IntArray
+from cllm4rec.typing import IntArray
 
 
 class MDCVAE(MultiVAE):

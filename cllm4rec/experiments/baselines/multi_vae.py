@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.neural import Network, bag, bag_of_items, multinomial_nll
-from cllm4rec.metrics.ranking import IntArray
+from cllm4rec.typing import IntArray
 
 
 class MultiVAE(Network):

@@ -18,11 +18,12 @@ from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cllm4rec.arrays.ragged import Ragged
+from cllm4rec.arrays.ragged import Ragged, slices
 from cllm4rec.errors import DataError, TrainingError
 from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.metrics.protocol import means, rank_with
-from cllm4rec.metrics.ranking import IntArray, depth
+from cllm4rec.metrics.ranking import depth
+from cllm4rec.typing import IntArray
 
 SELECTION_METRIC = "ndcg@100"
 """The validation metric that chooses the best epoch, as for CLLM4Rec."""
@@ -108,8 +109,8 @@ class Neural:
     ) -> None:
         self.network.train()
         users = random.permutation(np.flatnonzero(training.histories.lengths))
-        for start in range(0, len(users), self.batch_users):
-            batch = users[start : start + self.batch_users]
+        for part in slices(len(users), self.batch_users):
+            batch = users[part]
             loss = loss_of(batch, training.histories.take(batch), random)
             if not torch.isfinite(loss):
                 raise TrainingError(

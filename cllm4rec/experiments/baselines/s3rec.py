@@ -19,7 +19,7 @@ from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.bert4rec import BERT4Rec
 from cllm4rec.experiments.baselines.neural import small_normal
 from cllm4rec.experiments.baselines.text import word_counts
-from cllm4rec.metrics.ranking import IntArray
+from cllm4rec.typing import IntArray
 
 
 class S3Rec(BERT4Rec):

@@ -14,7 +14,7 @@ from torch.nn import functional
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.experiments.baselines.neural import padded
 from cllm4rec.experiments.baselines.sequence import SequenceNetwork
-from cllm4rec.metrics.ranking import IntArray
+from cllm4rec.typing import IntArray
 
 
 class SASRec(SequenceNetwork):

@@ -19,7 +19,7 @@ from cllm4rec.errors import DataError
 from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.neural import Network, bag, bag_of_items, hold_out, multinomial_nll, small_normal
 from cllm4rec.experiments.baselines.text import item_tf_idf, tf_idf
-from cllm4rec.metrics.ranking import IntArray
+from cllm4rec.typing import IntArray
 
 PROJECTED = 128
 """Dimension to which the paper projects z^{l,u} and z^{l,v}."""

@@ -55,7 +55,7 @@ def catalog(num_items: int) -> dict[str, float]:
     documents = builder.recommendations(source, 0, mask_range=(0.2, 0.2), all_targets=False, user_dropout=0.0)
     batch = next(iter(Packer(token_space, 128 * 64, 64).batches([documents])))
 
-    sampler = ItemSampler.of(source, token_space, _SAMPLED, 0)
+    sampler = ItemSampler.from_documents(source, token_space, _SAMPLED, 0)
 
     def step(sampler: ItemSampler | None = None) -> None:
         sample = sampler.draw(0, 0) if sampler else None

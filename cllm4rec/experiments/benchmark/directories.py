@@ -30,8 +30,7 @@ def random_histories(num_users: int, num_items: int, seed: int) -> Histories:
     low, high = _HISTORY
     lengths = rng.integers(low, high + 1, num_users)
     user_E = np.repeat(np.arange(num_users), lengths)
-    pairs = np.unique(user_E * num_items + rng.integers(num_items, size=len(user_E)))
-    train = Ragged.from_rows(pairs % num_items, pairs // num_items, num_users)
+    train = Ragged.from_rows(rng.integers(num_items, size=len(user_E)), user_E, num_users).unique()
     held_out = [Ragged.from_rows(rng.integers(num_items, size=num_users), np.arange(num_users), num_users)] * 2
     return Histories(np.arange(num_users), train, *held_out)
 

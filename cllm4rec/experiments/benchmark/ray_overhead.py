@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from cllm4rec.arrays.histories import Histories
+from cllm4rec.arrays.ragged import chunks
 from cllm4rec.config import BackboneSize, Config
 from cllm4rec.data.documents import Documents
 from cllm4rec.data.prepared import load_documents, load_token_space
@@ -59,7 +59,7 @@ def ray_overhead(
     torch.set_num_threads(threads)
     bare_epochs, bare_scores = _bare_epochs(config), [_bare_scoring(config, histories)]
     connect(config)
-    ray_epochs, ray_scores = _ray_epochs(config), [score(plan_score(config))["seconds"]["score"]]
+    ray_epochs, ray_scores = _ray_epochs(config), [score(plan_score(config)).seconds["score"]]
     disconnect()  # an idle Ray still uses CPU time
     bare_epochs += _bare_epochs(config)
     bare_scores += [_bare_scoring(config, histories)]
@@ -140,7 +140,6 @@ def _bare_scoring(config: Config, histories: Histories) -> float:
     began = time.monotonic()
     scorer, size = Scorer.load(config.run.model), config.score.batch_users
     read = histories.together("train", "validation", "test")
-    for begin in range(0, len(histories.user), size):
-        rows = np.arange(begin, min(begin + size, len(histories.user)))
+    for rows in chunks(len(histories.user), size):
         scorer.top_k(histories.user[rows], read.take(rows), config.score.k)
     return time.monotonic() - began

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cllm4rec.arrays.ids import Catalog
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.experiments.benchmark.corpora import Corpora
 from cllm4rec.experiments.benchmark.figures import Figures, ratio, repeats, seconds_of, summarize
 from cllm4rec.experiments.benchmark.reference import BATCH, Reference
@@ -86,7 +86,7 @@ def _reference(
         seen = corpora.histories.histories.take(batch)
 
         def rank(batch: Any = batch, seen: Ragged = seen) -> None:
-            prompts = corpora.prompts.recommendation(token_space, batch, seen, no_values(len(batch)))
+            prompts = corpora.prompts.recommendation(token_space, batch, seen, Ragged.empty(len(batch)))
             reference.top_k(prompts, seen, K).cpu()
 
         (duration,) = seconds_of(rank, 1, warm_up=0)

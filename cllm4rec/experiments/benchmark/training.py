@@ -11,6 +11,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from cllm4rec.arrays.ragged import chunks
 from cllm4rec.config import TrainingConfig
 from cllm4rec.data.documents import Documents, Kind, Prompts
 from cllm4rec.experiments.benchmark.corpora import Corpora, Corpus
@@ -113,10 +114,7 @@ def reference_steps(
     model.train_only(phase.trained)
     reference, meter = Reference(model), _StepMeter(corpus)
     optimizer = reference.optimizer(phase.learning_rate)
-    batches = (
-        documents.take(np.arange(begin, min(begin + BATCH, len(documents))))
-        for begin in range(0, len(documents), BATCH)
-    )
+    batches = map(documents.take, chunks(len(documents), BATCH))
     steps = repeats(setting.reference_steps, setting.seconds, warm_up=1)
     for counts, batch in zip(steps, _timed(batches, meter), strict=False):
         reference.step(batch, phase.lambda_c, optimizer)

@@ -22,10 +22,10 @@ from cllm4rec.experiments.baselines.registry import BASELINES
 from cllm4rec.experiments.comparison.methods import MODEL
 from cllm4rec.experiments.comparison.trial import MethodRun, of_split, read_result
 from cllm4rec.metrics.protocol import HeldOut
-from cllm4rec.metrics.ranking import IntArray
 from cllm4rec.reporting import markdown_table
 from cllm4rec.storage.files import join, read_bytes
 from cllm4rec.training.loop import VALIDATION_METRIC
+from cllm4rec.typing import IntArray
 
 NUM_USERS, LIST_LENGTH, MOST_READ, TEXT_CHARS = 5, 10, 12, 60
 POPULARITY = "popularity"

@@ -15,7 +15,7 @@ import tokenizers
 import torch
 
 from cllm4rec.arrays.ids import TokenSpace
-from cllm4rec.arrays.ragged import Ragged, no_values
+from cllm4rec.arrays.ragged import Ragged, chunks
 from cllm4rec.config import BackboneSize, Config
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.prepared import load_documents, load_token_space
@@ -26,7 +26,7 @@ from cllm4rec.model.packing import Packer
 from cllm4rec.staleness import settings_digest
 from cllm4rec.storage.artifacts import read_manifest, write_directory
 from cllm4rec.storage.files import digest_of, join, read_bytes
-from cllm4rec.training.local_trainer import alone
+from cllm4rec.training.local_trainer import single_process
 from cllm4rec.training.loop import Shard, load_parameters, train
 from cllm4rec.training.phases import backbone_phases
 
@@ -44,7 +44,7 @@ def _backbone_settings(config: Config) -> dict[str, Any]:
     return {
         "model": config.model.model_dump(exclude={"table_std", "table_init", "temperature"}),
         "stage": config.backbone.model_dump(),
-        "training": settings_digest(alone(config), "backbone"),
+        "training": settings_digest(single_process(config), "backbone"),
     }
 
 
@@ -73,7 +73,7 @@ def run_backbone(config: Config) -> str:
         prompt_tokens.prompts,
         backbone_phases(config),
         shard,
-        alone(config),
+        single_process(config),
         log=lambda entry: None,
     )
     load_parameters(model, weights)
@@ -98,14 +98,13 @@ def text_vectors(
     words = Ragged.from_lists([encoding.ids[:max_tokens] for encoding in encoded], np.int32)
     vectors_DK = np.zeros((len(texts), backbone.width), np.float32)
     packer = Packer(token_space, _TEXTS_AT_ONCE * max_tokens, max_tokens)
-    for begin in range(0, len(texts), _TEXTS_AT_ONCE):
-        rows = np.arange(begin, min(begin + _TEXTS_AT_ONCE, len(texts)))
+    for rows in chunks(len(texts), _TEXTS_AT_ONCE):
         rows = rows[words.lengths[rows] > 0]
         part = words.take(rows)
         none = np.full(len(rows), -1, np.int64)
         kinds = np.full(len(rows), int(Kind.ITEM_TEXT), np.int8)
         # As prompts: the words of a main text would be predicted, too, without need.
-        documents = Documents(kinds, none, none, part, no_values(len(rows)), no_values(len(rows)))
+        documents = Documents(kinds, none, none, part, Ragged.empty(len(rows)), Ragged.empty(len(rows)))
         batch = packer.layout(documents)
         with torch.inference_mode():
             hidden_SK = model.hidden_states(batch_to_device(batch, torch.device("cpu")))

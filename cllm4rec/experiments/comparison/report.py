@@ -25,6 +25,7 @@ from cllm4rec.evaluation.report import (
     published_sections,
     with_interval,
 )
+from cllm4rec.evaluation.results import StratumResult
 from cllm4rec.evaluation.stage import HEADLINE
 from cllm4rec.experiments.comparison.methods import MAIN, MODEL, VARIANTS
 from cllm4rec.metrics.ranking import METRICS
@@ -40,7 +41,7 @@ STRATA_FILES = {"history length": "history_length.png", "item popularity": "item
 
 def render(metrics: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of the report by name."""
-    plots = {"results.png": plot_results(metrics), "learning_curves.png": plot_curves(metrics["curves"])}
+    plots = {"results.png": plot_results(metrics["results"]), "learning_curves.png": plot_curves(metrics["curves"])}
     for kind, file in STRATA_FILES.items():
         plots[file] = plot_strata(kind, [_main_methods(stratum) for stratum in metrics["strata"][kind]])
     for name, points in metrics["sensitivity"].items():
@@ -56,7 +57,7 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         _legend(metrics),
         *_notes(metrics["protocol"]),
         "![All methods and metrics with intervals](results.png)",
-        *published_sections(metrics),
+        *published_sections(metrics.get("published"), metrics["results"]),
         "## CLLM4Rec compared with each other method",
         _model_table(metrics),
         "## Protocol",
@@ -135,7 +136,7 @@ def _sweep_file(name: str) -> str:
 
 
 def _results_table(metrics: Mapping[str, Any]) -> str:
-    results, columns = metrics["results"], metric_names(metrics)
+    results, columns = metrics["results"], metric_names(metrics["results"])
     best = {name: max(row[name]["mean"] for row in results.values()) for name in columns}
     rows = []
     for method in methods_of(results):
@@ -262,11 +263,11 @@ def _chosen_table(chosen: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown_table(["", "split", "setting"], rows)
 
 
-def _main_methods(stratum: Mapping[str, Any]) -> dict[str, Any]:
+def _main_methods(stratum: Mapping[str, Any]) -> StratumResult:
     """The stratum with the main methods only, or with the first few: one plot cannot show all of them."""
     results = stratum["results"]
     shown = [name for name in MAIN if name in results] or methods_of(results)[: len(MAIN)]
-    return {**stratum, "results": {name: results[name] for name in shown}}
+    return StratumResult(stratum["label"], stratum["users"], stratum["metric"], {name: results[name] for name in shown})
 
 
 def plot_curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:

@@ -25,15 +25,17 @@ from cllm4rec.metrics.intervals import (
     DRAWS,
     against_best_other,
     compared_with,
-    coverage,
     interval,
     mean_over_splits,
-    popularity_lift,
+    summarize,
 )
-from cllm4rec.metrics.protocol import HeldOut, Stratum, history_strata, popularity_strata
-from cllm4rec.metrics.ranking import FloatArray, IntArray, compute, parse_metric
+from cllm4rec.metrics.lists import coverage, popularity_lift
+from cllm4rec.metrics.protocol import HeldOut
+from cllm4rec.metrics.ranking import compute, parse_metric
+from cllm4rec.metrics.strata import Stratum, history_strata, popularity_strata
 from cllm4rec.storage.artifacts import read_manifest
 from cllm4rec.training.loop import VALIDATION_METRIC
+from cllm4rec.typing import FloatArray, IntArray
 
 METRICS = ("recall@10", "recall@20", "recall@40", "ndcg@10", "ndcg@100")
 TESTED = (HEADLINE, "ndcg@100")
@@ -83,18 +85,12 @@ class Splits:
             part = dataclasses.replace(self.held_out, relevant=relevant.take(rows))
             for stratum in popularity_strata(part, catalog.item_counts):
                 keys = named.setdefault(stratum.label.partition(" (")[0], np.zeros(len(relevant.values), np.bool_))
-                keys |= _are_in(relevant, rows[stratum.rows], stratum.relevant)
+                keys |= relevant.isin(stratum.relevant.scatter(rows[stratum.rows], len(relevant)))
             is_cold = (catalog.item_counts == 0)[relevant.values] & (self.split_B == split)[relevant.rows]
             named["cold"] = named.get("cold", np.zeros(len(relevant.values), np.bool_)) | is_cold
         labels = [label for label in ("head", "middle", "tail", "cold") if label in named]
         strata = [Stratum.of(label, relevant.where(named[label])) for label in labels]
         return [stratum for stratum in strata if len(stratum.rows)]
-
-
-def _are_in(relevant: Ragged, rows: IntArray, part: Ragged) -> npt.NDArray[np.bool_]:
-    """Which values of `relevant` are in `part`; row r of `part` is row `rows[r]` of `relevant`."""
-    span = int(relevant.values.max()) + 1
-    return np.isin(relevant.rows * span + relevant.values, rows[part.rows] * span + part.values)
 
 
 def _joined(parts: Sequence[HeldOut]) -> HeldOut:
@@ -120,7 +116,7 @@ def collect(config: Config, names: Sequence[str]) -> dict[str, Any]:
     samples, seed = config.evaluate.bootstrap_samples, config.seed
     return {
         "protocol": _protocol(config, splits, skipped),
-        "results": {name: _intervals(by_metric, samples, seed) for name, by_metric in values.items()},
+        "results": {name: summarize(by_metric, samples, seed) for name, by_metric in values.items()},
         "significance": {
             metric: _tests({name: by_metric[metric] for name, by_metric in values.items()}, samples, seed)
             for metric in TESTED
@@ -157,11 +153,7 @@ def _metrics_of_value(config: Config, splits: Splits, sweep: Sweep, value: Any) 
     if reason:
         return {"failed": reason}
     (by_metric,) = _values(splits, {MODEL: np.concatenate([result.ranked for result in results])}).values()
-    return _intervals(by_metric, config.evaluate.bootstrap_samples, config.seed)
-
-
-def _intervals(values: Mapping[str, FloatArray], samples: int, seed: int) -> dict[str, Any]:
-    return {metric: interval(value_IS, samples, seed) for metric, value_IS in values.items()}
+    return summarize(by_metric, config.evaluate.bootstrap_samples, config.seed)
 
 
 def _values(splits: Splits, ranked: Mapping[str, IntArray]) -> dict[str, dict[str, FloatArray]]:
@@ -185,15 +177,13 @@ def _tests(values: Mapping[str, FloatArray], samples: int, seed: int) -> dict[st
 
 
 def _beyond_accuracy(splits: Splits, item_BK: IntArray) -> dict[str, float]:
-    """Coverage and popularity lift, averaged over the splits."""
-    parts = [(item_BK[splits.split_B == split], catalog) for split, catalog in enumerate(splits.catalogs)]
+    """Coverage and popularity lift of the lists, as means over the splits."""
+    tops = [item_BK[splits.split_B == split, :LIST_LENGTH] for split in range(len(splits.seeds))]
+    parts = [(top_BK[top_BK >= 0], catalog) for top_BK, catalog in zip(tops, splits.catalogs, strict=True)]
+    lifts = [popularity_lift(catalog.item_counts[item_E], catalog.item_counts) for item_E, catalog in parts]
     return {
-        f"coverage@{LIST_LENGTH}": float(
-            np.mean([coverage(part, catalog.num_items, LIST_LENGTH) for part, catalog in parts])
-        ),
-        f"popularity lift@{LIST_LENGTH}": float(
-            np.mean([popularity_lift(part, catalog.item_counts, LIST_LENGTH) for part, catalog in parts])
-        ),
+        f"coverage@{LIST_LENGTH}": float(np.mean([coverage(item_E, catalog.num_items) for item_E, catalog in parts])),
+        f"popularity lift@{LIST_LENGTH}": float(np.mean(lifts)),
     }
 
 

@@ -41,7 +41,7 @@ from cllm4rec.experiments.baselines.registry import make
 from cllm4rec.experiments.comparison.language import backbone_directory, starting_backbone, text_vectors
 from cllm4rec.experiments.comparison.methods import DEPENDS_ON, MODEL, VARIANTS, config_of, grid_points_of, phases_of
 from cllm4rec.metrics.protocol import HeldOut, Validation, rank_with
-from cllm4rec.metrics.ranking import IntArray, compute, depth
+from cllm4rec.metrics.ranking import compute, depth
 from cllm4rec.model.backbone import load_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
 from cllm4rec.model.ranker import Ranker
@@ -50,9 +50,10 @@ from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.storage.artifacts import is_current, read_manifest, write_directory
 from cllm4rec.storage.files import digest_of, join, read_json, read_tables, write_json, write_table
 from cllm4rec.storage.tensors import save_tensors
-from cllm4rec.training.local_trainer import alone
+from cllm4rec.training.local_trainer import single_process
 from cllm4rec.training.loop import VALIDATION_METRIC, Shard, load_parameters, train
 from cllm4rec.training.table_init import initial_tables
+from cllm4rec.typing import IntArray
 
 KIND = "compared"
 """The artifact kind of the directories of finished method runs."""
@@ -251,7 +252,7 @@ def training_data_of(name: str, data: Data, config: Config) -> TrainingData:
     )
     if name == "m6_retrieval":
         backbone = load_backbone(backbone_directory(config_of(name, config, {})), config.model.max_tokens)
-        if backbone.pairs:
+        if backbone.is_encoder_decoder:
             raise DataError("m6_retrieval embeds texts with a decoder, but model.backbone is an encoder-decoder")
         token_space = data.catalog.token_space(data.prompt_tokens.num_words)
         read = functools.partial(text_vectors, backbone=backbone, token_space=token_space, config=config)
@@ -285,7 +286,7 @@ def fit_variant(name: str, config: Config, data: Data) -> Fitted:
         data.prompt_tokens.prompts,
         phases_of(name, config),
         Shard(documents, Validation(data.histories)),
-        alone(config),
+        single_process(config),
         log=lambda entry: curve.append(_curve_point(entry)) if f"validation_{VALIDATION_METRIC}" in entry else None,
     )
     model = make_model()

@@ -1,6 +1,6 @@
-"""Attention among the tokens of each document on a GPU: documents end to end, one flash attention over all of them.
+"""Attention within each document on a GPU: one flash attention call over documents placed end to end.
 
-Lengths: S slots of a grid, D documents, H heads × K numbers of a head.
+Shapes: S slots of a grid, D documents, H heads × K features per head.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 
 from cllm4rec.typing import Array
 
-_MOST_HEAD_SIZE = 256
+_MAX_HEAD_SIZE = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Spans:
-    """Where each document of a grid begins and ends among all slots; padding at the end is one span of its own."""
+    """The first and last slot of each document of a grid. The padding at the end of a row is a span of its own."""
 
     bounds: Tensor
-    """int32, (D + 1) or (D + 2): the first slot of each span, then S."""
+    """int32, (number of spans + 1): the first slot of each span, then S."""
     longest: int
 
 
 def build_spans(segment_RT: Array, device: torch.device) -> Spans:
-    """The spans of a grid whose documents are numbered from 1 in each row; 0 is padding, which stands behind them."""
+    """The spans of a grid. segment_RT: numbers the documents of each row from 1; 0 is the padding after them."""
     segment_S = segment_RT.ravel()
     is_first = np.ones(segment_S.size, bool)
     is_first[1:] = segment_S[1:] != segment_S[:-1]
@@ -39,7 +39,7 @@ def build_spans(segment_RT: Array, device: torch.device) -> Spans:
 
 
 def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> Tensor:
-    """Causal attention inside each span: (S, H, K) each → (S, H, K)."""
+    """Causal attention within each span: query, key, value (S, H, K) → (S, H, K)."""
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = spans.bounds, spans.longest
@@ -50,14 +50,14 @@ def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale:
 
 
 def runs_on(states: Tensor) -> bool:
-    """Whether flash attention takes heads like these, (..., K): half precision, of a size it knows, on a GPU that has it."""
+    """Whether flash attention supports states (..., K): half precision, a supported head size, a GPU and torch with it."""
     is_half, size = states.dtype in (torch.bfloat16, torch.float16), states.shape[-1]
-    return states.device.type == "cuda" and is_half and size % 8 == 0 and size <= _MOST_HEAD_SIZE and _has_varlen()
+    return states.device.type == "cuda" and is_half and size % 8 == 0 and size <= _MAX_HEAD_SIZE and _has_varlen()
 
 
 @functools.cache
 def _has_varlen() -> bool:
-    """Whether this torch has attention over spans (2.10 or newer)."""
+    """Whether torch provides variable-length attention (2.10 or newer) and the GPU supports it (compute capability 8.0)."""
     try:
         from torch.nn.attention.varlen import varlen_attn  # noqa: F401
     except ImportError:
@@ -67,7 +67,7 @@ def _has_varlen() -> bool:
 
 @functools.cache
 def _takes_a_window() -> bool:
-    """How this torch says causal: newer ones by a window of (-1, 0), older ones by a flag."""
+    """Whether torch selects causal attention by a window of (-1, 0), as newer versions do, instead of by a flag."""
     from torch.nn.attention.varlen import varlen_attn
 
     return "window_size" in inspect.signature(varlen_attn).parameters

@@ -1,0 +1,192 @@
+"""Stages of a run as plain Python calls, in this process and without Ray: what `cllm4rec.prepare` is.
+
+    config = prepare(interactions, items, output_dir="runs/mine", settings={"data.core": 2})
+
+The commands continue from there: `cllm4rec evaluate --config runs/mine/config.yaml`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import pandas as pd
+import pyarrow as pa
+import yaml
+
+from cllm4rec.config import Config, parse_config
+from cllm4rec.data.formats import ROLES
+from cllm4rec.data.prepare import prepare as write_prepared
+from cllm4rec.data.prepare import prepare_inputs
+from cllm4rec.data.ray_data import LocalExecutor
+from cllm4rec.errors import ConfigError, DataError
+from cllm4rec.storage.artifacts import is_current
+from cllm4rec.storage.files import absolute, join, write_bytes, write_table
+
+Frame: TypeAlias = pd.DataFrame | pa.Table
+"""A pandas DataFrame or an Arrow table."""
+Columns = Mapping[str, Mapping[str, str | list[str]]]
+"""Table → what a column means → its name, or several names for `text`."""
+
+CONFIG_FILE = "config.yaml"
+MEANINGS = ("user", "item", "rating", "text", "timestamp")
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(
+    interactions: Frame,
+    items: Frame | None = None,
+    users: Frame | None = None,
+    *,
+    output_dir: str | os.PathLike[str],
+    settings: Mapping[str, Any] | None = None,
+    columns: Columns | None = None,
+) -> Config:
+    """Prepare tables for training, in this process, and return the config of the run.
+
+    interactions: one row per interaction with the columns `user` and `item` (strings or whole numbers) and, if you have
+        them, `rating`, `text` and `timestamp` (Unix seconds, dates or times). Without ratings, every row counts.
+    items, users: the columns `item` (or `user`) and `text`.
+    output_dir: a path or URI. The tables are kept below `raw/` as Parquet, the result is `prepared/`, and `config.yaml`
+        is the config for the commands. A directory that is up to date is not prepared again.
+    settings: settings of the configuration by dotted name, such as {"data.core": 2}.
+    columns: other column names, by table: {"interactions": {"user": "reader"}, "items": {"text": ["title", "blurb"]}}.
+
+    Raises ConfigError for settings and column names that do not fit, and DataError for tables that do not.
+    """
+    uri = absolute(os.fspath(output_dir))
+    frames: dict[str, Any] = {"interactions": interactions, "items": items, "users": users}
+    given = {role: frame for role, frame in frames.items() if frame is not None}
+    for role in columns or {}:
+        if role not in given:
+            raise ConfigError(f"columns has the key {role!r}; its keys should be among {', '.join(given)}")
+    sources = {role: _Source.of(role, frame, (columns or {}).get(role, {})) for role, frame in given.items()}
+    config = _config(uri, sources, settings or {})
+    for source in sources.values():
+        write_table(source.table, source.file(uri))
+    text = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    write_bytes(join(uri, CONFIG_FILE), text.encode())
+    if is_current(config.run.prepared, "prepared", prepare_inputs(config)):
+        logger.info(f"prepare: up to date, skipped ({config.run.prepared})")
+    else:
+        write_prepared(config, executor=LocalExecutor())
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """One of the tables, checked: the columns that are read, and what each means."""
+
+    role: str
+    table: pa.Table
+    columns: dict[str, str | list[str]]
+
+    @classmethod
+    def of(cls, role: str, frame: Frame, names: Mapping[str, str | list[str]]) -> _Source:
+        table = _arrow(role, frame)
+        columns = _columns_of(role, table, names)
+        if not len(table):
+            raise DataError(f"{role} has no rows; pass a table with at least one")
+        ids = [str(columns[meaning]) for meaning in ("user", "item") if meaning in columns]
+        for name in ids:
+            table = table.set_column(table.column_names.index(name), name, _ids(role, name, table[name]))
+        return cls(role, table.select(_flat(columns)), columns)
+
+    def file(self, output_dir: str) -> str:
+        return join(output_dir, "raw", f"{self.role}.parquet")
+
+
+def _config(output_dir: str, sources: Mapping[str, _Source], settings: Mapping[str, Any]) -> Config:
+    data: dict[str, Any] = {
+        role: {"path": source.file(output_dir), "format": "parquet", "columns": source.columns}
+        for role, source in sources.items()
+    }
+    if "rating" not in sources["interactions"].columns:
+        data["min_rating"] = None
+    raw: dict[str, Any] = {"output_dir": output_dir, "data": data}
+    for key, value in settings.items():
+        _set(raw, key, value)
+    return parse_config(raw)
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set one setting by its dotted name. Raises ConfigError for what the arguments of `prepare` decide already."""
+    *sections, last = names = str(key).split(".")
+    if names in (["output_dir"], ["data"]) or (sections[:1] == ["data"] and names[1] in ROLES):
+        raise ConfigError(
+            f"settings may not hold {key!r}: output_dir and the tables are arguments of prepare; set single keys such as "
+            "'data.core'"
+        )
+    target = raw
+    for name in sections:
+        target = target.setdefault(name, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"the setting {key!r} goes through {name!r}, which settings sets to a value")
+    target[last] = value
+
+
+def _arrow(role: str, frame: Any) -> pa.Table:
+    if isinstance(frame, pa.Table):
+        return frame
+    if not isinstance(frame, pd.DataFrame):
+        raise DataError(
+            f"{role} is of type {type(frame).__name__}; pass a pandas DataFrame or an Arrow table (pyarrow.Table)"
+        )
+    try:
+        return pa.Table.from_pandas(frame, preserve_index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        reason = " ".join(map(str, error.args)).replace("\n", " ")
+        raise DataError(
+            f"{role} has a column with values of several types ({reason}); convert it, for example with astype(str)"
+        ) from None
+
+
+def _columns_of(role: str, table: pa.Table, names: Mapping[str, str | list[str]]) -> dict[str, str | list[str]]:
+    """The name of each column that is read, by its meaning. Raises DataError for one that is missing."""
+    needed = {"interactions": ("user", "item"), "items": ("item", "text"), "users": ("user", "text")}[role]
+    possible = MEANINGS if role == "interactions" else needed
+    _check_names(role, names, possible)
+    columns = {meaning: names.get(meaning, meaning) for meaning in possible}
+    for name in _flat({meaning: columns[meaning] for meaning in (*needed, *names)}):
+        if name not in table.column_names:
+            raise DataError(
+                f"{role} has no column {name!r}; it has {', '.join(map(str, table.column_names)) or 'no columns'}. Rename "
+                f"one, or name it in the argument columns={{{role!r}: ...}}"
+            )
+    return {
+        meaning: name for meaning, name in columns.items() if set(_flat({meaning: name})) <= set(table.column_names)
+    }
+
+
+def _check_names(role: str, names: Any, possible: tuple[str, ...]) -> None:
+    if not isinstance(names, Mapping):
+        raise ConfigError(f"columns[{role!r}] should map {', '.join(possible)} to column names, and is {names!r}")
+    for meaning, name in names.items():
+        if meaning not in possible:
+            raise ConfigError(f"columns[{role!r}] names {meaning!r}; what it can name is {', '.join(possible)}")
+        several = meaning == "text" and isinstance(name, list) and all(isinstance(part, str) for part in name) and name
+        if not isinstance(name, str) and not several:
+            raise ConfigError(f"columns[{role!r}][{meaning!r}] should be the name of a column, and is {name!r}")
+
+
+def _flat(columns: Mapping[str, str | list[str]]) -> list[str]:
+    """The names of the columns, without repeats."""
+    names = [[name] if isinstance(name, str) else name for name in columns.values()]
+    return list(dict.fromkeys(name for group in names for name in group))
+
+
+def _ids(role: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of ids, categories decoded. Raises DataError if it holds neither strings nor whole numbers."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+        raise DataError(
+            f"column {name!r} of {role} is of type {kind}; ids must be strings or whole numbers: convert it, for example "
+            f"with astype(str) or astype('int64')"
+        )
+    return column

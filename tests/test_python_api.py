@@ -1,0 +1,172 @@
+"""Data sets from DataFrames and Arrow tables: the same directory as from files, and errors that say what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from cllm4rec.arrays.ids import Catalog
+from cllm4rec.config import load_config, parse_config
+from cllm4rec.data import prepare as stage
+from cllm4rec.data.prepared import load_histories
+from cllm4rec.data.ray_data import LocalExecutor
+from cllm4rec.data.world import parity_world
+from cllm4rec.errors import ConfigError, DataError
+from cllm4rec.python_api import prepare
+from cllm4rec.storage.artifacts import is_current, read_manifest
+
+SETTINGS = {"data.split.kind": "leave_one_out", "data.core": 2, "model.backbone.vocab_size": 300}
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    interactions: pd.DataFrame
+    items: pd.DataFrame
+    users: pd.DataFrame
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parity")
+    parity_world().write(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frames(folder: Path) -> Frames:
+    roles = ("interactions", "items", "users")
+    return Frames(*(pd.read_json(folder / f"{role}.jsonl", lines=True, convert_dates=False) for role in roles))
+
+
+@pytest.fixture(scope="module")
+def digest(folder: Path) -> str:
+    """Of the parity world prepared from files."""
+    names = {
+        "interactions": ("user", "item", "rating", "text", "timestamp"),
+        "items": ("item", "text"),
+        "users": ("user", "text"),
+    }
+    sources = {
+        role: {"path": str(folder / f"{role}.jsonl"), "columns": {name: name for name in columns}}
+        for role, columns in names.items()
+    }
+    data = {**sources, "split": {"kind": "leave_one_out"}, "core": 2}
+    model = {"backbone": {"vocab_size": 300}}
+    config = parse_config({"output_dir": str(folder / "files"), "data": data, "model": model})
+    return stage.prepare(config, LocalExecutor()).digest
+
+
+def prepared_digest(*tables: Any, output_dir: Path, **arguments: Any) -> str:
+    config = prepare(*tables, output_dir=str(output_dir), settings=SETTINGS, **arguments)
+    return read_manifest(config.run.prepared, "prepared").digest
+
+
+def test_frames_give_the_directory_that_files_give(frames: Frames, digest: str, tmp_path: Path) -> None:
+    tables = (frames.interactions, frames.items, frames.users)
+    assert prepared_digest(*tables, output_dir=tmp_path / "pandas") == digest
+    assert prepared_digest(*map(pa.Table.from_pandas, tables), output_dir=tmp_path / "arrow") == digest
+
+
+def test_other_forms_of_the_same_values_give_the_same_directory(frames: Frames, digest: str, tmp_path: Path) -> None:
+    interactions = frames.interactions.assign(
+        timestamp=pd.to_datetime(frames.interactions["timestamp"], unit="s"),
+        user=frames.interactions["user"].astype("category"),
+        rating=frames.interactions["rating"].astype(int),
+        extra=[{"not": "read"}] * len(frames.interactions),
+    )
+    interactions.index = pd.Index(range(7, 7 + len(interactions)))
+    renamed = interactions.rename(columns={"user": "reader", "item": "book", "text": "note", "timestamp": "when"})
+    items = frames.items["text"].str.split(" ", n=1, expand=True).set_axis(["title", "blurb"], axis=1)
+    columns = {
+        "interactions": {"user": "reader", "item": "book", "text": "note", "timestamp": "when"},
+        "items": {"text": ["title", "blurb"]},
+    }
+    assert (
+        prepared_digest(
+            renamed,
+            items.assign(item=frames.items["item"]),
+            frames.users,
+            output_dir=tmp_path,
+            columns=columns,
+        )
+        == digest
+    )
+
+
+def test_the_written_config_is_the_one_returned_and_the_stage_is_up_to_date(
+    frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = prepare(frames.interactions, output_dir="mine", settings=SETTINGS)
+    monkeypatch.chdir("/")
+    assert load_config(tmp_path / "mine" / "config.yaml") == config
+    assert is_current(config.run.prepared, "prepared", stage.prepare_inputs(config))
+    created = read_manifest(config.run.prepared, "prepared")
+    again = prepare(frames.interactions, output_dir=str(tmp_path / "mine"), settings={**SETTINGS, "pretrain.epochs": 3})
+    assert (again.pretrain.epochs, again.data) == (3, config.data)
+    assert read_manifest(again.run.prepared, "prepared") == created, "it was not prepared again"
+    fewer = prepare(frames.interactions.iloc[:200], output_dir=str(tmp_path / "mine"), settings=SETTINGS)
+    assert read_manifest(fewer.run.prepared, "prepared").counts["interactions"] == 200
+
+
+def test_without_ratings_every_row_counts_and_whole_numbers_are_ids(tmp_path: Path) -> None:
+    users, items = np.divmod(np.arange(20), 5)
+    config = prepare(pd.DataFrame({"user": users, "item": items + 100}), output_dir=str(tmp_path), settings=SETTINGS)
+    assert config.data.min_rating is None
+    assert Catalog.load(config.run.prepared).item_ids.tolist() == ["100", "101", "102", "103", "104"]
+    assert load_histories(config.run.prepared).train.lengths.tolist() == [3, 3, 3, 3]
+
+
+GOOD = pd.DataFrame({"user": ["a", "b"], "item": ["x", "y"]})
+BY_BOOK = pd.DataFrame({"user": ["a"], "book": ["x"]})
+
+
+@pytest.mark.parametrize(
+    ("interactions", "arguments", "sentence"),
+    [
+        (BY_BOOK, {}, r"interactions has no column 'item'; it has user, book. Rename one, or name it in .*columns="),
+        (GOOD.iloc[:0], {}, "interactions has no rows"),
+        (GOOD[["user"]].assign(item=[0.5, 1.5]), {}, "column 'item' of interactions is of type double; ids must be"),
+        (GOOD.assign(user=["a", 1]), {}, "interactions has a column with values of several types"),
+        ([("a", "x")], {}, "interactions is of type list; pass a pandas DataFrame or an Arrow table"),
+        (GOOD, {"items": GOOD}, "items has no column 'text'; it has user, item"),
+        (GOOD, {"columns": {"interactions": {"rating": "stars"}}}, "interactions has no column 'stars'"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused_in_a_sentence(
+    interactions: Any, arguments: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=sentence):
+        prepare(interactions, output_dir=str(tmp_path / "out"), **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"settings": {"data.cores": 2}}, "data.cores is no setting"),
+        ({"settings": {"output_dir": "x"}}, "settings may not hold 'output_dir'"),
+        ({"settings": {"data.items.path": "x"}}, "settings may not hold 'data.items.path'"),
+        ({"settings": {"data": {"core": 2}}}, "settings may not hold 'data'"),
+        ({"settings": {"seed": 1, "seed.more": 2}}, "the setting 'seed.more' goes through 'seed'"),
+        (
+            {"columns": {"users": {"user": "name"}}},
+            "columns has the key 'users'; its keys should be among interactions",
+        ),
+        ({"columns": {"interactions": {"stars": "rating"}}}, "names 'stars'; what it can name is user, item, rating"),
+        ({"columns": {"interactions": {"user": ["a", "b"]}}}, "should be the name of a column, and is"),
+        ({"columns": {"interactions": "user"}}, "should map user, item, rating, text, timestamp to column names"),
+    ],
+)
+def test_settings_and_columns_that_do_not_fit_are_refused_in_a_sentence(
+    arguments: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        prepare(GOOD, output_dir=str(tmp_path / "out"), **arguments)
+    assert not (tmp_path / "out").exists()
