@@ -10,10 +10,11 @@ Shapes: R rows × T columns of a grid, K hidden size, N words.
 from __future__ import annotations
 
 import abc
+import contextlib
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -308,7 +309,7 @@ def new_backbone(config: ModelConfig, num_words: int, seed: int) -> Backbone:
 
 def save_backbone(backbone: Backbone, directory: str) -> None:
     """Write the safetensors and the config of a backbone that this package built or trained."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
         backbone.model.save_pretrained(folder)
         for file in sorted(Path(folder).iterdir()):
             files.write_bytes(files.join(directory, file.name), file.read_bytes())
@@ -334,8 +335,22 @@ def load_backbone(directory: str, max_tokens: int) -> Backbone:
                 "restore the former one or train again"
             )
         return backbone
-    with local_copy(directory) as folder:
+    with local_copy(directory) as folder, _no_progress_bars():
         return pretrained_backbone(folder, None, max_tokens)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar per file, even for a model that loads in a millisecond."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 class local_copy:  # noqa: N801 - reads as a verb in a with statement
