@@ -15,6 +15,8 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "Recommender": "cllm4rec.scoring.recommender",
     "load_config": "cllm4rec.config",
+    "prepare": "cllm4rec.python_api",
+    "train": "cllm4rec.python_api",
 }
 """Public name → the module that defines it."""
 

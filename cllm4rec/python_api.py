@@ -1,6 +1,7 @@
-"""Stages of a run as plain Python calls, in this process and without Ray: what `cllm4rec.prepare` is.
+"""Stages of a run as plain Python calls, in this process and without Ray: `cllm4rec.prepare` and `cllm4rec.train`.
 
     config = prepare(interactions, items, output_dir="runs/mine", settings={"data.core": 2})
+    recommender = train(config)
 
 The commands continue from there: `cllm4rec evaluate --config runs/mine/config.yaml`.
 """
@@ -23,8 +24,11 @@ from cllm4rec.data.prepare import prepare as write_prepared
 from cllm4rec.data.prepare import prepare_inputs
 from cllm4rec.data.ray_data import LocalExecutor
 from cllm4rec.errors import ConfigError, DataError
+from cllm4rec.scoring.recommender import Recommender
+from cllm4rec.stages import run_stage, training_stages
 from cllm4rec.storage.artifacts import is_current
 from cllm4rec.storage.files import absolute, join, write_bytes, write_table
+from cllm4rec.training.local_trainer import train_locally
 
 Frame: TypeAlias = pd.DataFrame | pa.Table
 """A pandas DataFrame or an Arrow table."""
@@ -75,6 +79,19 @@ def prepare(
     else:
         write_prepared(config, executor=LocalExecutor())
     return config
+
+
+def train(config: Config, force: bool = False) -> Recommender:
+    """Train the model of a prepared run in this process, and return a recommender with it.
+
+    The stages backbone, pretrain and finetune, by plain torch: on the same machine the tables have the same bits as those
+    of one Ray worker. Stages that are up to date are skipped, and an interrupted call resumes from its last checkpoint;
+    `force` runs all three from their start. Raises ArtifactError if nothing is prepared, TrainingError at the first loss
+    that is not finite.
+    """
+    for stage in training_stages(train_locally):
+        run_stage(stage, config, force)
+    return Recommender.from_pretrained(config.run.model, config.run.prepared, rules=config.score.rules)
 
 
 @dataclasses.dataclass(frozen=True)

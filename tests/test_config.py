@@ -136,7 +136,7 @@ def test_a_config_is_frozen(load):
         ("data.interactions={format: yelp}", "data.interactions.path is missing"),
         ("pretrain.epochs=-1", "pretrain.epochs is -1 and should be greater than or equal to 0"),
         ("pretrain.epochs=many", 'pretrain.epochs is "many" and should be a valid integer'),
-        ("pretrain.epochs=", "pretrain.epochs is null and should be a valid integer"),
+        ("pretrain.patience=", "pretrain.patience is null and should be a valid integer"),
         ("training.zero_stage=4", "training.zero_stage is 4 and should be 0, 1, 2 or 3"),
         ("data.interactions.format=xml", "data.interactions.format is \"xml\" and should be 'amazon2014', "),
         ("data.interactions.path=[a, 3]", "data.interactions.path.1 is 3 and should be a valid string"),
@@ -183,7 +183,7 @@ def test_a_name_or_a_size_makes_a_backbone(load):
             "training.micro_batch_tokens 100 cannot hold a document of model.max_tokens 256; use 256 or more",
         ),
         (
-            ["training.global_batch_tokens=100000", "cluster.num_workers=8"],
+            ["training.global_batch_tokens=100000", "training.micro_batch_tokens=4096", "cluster.num_workers=8"],
             "training.global_batch_tokens 100000 does not divide by 8 workers × training.micro_batch_tokens 4096; "
             "use 98304 or 131072",
         ),

@@ -34,8 +34,9 @@ MAY_IMPORT = {
     "evaluation": BASE | {"reporting", "staleness", "data", "metrics", "model", "scoring"},
     "nightly": BASE | {"cluster", "reporting", "staleness", "data", "metrics", "model", "scoring"},
     "privacy": BASE | {"data", "nightly"},
-    "pipeline": BASE | {"cluster", "progress", "data", "metrics", "training", "evaluation", "nightly"},
-    "python_api": BASE | {"cluster", "data", "metrics", "model", "training"},
+    "stages": BASE | {"training"},
+    "pipeline": BASE | {"cluster", "progress", "stages", "data", "training", "evaluation", "nightly"},
+    "python_api": BASE | {"stages", "data", "training", "scoring"},
     "serving": BASE | {"scoring"},
     "experiments": BASE
     | {

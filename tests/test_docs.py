@@ -4,7 +4,6 @@ import importlib.util
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,13 +41,11 @@ def named(pattern: str) -> set[tuple[str, str]]:
     return found
 
 
-def test_the_site_builds_without_a_warning_in_ten_seconds(tmp_path):
+def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("sphinx", reason='sphinx is not installed; pip install -e ".[dev]"')
-    start = time.monotonic()
     build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "trees")]
     done = subprocess.run([*build, "docs", str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 10
     assert "Recommender" in (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
 
 

@@ -5,7 +5,8 @@ import pytest
 from cllm4rec.commands.cli import show_log
 from cllm4rec.config import parse_config
 from cllm4rec.errors import ArtifactError
-from cllm4rec.pipeline import PIPELINE, Stage, run_stage
+from cllm4rec.pipeline import PIPELINE
+from cllm4rec.stages import Stage, run_stage
 
 MINIMAL = {"output_dir": "runs/x", "data": {"interactions": {"path": "reviews.json"}}}
 

@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 
+import cllm4rec
 from cllm4rec.arrays.ids import Catalog
 from cllm4rec.config import load_config, parse_config
 from cllm4rec.data import prepare as stage
@@ -20,6 +22,7 @@ from cllm4rec.data.world import parity_world
 from cllm4rec.errors import ConfigError, DataError
 from cllm4rec.python_api import prepare
 from cllm4rec.storage.artifacts import is_current, read_manifest
+from cllm4rec.storage.files import digest_of_file
 
 SETTINGS = {"data.split.kind": "leave_one_out", "data.core": 2, "model.backbone.vocab_size": 300}
 
@@ -150,7 +153,7 @@ def test_a_table_that_does_not_fit_is_refused_in_a_sentence(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"settings": {"data.cores": 2}}, "data.cores is no setting"),
+        ({"settings": {"data.cores": 2}}, "data.cores is not a setting"),
         ({"settings": {"output_dir": "x"}}, "settings may not hold 'output_dir'"),
         ({"settings": {"data.items.path": "x"}}, "settings may not hold 'data.items.path'"),
         ({"settings": {"data": {"core": 2}}}, "settings may not hold 'data'"),
@@ -170,3 +173,66 @@ def test_settings_and_columns_that_do_not_fit_are_refused_in_a_sentence(
     with pytest.raises(ConfigError, match=sentence):
         prepare(GOOD, output_dir=str(tmp_path / "out"), **arguments)
     assert not (tmp_path / "out").exists()
+
+
+SMALL = {
+    "data.core": 2,
+    "data.max_text_tokens": 24,
+    "model.max_tokens": 64,
+    "model.backbone": {"layers": 1, "width": 32, "heads": 2, "vocab_size": 300},
+    "pretrain.warmup_epochs": 1,
+    "pretrain.epochs": 2,
+    "finetune.epochs": 2,
+    "training.bf16": False,
+}
+
+
+def parity_frames() -> tuple[pd.DataFrame, pd.DataFrame]:
+    world = parity_world()
+    user, item, text = world.reviews()
+    catalog = world.catalog
+    interactions = pd.DataFrame({"user": catalog.user_ids[user], "item": catalog.item_ids[item], "text": text})
+    items = pd.DataFrame({"item": catalog.item_ids, "text": catalog.item_texts})
+    return interactions, items
+
+
+def test_frames_become_a_recommender_and_what_is_up_to_date_is_not_trained_again(tmp_path, caplog):
+    caplog.set_level("INFO", logger="cllm4rec")
+    interactions, items = parity_frames()
+    config = cllm4rec.prepare(interactions, items, output_dir=tmp_path / "run", settings=SMALL)
+    recommender = cllm4rec.train(config)
+    user_id = interactions["user"].iloc[0]
+    found = recommender.recommend(user_id=user_id, k=3)
+    assert len(found) == 3
+    assert not {item_id for item_id, _, _ in found} & set(interactions.loc[interactions["user"] == user_id, "item"])
+    caplog.clear()
+    again = cllm4rec.train(cllm4rec.prepare(interactions, items, output_dir=tmp_path / "run", settings=SMALL))
+    assert caplog.text.count("up to date, skipped") == 4
+    assert again.recommend(user_id=user_id, k=3) == found
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_training_in_this_process_gives_the_bits_of_a_worker_of_ray(tmp_path, monkeypatch):
+    """Plain torch here against DeepSpeed in a worker of Ray Train."""
+    from cllm4rec.pipeline import STAGES
+    from cllm4rec.stages import run_stage
+
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    interactions, items = parity_frames()
+    settings = SMALL | {"cluster.threads_per_worker": 1}
+    digests = []
+    for name in ("here", "ray"):
+        config = cllm4rec.prepare(interactions, items, output_dir=tmp_path / name, settings=settings)
+        if name == "here":
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            cllm4rec.train(config)
+            torch.set_num_threads(threads)
+        else:
+            for stage in ("backbone", "pretrain", "finetune"):
+                run_stage(STAGES[stage], config, force=False)
+        digests.append(
+            [digest_of_file(f"{config.run.directory(kind)}/tables.safetensors") for kind in ("pretrained", "model")]
+        )
+    assert digests[0] == digests[1]

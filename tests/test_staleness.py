@@ -61,6 +61,9 @@ SPECIAL: dict[str, Any] = {
     "model.backbone.width": 256,
     "model.table_std": 0.5,
     "finetune.mask_fraction": [0.1, 0.3],
+    "finetune.epochs": 5,
+    "pretrain.epochs": 5,
+    "pretrain.text_fraction": 0.5,
     "training.engine": "deepspeed",
     "training.global_batch_tokens": 8192,
     "training.micro_batch_tokens": 8192,
@@ -80,7 +83,7 @@ SPECIAL: dict[str, Any] = {
 }
 BASE_SETTINGS: dict[str, Any] = {
     "serve": {"max_replicas": 4},
-    "training": {"engine": "torch"},
+    "training": {"engine": "torch", "micro_batch_tokens": 4096},
 }
 RULE_FILES = {
     "deny": ("item_id", "x"),

@@ -107,7 +107,10 @@ def _measure_model(config: Config, parts: list[str], device: str) -> dict[str, A
     corpora = load_corpora(Path(os.environ.get(_SHARED) or "../shared"))
     result["notes"] += corpora.notes
     backbone = new_backbone(config.model, corpora.histories.token_space.num_words, config.seed)
-    micro_batch_tokens, max_tokens = config.training.micro_batch_tokens, config.model.max_tokens
+    micro_batch_tokens, max_tokens = (
+        config.training.micro_batch_tokens or Setting.micro_batch_tokens,
+        config.model.max_tokens,
+    )
     precision = precision_on(device, config.training.bf16)
     setting = Setting(micro_batch_tokens, max_tokens, config.score.batch_users, device=device, precision=precision)
     rate = rate_sampler(precision, device)

@@ -85,18 +85,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(0 if words else 2)
     if words[0] not in COMMANDS:
         sys.exit(_Outcome(words[0]).failed(f"unknown command {words[0]!r}; the commands are {', '.join(COMMANDS)}", 2))
-    run_command(words[0], f"cllm4rec {words[0]}", words[1:])
+    sys.exit(run_command(words[0], f"cllm4rec {words[0]}", words[1:]))
 
 
-def run_command(name: str, prog: str, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Parse the arguments, connect to Ray if needed, run the command, print the last line, and exit."""
+def run_command(name: str, prog: str, arguments: Sequence[str] | None = None, command: Command | None = None) -> int:
+    """Parse, connect to Ray if the command needs it, run it, print the last line, and return the exit status.
+
+    arguments: by default those of the process. command: by default the one of the module `cllm4rec.commands.<name>`.
+    """
     set_default_environment()
-    command: Command = importlib.import_module(f"cllm4rec.commands.{name}").COMMAND
-    sys.exit(execute(command, name, prog, sys.argv[1:] if arguments is None else arguments))
-
-
-def execute(command: Command, name: str, prog: str, arguments: Sequence[str]) -> int:
-    """Run a command, print its last line, and return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = command or importlib.import_module(f"cllm4rec.commands.{name}").COMMAND
     outcome = _Outcome(name)
     try:
         args = _parser(command, prog).parse(arguments)
@@ -146,7 +145,8 @@ def stage_command(stage: str, description: str | None) -> Command:
     """A command that runs one stage of the pipeline."""
 
     def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
-        from cllm4rec.pipeline import STAGES, run_stage  # not at the top: --help should not wait for torch
+        from cllm4rec.pipeline import STAGES
+        from cllm4rec.stages import run_stage  # not at the top: --help should not wait for torch
 
         result = run_stage(STAGES[stage], config, args.force)
         return {stage: result, "report": result.get("report")}

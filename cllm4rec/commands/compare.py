@@ -31,6 +31,7 @@ from cllm4rec.experiments.comparison.trial import MethodRun, of_split, run_metho
 from cllm4rec.storage.artifacts import is_current, read_manifest, write_directory
 from cllm4rec.storage.files import digest_of, join, write_bytes, write_json
 from cllm4rec.storage.tombstones import Tombstones
+from cllm4rec.training.schedule import resolved
 
 _QUICK_SEEDS, _QUICK_TRIALS, _QUICK_EPOCHS = 2, 2, 25
 
@@ -49,10 +50,12 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
 def compare(config: Config, parallel_map: Map, force: bool = False) -> dict[str, Any]:
     """Prepare the splits, run what is missing, and write `evaluation/`; returns the summary of the command."""
     names = chosen_methods(config)
-    splits = [of_split(config, seed) for seed in config.compare.seeds]
-    runs = [MethodRun(split, name) for name in names for split in splits] + sweep_runs(config)
-    for split in splits:
+    sweep_runs(config)  # a wrong sweep is refused before anything is prepared
+    for split in _splits(config):
         _prepare(config, split, force)
+    # Splits share one schedule, so that they differ in nothing but their data.
+    config = resolved(config, read_manifest(_splits(config)[0].run.prepared, "prepared"))
+    runs = [MethodRun(split, name) for name in names for split in _splits(config)] + sweep_runs(config)
     _train_backbones(runs, parallel_map, force)
     _run_methods([run for run in runs if run.name not in DEPENDS_ON], parallel_map, force)
     _run_methods([run for run in runs if run.name in DEPENDS_ON], parallel_map, force)
@@ -60,6 +63,10 @@ def compare(config: Config, parallel_map: Map, force: bool = False) -> dict[str,
     report = join(directory, "report.md")
     say(f"compare: {report}")
     return {"output_dir": config.output_dir, "directory": directory, "report": report, "methods": names}
+
+
+def _splits(config: Config) -> list[Config]:
+    return [of_split(config, seed) for seed in config.compare.seeds]
 
 
 def quick(config: Config) -> Config:
@@ -77,10 +84,11 @@ def quick(config: Config) -> Config:
             }
         ),
     }
-    stages = {
-        name: getattr(config, name).model_copy(update={"epochs": min(getattr(config, name).epochs, _QUICK_EPOCHS)})
-        for name in ("backbone", "pretrain", "finetune")
-    }
+    stages = {}
+    for name in ("backbone", "pretrain", "finetune"):
+        stage = getattr(config, name)
+        epochs = _QUICK_EPOCHS if stage.epochs is None else min(stage.epochs, _QUICK_EPOCHS)
+        stages[name] = stage.model_copy(update={"epochs": epochs})
     return config.model_copy(update=small | stages)
 
 

@@ -19,7 +19,8 @@ from cllm4rec.commands.console import say
 from cllm4rec.config import Config
 from cllm4rec.evaluation.report import table
 from cllm4rec.evaluation.results import EvaluationReport
-from cllm4rec.pipeline import PIPELINE, run_stage
+from cllm4rec.pipeline import PIPELINE
+from cllm4rec.stages import run_stage
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -195,9 +195,13 @@ class BackboneConfig(_Section):
 class PretrainConfig(_Section):
     """Warm-up (texts only, content embeddings only), then pretraining (texts and interactions, all four tables)."""
 
-    warmup_epochs: Annotated[int, Field(ge=0)] = Field(10, description="Epochs of the warm-up.")
-    epochs: Annotated[int, Field(ge=0)] = Field(100, description="Most epochs of pretraining.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="Learning rate of Adam.")
+    warmup_epochs: Annotated[int, Field(ge=0)] = Field(3, description="Epochs of the warm-up. The paper takes 10.")
+    epochs: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Most epochs of pretraining. null: 8 to 40, about 2,000 steps. The paper takes 100."
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        3e-3, description="Learning rate of Adam. The paper takes 0.001."
+    )
     lambda_c: Annotated[float, Field(ge=0)] = Field(
         1.0, description="Weight of the distance between collaborative and content embeddings."
     )
@@ -210,39 +214,45 @@ class PretrainConfig(_Section):
         True, description="Put each user's items in a new order in every epoch. false: the paper's LLM-FixOrd."
     )
     user_dropout: Fraction = Field(
-        0.0,
+        0.9,
         description="Probability that an interaction document hides its user, which teaches the model to answer from the "
         "history.",
     )
-    text_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        1.0, description="Share of the text documents that an epoch reads. Less is faster."
+    text_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None,
+        description="Share of the text documents that an epoch reads. Less is faster. null: three tokens of texts for each "
+        "token of a history. The paper reads all.",
     )
     patience: Positive = Field(
-        10, description="Pretraining ends after this many epochs without a better validation NDCG@100."
+        6, description="Pretraining ends after this many epochs without a better validation NDCG@100."
     )
 
 
 class FinetuneConfig(_Section):
     """Training for recommendation: predict held-out items of a user from the others. Only collaborative embeddings change."""
 
-    epochs: Annotated[int, Field(ge=0)] = Field(
-        150, description="Most epochs of finetuning. 0: the pretrained model is the result (the paper's LLM-PreRec)."
+    epochs: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Most epochs of finetuning. 0: the pretrained model is the result (the paper's LLM-PreRec). null: 8 to "
+        "60, about 1,000 steps. The paper takes 150.",
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-4, description="Learning rate of Adam.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        3e-3, description="Learning rate of Adam. The paper takes 0.0001."
+    )
     lambda_c: Annotated[float, Field(ge=0)] = Field(
         1.0, description="Weight of the distance between collaborative and content embeddings."
     )
     mask_fraction: Fraction | tuple[Fraction, Fraction] = Field(
-        0.2,
+        (0.1, 0.9),
         description="Share of a user's items that are held out as targets. A pair [low, high]: drawn anew for each user "
         "and epoch.",
     )
     target: Literal["heldout", "all"] = Field(
         "heldout", description="What must be predicted: the held-out items, or all items of the user."
     )
-    user_dropout: Fraction = Field(0.0, description="Probability that a recommendation document hides its user.")
+    user_dropout: Fraction = Field(0.9, description="Probability that a recommendation document hides its user.")
     patience: Positive = Field(
-        10, description="Finetuning ends after this many epochs without a better validation NDCG@100."
+        6, description="Finetuning ends after this many epochs without a better validation NDCG@100."
     )
 
     @model_validator(mode="after")
@@ -270,9 +280,10 @@ class TrainingConfig(_Section):
         description="Compute backbone and heads in bfloat16 on GPUs and CPUs that multiply it natively, in float32 on "
         "others. Tables, their gradients and sums are always float32.",
     )
-    micro_batch_tokens: Positive = Field(
-        4096,
-        description="Token slots of one worker's forward pass; at least model.max_tokens. Memory depends on it.",
+    micro_batch_tokens: Positive | None = Field(
+        None,
+        description="Token slots of one worker's forward pass; at least model.max_tokens. Memory depends on it. null: 512 "
+        "to 4,096, about 64 steps per pretraining epoch. A GPU is faster with 16,384 or more.",
     )
     global_batch_tokens: Positive | None = Field(
         None,
@@ -563,6 +574,10 @@ class Config(_Section):
     @model_validator(mode="after")
     def _batches_divide(self) -> Self:
         micro, longest = self.training.micro_batch_tokens, self.model.max_tokens
+        if micro is None:
+            if self.training.global_batch_tokens is not None:
+                raise ValueError("training.global_batch_tokens needs training.micro_batch_tokens; set both")
+            return self
         if micro < longest:
             raise ValueError(
                 f"training.micro_batch_tokens {micro} cannot hold a document of model.max_tokens {longest}; "
@@ -599,8 +614,8 @@ class Config(_Section):
     @property
     def accumulation(self) -> int:
         """Micro-batches per worker in one optimizer step."""
-        total = self.training.global_batch_tokens
-        return 1 if total is None else total // (self.training.micro_batch_tokens * self.cluster.num_workers)
+        total, micro = self.training.global_batch_tokens, self.training.micro_batch_tokens
+        return 1 if total is None or micro is None else total // (micro * self.cluster.num_workers)
 
     @property
     def run(self) -> Run:

@@ -23,14 +23,21 @@ from cllm4rec.storage.files import digest_of
 from cllm4rec.storage.tensors import save_tensors
 from cllm4rec.training.job import METRICS, Start, TrainJob
 from cllm4rec.training.phases import Phase, backbone_phases, finetune_phases, pretrain_phases
+from cllm4rec.training.schedule import resolved
 from cllm4rec.training.table_init import initial_tables
 
 Trainer = Callable[[TrainJob, str], dict[str, Tensor]]
 """Trains a job. The second argument is the directory for metrics and checkpoints. Returns the weights of the best epochs."""
 
 
+def scheduled(config: Config) -> Config:
+    """The config with the schedule that fits the prepared data. Raises ArtifactError if nothing is prepared."""
+    return resolved(config, read_manifest(config.run.prepared, "prepared"))
+
+
 def backbone_inputs(config: Config) -> dict[str, str]:
     """The digests that `backbone/` depends on."""
+    config = scheduled(config)
     return {
         "prepared": read_manifest(config.run.prepared, "prepared").digest,
         "settings": settings_digest(config, "backbone"),
@@ -39,6 +46,7 @@ def backbone_inputs(config: Config) -> dict[str, str]:
 
 def pretrain_inputs(config: Config) -> dict[str, str]:
     """The digests that `pretrained/` depends on."""
+    config = scheduled(config)
     return {
         "prepared": read_manifest(config.run.prepared, "prepared").digest,
         "backbone": read_manifest(config.run.backbone, "backbone").digest,
@@ -48,6 +56,7 @@ def pretrain_inputs(config: Config) -> dict[str, str]:
 
 def finetune_inputs(config: Config) -> dict[str, str]:
     """The digests that `model/` depends on."""
+    config = scheduled(config)
     return {
         "prepared": read_manifest(config.run.prepared, "prepared").digest,
         "pretrained": read_manifest(config.run.pretrained, "pretrained").digest,
@@ -55,8 +64,9 @@ def finetune_inputs(config: Config) -> dict[str, str]:
     }
 
 
-def train_backbone(config: Config, trainer: Trainer) -> Manifest:
+def train_backbone(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
     """Train the language model on the texts of the training split → `backbone/`. With 0 epochs it is written untrained."""
+    config = _begin(config, "backbone", force)
     inputs, directory = backbone_inputs(config), config.run.backbone
     prompt_tokens, _ = load_token_space(config.run.prepared)
     backbone = new_backbone(config.model, prompt_tokens.num_words, config.seed)
@@ -76,8 +86,9 @@ def train_backbone(config: Config, trainer: Trainer) -> Manifest:
     return read_manifest(directory, "backbone")
 
 
-def pretrain(config: Config, trainer: Trainer) -> Manifest:
+def pretrain(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
     """Content warm-up and mutually regularized pretraining of the four tables around the frozen backbone → `pretrained/`."""
+    config = _begin(config, "pretrain", force)
     inputs, initial = pretrain_inputs(config), _initial_tables(config)
     start_dir = config.run.unfinished("start")
     with write_directory(start_dir, kind="start", inputs=inputs, config=config.model_dump()) as draft:
@@ -88,11 +99,12 @@ def pretrain(config: Config, trainer: Trainer) -> Manifest:
     return _write_model(config, "pretrained", "interactions", tables, inputs, "pretrain")
 
 
-def finetune(config: Config, trainer: Trainer) -> Manifest:
+def finetune(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
     """Recommendation-oriented finetuning of the collaborative tables → `model/`, the model that scores and serves.
 
     Raises ArtifactError if `pretrained/` changes during training.
     """
+    config = _begin(config, "finetune", force)
     inputs = finetune_inputs(config)
     start = Start(files.absolute(config.run.pretrained), "pretrained")
     trained = _train(config, "finetune", finetune_phases(config), inputs, trainer, start)
@@ -101,6 +113,13 @@ def finetune(config: Config, trainer: Trainer) -> Manifest:
     tables = start.tables() | trained
     prompt: Prompt = "recommendation" if config.finetune.epochs else "interactions"
     return _write_model(config, "model", prompt, tables, inputs, "finetune")
+
+
+def _begin(config: Config, stage: str, force: bool) -> Config:
+    """The config with its schedule. With `force` an interrupted run of the stage is forgotten, not resumed."""
+    if force:
+        files.remove_directory(config.run.unfinished(stage))
+    return scheduled(config)
 
 
 def _train(

@@ -36,6 +36,7 @@ from cllm4rec.training.engine import Engine, make_engine
 from cllm4rec.training.epochs import EpochBuilder
 from cllm4rec.training.estimate import seconds_per_epoch
 from cllm4rec.training.phases import Phase
+from cllm4rec.training.schedule import fixed
 from cllm4rec.typing import IntArray
 
 Log = Callable[[dict[str, Any]], None]
@@ -201,7 +202,7 @@ class _Steps:
         self.device = model.collaborative_items.device
         self.builder = EpochBuilder(run.prompts, model.token_space, config.model.max_tokens, config.seed)
         self.packer = packer_for(
-            model.backbone, model.token_space, config.training.micro_batch_tokens, config.model.max_tokens
+            model.backbone, model.token_space, fixed(config.training.micro_batch_tokens), config.model.max_tokens
         )
         self.empty_batch = batch_to_device(self.packer.empty(), self.device)
         size = config.training.sampled_items if Kind.INTERACTIONS in phase.kinds else None

@@ -10,6 +10,7 @@ from typing import Literal
 from cllm4rec.config import Config
 from cllm4rec.data.documents import TEXT_KINDS, Documents, Kind
 from cllm4rec.training.epochs import DocumentSource, EpochBuilder
+from cllm4rec.training.schedule import fixed
 
 COLLABORATIVE = ("collaborative_users", "collaborative_items")
 CONTENT = ("content_users", "content_items")
@@ -95,13 +96,18 @@ def pretrain_phases(config: Config) -> list[Phase]:
     phase = config.pretrain
     return [
         Phase(
-            "warmup", CONTENT, ("texts",), phase.warmup_epochs, phase.learning_rate, text_fraction=phase.text_fraction
+            "warmup",
+            CONTENT,
+            ("texts",),
+            phase.warmup_epochs,
+            phase.learning_rate,
+            text_fraction=fixed(phase.text_fraction),
         ),
         Phase(
             "pretrain",
             COLLABORATIVE + CONTENT,
             ("interactions", "texts"),
-            phase.epochs,
+            fixed(phase.epochs),
             phase.learning_rate,
             lambda_c=phase.lambda_c,
             validate="interactions",
@@ -109,7 +115,7 @@ def pretrain_phases(config: Config) -> list[Phase]:
             alternate=phase.alternate,
             reorder_items=phase.reorder_items,
             user_dropout=phase.user_dropout,
-            text_fraction=phase.text_fraction,
+            text_fraction=fixed(phase.text_fraction),
             collaborative_from_content=True,
         ),
     ]
@@ -123,7 +129,7 @@ def finetune_phases(config: Config) -> list[Phase]:
             "finetune",
             COLLABORATIVE,
             ("recommendations",),
-            phase.epochs,
+            fixed(phase.epochs),
             phase.learning_rate,
             lambda_c=phase.lambda_c,
             validate="recommendation",

@@ -25,7 +25,7 @@ def call(tmp_path, monkeypatch, capsys):
 
     def run(job, *arguments, config=True):
         given = ["--config", str(tmp_path / "run.yaml")] if config else []
-        status = cli.execute(cli.Command(job, "A test."), "test", "cllm4rec test", [*given, *arguments])
+        status = cli.run_command("test", "cllm4rec test", [*given, *arguments], cli.Command(job, "A test."))
         shown = capsys.readouterr()
         return status, shown.out.splitlines(), shown.err
 

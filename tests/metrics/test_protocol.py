@@ -57,7 +57,7 @@ def test_the_policy_says_what_is_read_and_what_is_masked(
 
 
 def test_reading_what_may_be_recommended_is_refused() -> None:
-    with pytest.raises((ConfigError, ValueError), match="would recommend what was just read"):
+    with pytest.raises((ConfigError, ValueError), match="would recommend items that were just read"):
         EvaluateConfig(read="train+validation", mask="train")
 
 

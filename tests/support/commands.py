@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,7 @@ class Outcome:
 def run_command(capsys: pytest.CaptureFixture[str], name: str, *words: object) -> Outcome:
     """`cllm4rec <name> <words>`."""
     capsys.readouterr()
-    command = importlib.import_module(f"cllm4rec.commands.{name}").COMMAND
-    status = cli.execute(command, name, f"cllm4rec {name}", [str(word) for word in words])
+    status = cli.run_command(name, f"cllm4rec {name}", [str(word) for word in words])
     shown = capsys.readouterr()
     *lines, line = shown.out.splitlines()
     last = json.loads(line)

@@ -36,7 +36,7 @@ def make_config(tmp_path, **compare):
                 "table_std": 0.1,
             },
             "backbone": {"epochs": 1},
-            "pretrain": {"warmup_epochs": 1, "epochs": 2, "learning_rate": 1e-2},
+            "pretrain": {"warmup_epochs": 1, "epochs": 2, "learning_rate": 1e-2, "text_fraction": 1.0},
             "finetune": {
                 "epochs": 20, "learning_rate": 3e-2, "mask_fraction": [0.1, 0.9], "target": "all", "user_dropout": 0.5,
                 "lambda_c": 0.0, "patience": 20,

@@ -31,5 +31,5 @@ def test_finetuning_fails_if_the_pretrained_tables_change_during_the_run(tmp_pat
         return {}
 
     with pytest.raises(ArtifactError, match=r"pretrained changed during finetuning; run the same command again"):
-        finetune(config, trainer)
+        finetune(config, force=False, trainer=trainer)
     assert not files.exists(config.run.model)
