@@ -37,31 +37,23 @@ def scheduled(config: Config) -> Config:
 
 def backbone_inputs(config: Config) -> dict[str, str]:
     """The digests that `backbone/` depends on."""
-    config = scheduled(config)
-    return {
-        "prepared": read_manifest(config.run.prepared, "prepared").digest,
-        "settings": settings_digest(config, "backbone"),
-    }
+    return _inputs(config, "backbone", "prepared")
 
 
 def pretrain_inputs(config: Config) -> dict[str, str]:
     """The digests that `pretrained/` depends on."""
-    config = scheduled(config)
-    return {
-        "prepared": read_manifest(config.run.prepared, "prepared").digest,
-        "backbone": read_manifest(config.run.backbone, "backbone").digest,
-        "settings": settings_digest(config, "pretrain"),
-    }
+    return _inputs(config, "pretrain", "prepared", "backbone")
 
 
 def finetune_inputs(config: Config) -> dict[str, str]:
     """The digests that `model/` depends on."""
-    config = scheduled(config)
-    return {
-        "prepared": read_manifest(config.run.prepared, "prepared").digest,
-        "pretrained": read_manifest(config.run.pretrained, "pretrained").digest,
-        "settings": settings_digest(config, "finetune"),
-    }
+    return _inputs(config, "finetune", "prepared", "pretrained")
+
+
+def _inputs(config: Config, stage: str, *kinds: str) -> dict[str, str]:
+    """The digests of the directories that a stage reads, and of its settings."""
+    directories = {kind: read_manifest(config.run.directory(kind), kind).digest for kind in kinds}
+    return directories | {"settings": settings_digest(scheduled(config), stage)}
 
 
 def train_backbone(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
