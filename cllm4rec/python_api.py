@@ -24,6 +24,7 @@ from cllm4rec.data.prepare import prepare as write_prepared
 from cllm4rec.data.prepare import prepare_inputs
 from cllm4rec.data.ray_data import LocalExecutor
 from cllm4rec.errors import ConfigError, DataError
+from cllm4rec.model.stock_backbone import check_stock_backbone
 from cllm4rec.scoring.recommender import Recommender
 from cllm4rec.stages import run_stage, training_stages
 from cllm4rec.storage.artifacts import is_current
@@ -70,6 +71,7 @@ def prepare(
             raise ConfigError(f"columns has the key {role!r}; its keys should be among {', '.join(given)}")
     sources = {role: _Source.of(role, frame, (columns or {}).get(role, {})) for role, frame in given.items()}
     config = _config(uri, sources, settings or {})
+    check_stock_backbone(config.model)
     for source in sources.values():
         write_table(source.table, source.file(uri))
     text = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)

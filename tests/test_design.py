@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "privacy": BASE | {"data", "nightly"},
     "stages": BASE | {"training"},
     "pipeline": BASE | {"cluster", "progress", "stages", "data", "training", "evaluation", "nightly"},
-    "python_api": BASE | {"stages", "data", "training", "scoring"},
+    "python_api": BASE | {"stages", "data", "model", "training", "scoring"},
     "serving": BASE | {"scoring"},
     "experiments": BASE
     | {

@@ -37,6 +37,7 @@ EXPECTED: dict[str, set[str]] = {
     "training": TRAINING,
     "training.checkpoint_every_epochs": set(),
     "training.tensorboard": set(),
+    "training.gradient_checkpointing": set(),
     "evaluate": {"evaluate"},
     "compare": set(),
     "score": {"score"},

@@ -97,7 +97,7 @@ def _measure_model(config: Config, parts: list[str], device: str) -> dict[str, A
     from cllm4rec.experiments.benchmark.machine import machine, rate_sampler
     from cllm4rec.experiments.benchmark.scoring import scoring
     from cllm4rec.experiments.benchmark.training import Setting, training
-    from cllm4rec.model.backbone import new_backbone
+    from cllm4rec.model.backbone_files import new_backbone
     from cllm4rec.model.precision import precision_on
 
     say("benchmark: machine")

@@ -64,6 +64,7 @@ class Command:
     add_verbs: adds subcommands (`args.verb`). Overrides then come after the verb and its operands.
     default_config: used without --config; None makes --config required.
     needs_ray: connect to Ray before `run`.
+    trains: the command reads the language model, so a stock one is checked before Ray starts.
     """
 
     run: Job
@@ -72,6 +73,7 @@ class Command:
     add_verbs: Callable[[AddVerb], None] | None = None
     default_config: str | None = None
     needs_ray: bool = True
+    trains: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -102,6 +104,10 @@ def run_command(name: str, prog: str, arguments: Sequence[str] | None = None, co
         config = load_config(args.config, args.overrides)
         outcome.output_dir = config.output_dir
         with show_log():
+            if command.trains and isinstance(config.model.backbone, str):
+                from cllm4rec.model.stock_backbone import check_stock_backbone  # --help should not wait for torch
+
+                check_stock_backbone(config.model)
             if command.needs_ray:
                 connect(config)
             result = command.run(config, args)
@@ -151,7 +157,10 @@ def stage_command(stage: str, description: str | None) -> Command:
         result = run_stage(STAGES[stage], config, args.force)
         return {stage: result, "report": result.get("report")}
 
-    return Command(run, description or "")
+    return Command(run, description or "", trains=stage in _TRAINING)
+
+
+_TRAINING = ("prepare", "backbone", "pretrain", "finetune")
 
 
 def _overview() -> str:

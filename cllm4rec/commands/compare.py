@@ -138,4 +138,4 @@ def _write(config: Config, runs: list[MethodRun], names: list[str]) -> str:
     return uri
 
 
-COMMAND = Command(run, __doc__ or "", add_flags=add_flags)
+COMMAND = Command(run, __doc__ or "", add_flags=add_flags, trains=True)

@@ -29,10 +29,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
-    result = {stage.name: run_stage(stage, config, args.force) for stage in PIPELINE}
+    result: dict[str, Any] = {stage.name: run_stage(stage, config, args.force) for stage in PIPELINE}
     say("serve: starting the endpoint")
     checked = serve.check(config)
-    result["serve"] = checked.summary
+    result |= {"serve": checked.summary, "report": result["evaluate"]["report"]}
     _show_results(config, checked)
     say(f"pipeline: done in {time.monotonic() - started:.0f} s")
     if args.serve:
@@ -56,4 +56,4 @@ def _show_results(config: Config, checked: serve.Check) -> None:
     say("")
 
 
-COMMAND = Command(run, __doc__ or "", add_flags=add_flags)
+COMMAND = Command(run, __doc__ or "", add_flags=add_flags, trains=True)

@@ -25,9 +25,9 @@ from cllm4rec.config import BackboneSize, ModelConfig
 from cllm4rec.data.documents import Prompts
 from cllm4rec.errors import ConfigError
 from cllm4rec.storage.files import copy_file, join, read_bytes
+from cllm4rec.storage.hub import tokenizer_folder
 
 END_OF_TEXT = "<|endoftext|>"
-HUB_TIMEOUT_S = 10.0
 BATCH = 1024
 """Texts encoded at a time: an encoding takes far more memory than its tokens."""
 
@@ -119,22 +119,12 @@ def _train(texts: Iterable[str], vocab_size: int) -> Any:
 def _pretrained(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    offline = os.path.isdir(name) or not _hub_answers(name, revision)
+    folder = tokenizer_folder(name, revision)
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=offline)
-    except (OSError, ValueError, KeyError):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        words = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"model.backbone {name} was found neither as a folder with a tokenizer, nor in the cache of this machine, nor on "
-            "the hub; correct the name, or give a size to build a backbone from scratch"
+            f"the tokenizer of the backbone {name!r} cannot be loaded ({words}); use a folder or a model with a tokenizer "
+            "that transformers reads without running code"
         ) from None
-
-
-def _hub_answers(name: str, revision: str | None) -> bool:
-    """Whether the hub has this model. Asked first, because transformers would retry for a minute before giving up."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
-    except Exception:  # the types of errors depend on the HTTP library of the client
-        return False
-    return True

@@ -25,7 +25,8 @@ def accelerate(backbone: Backbone, precision: torch.dtype) -> None:
     """
     is_frozen = not any(weight.requires_grad for weight in backbone.parameters())
     if is_frozen:
-        backbone.to(precision)
+        for weight in backbone.parameters():  # not buffers: rotary frequencies in bfloat16 would shift positions
+            weight.data = weight.data.to(precision)
     _replace_gelu(backbone, precision)
     if is_frozen:
         head = backbone.model.get_output_embeddings()

@@ -2,7 +2,8 @@
 
 A mask over whole rows would multiply the work by several hundred: documents have about a dozen tokens, rows have
 thousands. On a GPU, one flash attention call runs over documents placed end to end (`gpu.attention`). On a CPU, and in
-float32, documents are gathered into short blocks (`cpu.attention`).
+float32, documents are gathered into short blocks (`cpu.attention`). Sliding windows, soft caps and attention sinks are
+supported on both; on a GPU, soft caps and sinks take the blocks too.
 
 Shapes: R rows × T columns = S slots of a grid, H heads × K features per head.
 """
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cllm4rec.model.cpu.attention import Blocks, attend_blocks, build_blocks
+from cllm4rec.model.cpu.attention import Blocks, Variant, attend_blocks, attend_blocks_variant, build_blocks
 from cllm4rec.model.gpu import attention as gpu
 from cllm4rec.typing import Array
 
@@ -54,9 +55,16 @@ def attend(
     attention_mask: Tensor | None,
     layout: DocumentLayout | None = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls: (R, H, T, K) in, (R, T, H, K) out.
+
+    sliding_window: a slot attends to this number of slots at most, itself included (Mistral, Gemma).
+    softcap: scores are limited to ± this by tanh (Gemma 2).
+    s_aux: (H,), the score of a slot that is attended to and has no value (gpt-oss).
 
     Without `layout` the call does not come from this package and is passed to transformers' own implementation.
     """
@@ -74,12 +82,19 @@ def attend(
     heads_per_key = num_heads // key.shape[1]
     if heads_per_key > 1:  # grouped-query attention
         key, value = (states.repeat_interleave(heads_per_key, dim=1) for states in (key, value))
+    longest = layout.segment_RT.shape[1]
+    window = None if sliding_window is None or sliding_window >= longest else sliding_window
+    variant = Variant(window, softcap, s_aux)
     with torch.autocast(value.device.type, enabled=False):
-        if gpu.runs_on(value):
+        if gpu.runs_on(value) and softcap is None and s_aux is None and (window is None or gpu.takes_a_window()):
             query, key, value = (_flatten_slots(states) for states in (query, key, value))
-            attended = gpu.attend_spans(query, key, value, layout.spans, scale)
+            attended = gpu.attend_spans(query, key, value, layout.spans, scale, window)
         else:
-            attended = attend_blocks(_flatten_slots(torch.cat([query, key, value], dim=1)), scale, layout.blocks)
+            states = _flatten_slots(torch.cat([query, key, value], dim=1))
+            if variant == Variant():
+                attended = attend_blocks(states, scale, layout.blocks)
+            else:
+                attended = attend_blocks_variant(states, scale, layout.blocks, variant)
     return attended.view(num_rows, num_columns, num_heads, size), None
 
 

@@ -1,33 +1,45 @@
 """The language model behind one interface: embeddings in, hidden states out.
 
-`Decoder` runs decoder-only models such as GPT-2 and Llama on packed rows. `EncoderDecoder` runs T5 with the prompt in the
-encoder and the main text in the decoder. Both use transformers' auto classes, so other models that these classes load
-also work.
+`Decoder` runs decoder-only models such as GPT-2, Llama and Gemma on packed rows. `EncoderDecoder` runs T5 and its relatives
+with the prompt in the encoder and the main text in the decoder. Both call the stack of layers of a transformers model, so
+whatever a family does outside of it (scaled words, soft caps and scales of logits) is repeated here; `family_check` compares
+the two for every model that is not built by this package.
 
-Shapes: R rows × T columns of a grid, K hidden size, N words.
+Shapes: R rows × T columns of a grid, S of its slots, K hidden size, N words.
 """
 
 from __future__ import annotations
 
 import abc
-import contextlib
+import dataclasses
 import hashlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cllm4rec.config import BackboneSize, ModelConfig
-from cllm4rec.errors import ArtifactError, ConfigError
+from cllm4rec.errors import ConfigError
 from cllm4rec.model import attention
 from cllm4rec.model.batch import TensorGrid
-from cllm4rec.storage import files
 
-_REFERENCE = "reference.json"
+
+@dataclasses.dataclass(frozen=True)
+class WordHead:
+    """The output layer that predicts words: logits = cap(scale · hidden · tableᵀ + bias), cap(x) = softcap · tanh(x / softcap).
+
+    table_NK: N' × K with N' >= N. It is the table of the word embeddings if the model ties the two.
+    bias_N: None for none.
+    """
+
+    table_NK: Tensor
+    bias_N: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_SK: Tensor) -> Tensor:
+        """(S, N')."""
+        logits_SN = torch.nn.functional.linear(hidden_SK * self.scale, self.table_NK, self.bias_N)
+        return logits_SN if self.softcap is None else self.softcap * torch.tanh(logits_SN / self.softcap)
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -36,21 +48,30 @@ class Backbone(nn.Module, abc.ABC):
     is_encoder_decoder: bool
     """Whether the prompt and the main text are two grids, one for the encoder and one for the decoder."""
 
+    unknown_K: Tensor
+    """The embedding of a user that is not known, (K,)."""
+
     def __init__(self, model: Any, max_tokens: int) -> None:
         super().__init__()
         self.model = model
         if not getattr(model.config, "final_norm", True):
-            _remove_final_norm(model)
-        limit = getattr(model.config, "n_positions", None) or getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and limit < max_tokens and not self.is_encoder_decoder:
+            remove_final_norm(model)
+        limit = _num_positions(self.text_config)
+        if limit is not None and limit < max_tokens:
             raise ConfigError(
                 f"model.max_tokens {max_tokens} is more than the {limit} positions of the backbone; lower it"
             )
+        self.register_buffer("unknown_K", self._unknown_user(), persistent=False)
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the language model, which is a part of the config of a model for images and texts."""
+        return self.model.config.get_text_config(decoder=True)
 
     @property
     def width(self) -> int:
-        """The hidden size K."""
-        return int(self.model.config.hidden_size)
+        """The size K of embeddings and of final hidden states."""
+        return int(self.word_embeddings.shape[1])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,16 +80,35 @@ class Backbone(nn.Module, abc.ABC):
 
     @property
     def word_embeddings(self) -> nn.Parameter:
-        """N' × K with N' >= N: the embeddings of the words of prompts and texts."""
+        """N' × K with N' >= N: the table of the words of prompts and texts, as stored. `embed_words` reads it."""
         weight: nn.Parameter = self.model.get_input_embeddings().weight
         return weight
 
+    def embed_words(self, words_S: Tensor) -> Tensor:
+        """The embeddings of words, (S, K), as the model itself embeds them: Gemma scales them by √K."""
+        vectors_SK: Tensor = self.model.get_input_embeddings()(words_S)
+        return vectors_SK
+
     @property
-    def vocabulary_head(self) -> nn.Parameter:
-        """N' × K: the output layer that predicts words. It is `word_embeddings` if the model ties the two."""
-        head = self.model.get_output_embeddings()
-        weight: nn.Parameter = self.word_embeddings if head is None else head.weight
-        return weight
+    def word_std(self) -> float:
+        """The standard deviation of the embeddings that `embed_words` returns."""
+        with torch.no_grad():
+            sample = torch.arange(min(len(self.word_embeddings), 256), device=self.word_embeddings.device)
+            scale = self.embed_words(sample).float().norm() / self.word_embeddings[sample].float().norm()
+            return float(self.word_embeddings.float().std()) * float(scale)
+
+    @property
+    def word_head(self) -> WordHead:
+        """The output layer that predicts words."""
+        head, config = self.model.get_output_embeddings(), self.text_config
+        bias = getattr(self.model, "final_logits_bias", None) if head is None or head.bias is None else head.bias
+        return WordHead(
+            self.word_embeddings if head is None else head.weight,
+            None if bias is None else bias.flatten(),
+            scale=float(getattr(config, "logit_scale", None) or 1.0)
+            / float(getattr(config, "logits_scaling", None) or 1.0),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
 
     @property
     def start_token(self) -> int:
@@ -79,6 +119,11 @@ class Backbone(nn.Module, abc.ABC):
     def forward(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> Tensor:
         """Map the embeddings of each grid, (R, T, K), to the hidden states of the last grid, (R, T, K), in `dtype`."""
 
+    def checkpoint_layers(self) -> None:
+        """Keep only the inputs of each layer for the backward pass, and compute the rest again there."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.train()  # a condition of transformers; there is no dropout
+
     def digest(self) -> str:
         """sha256 of the names, shapes and float32 bytes of all weights. Training with a frozen backbone keeps it."""
         sha = hashlib.sha256()
@@ -86,6 +131,20 @@ class Backbone(nn.Module, abc.ABC):
             sha.update(f"{name}{tuple(tensor.shape)}".encode())
             sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return sha.hexdigest()
+
+    @torch.no_grad()
+    def _unknown_user(self) -> Tensor:
+        """The embedding of the start token, or else of the mean word; zero in a GPT-2 without a start token.
+
+        Zero would stay zero through all layers of a model without biases and positions. The gradient of each of its norms is
+        then 1/√eps, which overflows in a deep model.
+        """
+        start, words = getattr(self.text_config, "bos_token_id", None), self.word_embeddings
+        if isinstance(start, int) and 0 <= start < len(words):
+            return self.embed_words(torch.tensor([start], device=words.device))[0]
+        if self.text_config.model_type == "gpt2":
+            return torch.zeros(self.width, dtype=words.dtype, device=words.device)
+        return self.embed_words(torch.arange(len(words), device=words.device)).mean(dim=0)
 
 
 class Decoder(Backbone):
@@ -102,11 +161,17 @@ class Decoder(Backbone):
         AttentionMaskInterface.register(attention.IMPLEMENTATION, sdpa_mask)
         model.set_attn_implementation(attention.IMPLEMENTATION)
 
+    @property
+    def layers(self) -> Any:
+        """The model without its output layer and, in a model for images and texts, without its image encoder."""
+        base = self.model.base_model
+        return getattr(base, "language_model", base)
+
     def forward(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> Tensor:
         (vectors,), (grid,) = embeddings, grids
         # transformers passes a mask of four dimensions on unchanged. Without one it would derive documents from positions.
         unused_mask = vectors.new_empty(0, 0, 0, 0)
-        output = self.model.base_model(
+        output = self.layers(
             inputs_embeds=vectors,
             position_ids=grid.position_RT,
             attention_mask=unused_mask,
@@ -137,24 +202,28 @@ class EncoderDecoder(Backbone):
             encoder_attention_mask=prompt_mask,
             use_cache=False,
         ).last_hidden_state
-        # T5 1.0 divides by sqrt(K) before its output layer. Its logits would be out of scale without this.
-        return hidden * self.width**-0.5 if self.model.config.scale_decoder_outputs else hidden
+        return hidden * self.width**-0.5 if _scales_outputs(self.model.config) else hidden
 
 
-def build_backbone(size: BackboneSize, num_words: int, max_tokens: int, seed: int) -> Backbone:
-    """A newly initialized language model of the given size. The same seed gives the same weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _BUILDERS[size.architecture](size, num_words, max_tokens)
-    model.config.final_norm = size.final_norm  # saved with the weights, in config.json
-    if not size.final_norm:
-        model.config.scale_decoder_outputs = False  # T5's division belongs to its final norm
-    if size.copying_heads:
-        init_copying_heads(model)
-    return EncoderDecoder(model, max_tokens) if size.architecture == "t5" else Decoder(model, max_tokens)
+def wrap(model: Any, max_tokens: int) -> Backbone:
+    """The backbone of a transformers model with an output layer."""
+    return EncoderDecoder(model, max_tokens) if model.config.is_encoder_decoder else Decoder(model, max_tokens)
 
 
-def _remove_final_norm(model: nn.Module) -> None:
+def _scales_outputs(config: Any) -> bool:
+    """Whether a model divides final hidden states by √K before its output layer, as T5 1.0 and UMT5 do."""
+    is_scaled = config.model_type in ("umt5", "switch_transformers") and config.tie_word_embeddings
+    return bool(getattr(config, "scale_decoder_outputs", is_scaled))
+
+
+def _num_positions(config: Any) -> int | None:
+    """The most positions of a model, or None if it has no limit, as with T5's relative positions."""
+    if hasattr(config, "relative_attention_num_buckets"):
+        return None
+    return getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
+
+
+def remove_final_norm(model: nn.Module) -> None:
     """Output the residual stream of the last layer without normalization.
 
     The final norm gives all hidden states the same length, so the component that all histories share hides their
@@ -180,193 +249,4 @@ class _SkippedNorm(nn.Module):
 
 
 _FINAL_NORMS = ("ln_f", "norm", "final_layer_norm")
-"""The names of the final norm in GPT-2, Llama and T5, the architectures that this module builds."""
-
-
-def init_copying_heads(model: nn.Module) -> None:
-    """Set value and output projections to the identity, so that each attention layer returns the mean of its inputs.
-
-    Heads whose value-output product has positive eigenvalues copy what they attend to; pretrained models develop them
-    (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits). Random projections scramble a history, and
-    the frozen tied head cannot undo this: it cost a seventh of Recall@20 on the sample world (docs/log.md, "A built
-    backbone starts by copying").
-    """
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("attn.c_attn.weight"):  # GPT-2 concatenates query, key and value
-                weight[:, -len(weight) :] = torch.eye(len(weight))
-            elif name.endswith(_VALUE_AND_OUTPUT):
-                weight.copy_(torch.eye(len(weight)))
-
-
-_VALUE_AND_OUTPUT = (
-    "attn.c_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.o_proj.weight",
-    "Attention.v.weight",
-    "Attention.o.weight",
-)
-
-
-def _gpt2(size: BackboneSize, num_words: int, max_tokens: int) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model: nn.Module = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=num_words,
-            n_positions=max_tokens,
-            n_embd=size.width,
-            n_layer=size.layers,
-            n_head=size.heads,
-            activation_function="gelu_pytorch_tanh",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
-    return model
-
-
-def _llama(size: BackboneSize, num_words: int, max_tokens: int) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model: nn.Module = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=num_words,
-            hidden_size=size.width,
-            intermediate_size=4 * size.width,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            max_position_embeddings=max_tokens,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
-    return model
-
-
-def _t5(size: BackboneSize, num_words: int, max_tokens: int) -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    model: nn.Module = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=num_words,
-            d_model=size.width,
-            d_kv=size.width // size.heads,
-            d_ff=4 * size.width,
-            num_layers=size.layers,
-            num_heads=size.heads,
-            dropout_rate=0.0,
-            decoder_start_token_id=0,
-        )
-    )
-    return model
-
-
-_BUILDERS: dict[str, Callable[[BackboneSize, int, int], Any]] = {"gpt2": _gpt2, "llama": _llama, "t5": _t5}
-
-
-def pretrained_backbone(name: str, revision: str | None, max_tokens: int) -> Backbone:
-    """Load a model by name or folder, in float32 and without dropout. Raises ConfigError if it cannot be loaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-        if getattr(config, "activation_function", None) == "gelu_new":
-            config.activation_function = "gelu_pytorch_tanh"  # a faster implementation of the same function
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_pretrained(name, revision=revision, config=config, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"the backbone {name!r} cannot be loaded ({reason}); set model.backbone to a folder with config.json and "
-            "model.safetensors, to a model name on a hub that this machine can reach, or to a size to build"
-        ) from None
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return EncoderDecoder(model, max_tokens) if config.is_encoder_decoder else Decoder(model, max_tokens)
-
-
-def new_backbone(config: ModelConfig, num_words: int, seed: int) -> Backbone:
-    """The untrained backbone that `model.backbone` describes.
-
-    Raises ConfigError if it cannot be loaded, or if it has fewer word embeddings than the tokenizer has tokens.
-    """
-    if isinstance(config.backbone, BackboneSize):
-        return build_backbone(config.backbone, num_words, config.max_tokens, seed)
-    backbone = pretrained_backbone(config.backbone, config.revision, config.max_tokens)
-    if len(backbone.word_embeddings) < num_words:
-        raise ConfigError(
-            f"the tokenizer of {config.backbone!r} has {num_words} tokens, but its model has "
-            f"{len(backbone.word_embeddings)} word embeddings; use a folder whose tokenizer and model match"
-        )
-    return backbone
-
-
-def save_backbone(backbone: Backbone, directory: str) -> None:
-    """Write the safetensors and the config of a backbone that this package built or trained."""
-    with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
-        backbone.model.save_pretrained(folder)
-        for file in sorted(Path(folder).iterdir()):
-            files.write_bytes(files.join(directory, file.name), file.read_bytes())
-
-
-def save_reference(backbone: Backbone, config: ModelConfig, directory: str) -> None:
-    """Write the name, revision and digest of a pretrained backbone instead of its weights."""
-    reference = {"name": config.backbone, "revision": config.revision, "digest": backbone.digest()}
-    files.write_json(files.join(directory, _REFERENCE), reference)
-
-
-def load_backbone(directory: str, max_tokens: int) -> Backbone:
-    """Load the backbone that `save_backbone` or `save_reference` wrote.
-
-    Raises ArtifactError if the digest of a referenced backbone has changed.
-    """
-    if _REFERENCE in files.list_files(directory):
-        reference = files.read_json(files.join(directory, _REFERENCE))
-        backbone = pretrained_backbone(reference["name"], reference["revision"], max_tokens)
-        if backbone.digest() != reference["digest"]:
-            raise ArtifactError(
-                f"the backbone {reference['name']!r} is not the one these tables were trained with (its digest differs); "
-                "restore the former one or train again"
-            )
-        return backbone
-    with local_copy(directory) as folder, _no_progress_bars():
-        return pretrained_backbone(folder, None, max_tokens)
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar per file, even for a model that loads in a millisecond."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
-
-
-class local_copy:  # noqa: N801 - reads as a verb in a with statement
-    """A local copy of a directory, removed at the end of the block. A local directory is used as it is."""
-
-    def __init__(self, directory: str) -> None:
-        self._fs, self._path = files.filesystem(directory)
-        self._temporary: str | None = None
-
-    def __enter__(self) -> str:
-        if "file" in self._fs.protocol:
-            return self._path
-        self._temporary = tempfile.mkdtemp()
-        self._fs.get(self._path.rstrip("/") + "/", self._temporary, recursive=True)
-        return self._temporary
-
-    def __exit__(self, *_: object) -> None:
-        if self._temporary:
-            shutil.rmtree(self._temporary)
+"""The names of the final norm in GPT-2, Llama and T5, the architectures that this package builds."""

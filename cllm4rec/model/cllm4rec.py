@@ -61,7 +61,7 @@ class CLLM4Rec(nn.Module):
         super().__init__()
         self.token_space, self.temperature = token_space, temperature
         generator = torch.Generator().manual_seed(seed)
-        spread = float(backbone.word_embeddings.detach().float().std()) if std is None else std
+        spread = backbone.word_std if std is None else std
         for kind, num_rows in (("users", token_space.num_users), ("items", token_space.num_items)):
             # In place: user tables can take most of a process's memory. Zeros take none until they are written.
             collaborative, content = (torch.zeros(num_rows, backbone.width) for _ in range(2))
@@ -106,12 +106,15 @@ class CLLM4Rec(nn.Module):
             items = tied_cross_entropy(
                 queries_PK, table_MK, batch.item_target_rows, sampled.targets_E, self.precision, sampled.bias_M
             )
+        head, num_words, hidden_WK = self.backbone.word_head, self.token_space.num_words, hidden_SK[batch.word_slots]
         words = tied_cross_entropy(
-            hidden_SK[batch.word_slots],
-            self.backbone.vocabulary_head[: self.token_space.num_words],
+            hidden_WK if head.scale == 1.0 else hidden_WK * head.scale,
+            head.table_NK[:num_words],
             torch.arange(len(batch.word_slots), device=batch.word_slots.device),
             batch.word_targets,
             self.precision,
+            offset_J=None if head.bias_N is None else head.bias_N[:num_words],
+            softcap=head.softcap,
         )
         penalty = squared_distance(
             users["collaborative_users"], users["content_users"], batch.distinct_user_counts
@@ -144,11 +147,11 @@ class CLLM4Rec(nn.Module):
         return {name: getattr(self, name).index_select(0, batch.distinct_users) for name in names}
 
     def _embed(self, grid: TensorGrid, users: Mapping[str, Tensor]) -> Tensor:
-        """The embedding of each slot, (R, T, K). Slots of padding and of unknown users are zero."""
-        words = self.backbone.word_embeddings
+        """The embedding of each slot, (R, T, K). Slots of padding and of unknown users hold `backbone.unknown_K`."""
         slots, rows = grid.lookups[Table.WORDS]
-        vectors_SK = torch.zeros(grid.segment_RT.numel(), self.backbone.width, dtype=words.dtype, device=words.device)
-        vectors_SK = vectors_SK.index_copy(0, slots, words.index_select(0, rows))
+        words = self.backbone.embed_words(rows)
+        vectors_SK = self.backbone.unknown_K.to(words.dtype).repeat(grid.segment_RT.numel(), 1)
+        vectors_SK = vectors_SK.index_copy(0, slots, words)
         for table, name in TABLES.items():
             slots, rows = grid.lookups[table]
             if len(slots):

@@ -27,6 +27,8 @@ def tied_cross_entropy(
     targets_E: Tensor,
     precision: torch.dtype | None = None,
     bias_J: Tensor | None = None,
+    offset_J: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """-sum over targets of log softmax(Z h)[target]: Eq. 7 and 8 with one target per prediction, Eq. 9 with several.
 
@@ -35,13 +37,15 @@ def tied_cross_entropy(
     the table are float32.
     bias_J: added to all logits of a prediction except those of its own targets. In a sampled softmax, `table_JK` holds the
     sampled items and all targets, and the bias is -log of the sampling probability (-inf for targets not sampled).
+    offset_J: added to all logits, as the bias of an output layer.
+    softcap: logits become softcap · tanh(logits / softcap).
 
     Gradients are computed in the forward pass, chunk by chunk, so at most one chunk of logits exists at a time. A table that
     needs no gradient (the frozen word embeddings) costs no product for it. A target whose probability is below the smallest
     normal float32 counts as 87.3; its gradient is exact.
     """
     loss: Tensor = _TiedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_PK, table_JK, target_rows_E, targets_E, precision or hidden_PK.dtype, bias_J
+        hidden_PK, table_JK, target_rows_E, targets_E, precision or hidden_PK.dtype, bias_J, offset_J, softcap
     )
     return loss
 
@@ -56,8 +60,10 @@ class _TiedCrossEntropy(torch.autograd.Function):
         targets_E: Tensor,
         precision: torch.dtype,
         bias_J: Tensor | None,
+        offset_J: Tensor | None,
+        softcap: float | None,
     ) -> Tensor:
-        wants_hidden, wants_table = ctx.needs_input_grad[:2]
+        wants_hidden, wants_table, *_, wants_offset, _ = ctx.needs_input_grad
         num_predictions = len(hidden_PK)
         hidden_PK = torch.nn.functional.pad(hidden_PK.to(precision), (0, 0, 0, -num_predictions % _PREDICTIONS_STEP))
         table_JK = table_JK.to(precision)
@@ -65,6 +71,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
         target_ends, counts_P1 = num_targets_P.cumsum(0).tolist(), num_targets_P.to(precision)[:, None]
         grad_hidden = torch.empty_like(hidden_PK) if wants_hidden else None
         grad_table_KJ = torch.zeros(table_JK.T.shape, device=table_JK.device) if wants_table else None
+        grad_offset_J = torch.zeros(len(table_JK), device=table_JK.device) if wants_offset else None
         loss = torch.zeros((), device=hidden_PK.device)
         chunk = max(1, _LOGITS_BYTES // (len(table_JK) * table_JK.element_size()))
         for begin in range(0, len(hidden_PK), chunk):
@@ -74,6 +81,10 @@ class _TiedCrossEntropy(torch.autograd.Function):
             target_index = (target_rows_E[targets] - begin, targets_E[targets])
             # d loss / d logits = counts · (softmax - targets / counts). Counts multiply the smaller factor of each product.
             logits = hidden @ table_JK.T
+            if offset_J is not None:
+                logits += offset_J.to(precision)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
             if bias_J is not None:
                 target_logits = logits[target_index]
                 logits += bias_J.to(precision)
@@ -81,6 +92,10 @@ class _TiedCrossEntropy(torch.autograd.Function):
             gradient = logits.softmax(dim=1)
             loss -= gradient[target_index].float().clamp_min(_MIN_PROBABILITY).log().sum()
             gradient.index_put_(target_index, -counts[target_index[0], 0].reciprocal(), accumulate=True)
+            if softcap is not None:
+                gradient *= 1 - (logits / softcap).square()
+            if grad_offset_J is not None:
+                grad_offset_J += (gradient * counts).float().sum(dim=0)
             if grad_hidden is not None:
                 grad_hidden[begin:end] = (gradient @ table_JK).mul_(counts)
             if grad_table_KJ is not None:
@@ -88,17 +103,19 @@ class _TiedCrossEntropy(torch.autograd.Function):
                 grad_table_KJ += (hidden * counts).T.contiguous() @ gradient
         if grad_hidden is not None:
             grad_hidden = grad_hidden[:num_predictions]
-        ctx.save_for_backward(grad_hidden, grad_table_KJ)
+        ctx.save_for_backward(grad_hidden, grad_table_KJ, grad_offset_J)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
-        grad_hidden, grad_table_KJ = ctx.saved_tensors
+        grad_hidden, grad_table_KJ, grad_offset_J = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
             None if grad_table_KJ is None else grad_table_KJ.T.contiguous().mul_(scale.to(grad_table_KJ.dtype)),
             *[None] * 4,
+            None if grad_offset_J is None else grad_offset_J * scale,
+            None,
         )
 
 

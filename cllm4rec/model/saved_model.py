@@ -20,7 +20,7 @@ from torch import Tensor
 from cllm4rec.arrays.ids import Catalog
 from cllm4rec.data.prepared import PromptTokens
 from cllm4rec.errors import ArtifactError
-from cllm4rec.model.backbone import load_backbone
+from cllm4rec.model.backbone_files import load_backbone
 from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
 from cllm4rec.model.precision import precision_on
 from cllm4rec.model.ranker import Ranker
@@ -70,7 +70,9 @@ class SavedModel:
         catalog, prompt_tokens = Catalog.load_without_user_texts(directory), PromptTokens.load(directory)
         _check_sizes(directory, metadata, catalog, prompt_tokens)
         _refuse_pickles(directory)
-        backbone = load_backbone(files.join(directory, "backbone"), metadata.max_tokens)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        precision = precision_on(device, metadata.bf16)
+        backbone = load_backbone(files.join(directory, "backbone"), metadata.max_tokens, precision, device)
         model = CLLM4Rec(backbone, catalog.token_space(metadata.num_words), std=0.0, temperature=metadata.temperature)
         tables = map_tensors(files.join(directory, "tables.safetensors"))
         for name, table in model.tables().items():
@@ -81,8 +83,7 @@ class SavedModel:
             table.data.copy_(tables[name])
         model.train_only(())
         model.eval()
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model.compute_in(precision_on(device, metadata.bf16))
+        model.compute_in(precision)
         model.to(device)
         return cls(
             Ranker(model, prompt_tokens.prompts, metadata.max_tokens, metadata.prompt), catalog, prompt_tokens, manifest

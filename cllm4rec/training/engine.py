@@ -204,7 +204,13 @@ class DeepSpeedEngine(Engine):
     def _register_word_embeddings(self, module: nn.Module) -> None:
         # The model reads these two parameters outside the submodule that owns them. ZeRO-3 requires their registration.
         backbone: Any = module.backbone
-        for weight in {id(weight): weight for weight in (backbone.word_embeddings, backbone.vocabulary_head)}.values():
+        head = backbone.word_head
+        shared = [
+            weight
+            for weight in (backbone.word_embeddings, head.table_NK, head.bias_N)
+            if isinstance(weight, nn.Parameter)
+        ]
+        for weight in {id(weight): weight for weight in shared}.values():
             self._deepspeed.zero.register_external_parameter(module, weight)
 
     def _config(self) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from torch import Tensor
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import documents_by_bucket, load_token_space
 from cllm4rec.errors import ArtifactError
-from cllm4rec.model.backbone import load_backbone, new_backbone, save_backbone, save_reference
+from cllm4rec.model.backbone_files import load_backbone, new_backbone, save_backbone, save_reference, verify_backbone
 from cllm4rec.model.saved_model import ModelMetadata, Prompt, save_pretrained
+from cllm4rec.model.stock_backbone import check_stock_backbone, empty_model, stock_config
 from cllm4rec.staleness import settings_digest
 from cllm4rec.storage import files
 from cllm4rec.storage.artifacts import Manifest, read_manifest, write_directory
@@ -61,18 +62,22 @@ def train_backbone(config: Config, force: bool, *, trainer: Trainer) -> Manifest
     config = _begin(config, "backbone", force)
     inputs, directory = backbone_inputs(config), config.run.backbone
     prompt_tokens, _ = load_token_space(config.run.prepared)
-    backbone = new_backbone(config.model, prompt_tokens.num_words, config.seed)
+    model, num_words = config.model, prompt_tokens.num_words
+    check_stock_backbone(model, num_words)
     weights = _train(config, "backbone", backbone_phases(config), inputs, trainer)
     with write_directory(directory, kind="backbone", inputs=inputs, config=config.model_dump()) as draft:
-        if not weights and isinstance(config.model.backbone, str):
-            save_reference(backbone, config.model, draft.uri)
+        if not weights and isinstance(model.backbone, str):
+            save_reference(model, draft.uri)
+            parameters = empty_model(stock_config(model.backbone, model.revision)).parameters()
         else:
+            backbone = new_backbone(model, num_words, config.seed)
+            parameters = backbone.parameters()
             # strict=False: tied heads and buffers are not among the parameters.
             backbone.load_state_dict(
                 {name.removeprefix("backbone."): value for name, value in weights.items()}, strict=False
             )
             save_backbone(backbone, draft.uri)
-        draft.counts["parameters"] = sum(weight.numel() for weight in backbone.parameters())
+        draft.counts["parameters"] = sum(weight.numel() for weight in parameters)
         _copy_metrics(config, "backbone", draft.uri)
     files.remove_directory(config.run.unfinished("backbone"))
     return read_manifest(directory, "backbone")
@@ -125,7 +130,8 @@ def _train(
     if not any(phase.epochs for phase in phases):
         return {}
     backbone_dir, is_frozen = config.run.backbone, stage != "backbone"
-    before = load_backbone(backbone_dir, config.model.max_tokens).digest() if is_frozen else None
+    if is_frozen:
+        verify_backbone(backbone_dir)
     job = TrainJob(
         config=config,
         phases=phases,
@@ -135,10 +141,8 @@ def _train(
         fingerprint=digest_of(inputs),
     )
     weights = trainer(job, config.run.unfinished(stage))
-    if is_frozen and load_backbone(backbone_dir, config.model.max_tokens).digest() != before:
-        raise ArtifactError(
-            f"the frozen backbone in {backbone_dir} changed during {stage}; run the backbone stage with --force"
-        )
+    if is_frozen:
+        verify_backbone(backbone_dir)
     return weights
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import load_token_space
-from cllm4rec.model.backbone import load_backbone, new_backbone
+from cllm4rec.model.backbone_files import load_backbone, new_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
+from cllm4rec.model.precision import precision_on
 from cllm4rec.model.saved_model import load_tables
 from cllm4rec.storage import files
 from cllm4rec.training.checkpoints import Checkpoint
@@ -57,7 +58,8 @@ class TrainJob:
         if self.backbone_dir is None:
             backbone = new_backbone(config.model, prompt_tokens.num_words, config.seed)
         else:
-            backbone = load_backbone(self.backbone_dir, config.model.max_tokens)
+            precision = precision_on(device, config.training.bf16)
+            backbone = load_backbone(self.backbone_dir, config.model.max_tokens, precision, str(device))
         model = new_model(config.model, backbone, token_space, config.seed)
         if self.start is not None:
             load_parameters(model, self.start.tables())

@@ -107,7 +107,10 @@ def train_phase(run: PhaseRun, number: int, checkpoint: Checkpoint, save: Callab
         if phase.collaborative_from_content:
             init_collaborative_from_content(model)
     model.train_only(phase.trained)
-    model.compute_in(precision_on(model.collaborative_items.device, config.training.bf16))
+    precision = precision_on(model.collaborative_items.device, config.training.bf16)
+    model.compute_in(precision)
+    if config.training.gradient_checkpointing:
+        model.backbone.checkpoint_layers()
     users = _row_wise_users(config, phase, run.shard.documents)
     engine = make_engine(model, config.training, phase.learning_rate, config.accumulation, users)
     steps = _Steps(run, model, engine)
@@ -115,7 +118,11 @@ def train_phase(run: PhaseRun, number: int, checkpoint: Checkpoint, save: Callab
         engine.load_moments(checkpoint.state, (steps.empty_batch, 0.0))
     # With ZeRO-3 no worker has a whole model, so validation needs a copy. Serving needs a device that holds one anyway.
     is_partitioned = config.training.zero_stage == 3 and config.training.engine == "deepspeed"
-    ranking_model = run.make_model() if is_partitioned else model
+    ranking_model = model
+    if is_partitioned:
+        ranking_model = run.make_model()
+        ranking_model.train_only(())
+        ranking_model.compute_in(precision)
     best = dict(previous)
     if not is_partitioned:
         _log_expected_time(run, model, steps, phase.epochs - progress.epoch)

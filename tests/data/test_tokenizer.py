@@ -92,9 +92,9 @@ def test_a_trained_tokenizer_depends_on_the_texts_and_not_on_their_order(trained
 def test_a_backbone_that_is_not_there_is_one_sentence_and_no_long_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_hub_answers", lambda name, revision: False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in (str(tmp_path / "missing"), str(tmp_path), "nobody/has-this-model"):
-        with pytest.raises(ConfigError, match="was found neither as a folder with a tokenizer"):
+        with pytest.raises(ConfigError, match=r"does not exist|cannot be loaded"):
             save_tokenizer(ModelConfig(backbone=name), iter(()), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -25,8 +25,8 @@ from cllm4rec.experiments.benchmark.reference import Reference
 from cllm4rec.experiments.benchmark.report import report
 from cllm4rec.experiments.benchmark.training import PHASES, Setting, epoch_of, our_steps, reference_steps
 from cllm4rec.experiments.benchmark.work import Work, document_lengths
-from cllm4rec.model.backbone import build_backbone
 from cllm4rec.model.batch import batch_to_device
+from cllm4rec.model.built_backbone import build_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Packer
 from cllm4rec.model.ranker import Ranker

@@ -9,17 +9,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.config import BackboneSize
 from cllm4rec.data.documents import Documents
-from cllm4rec.model.backbone import (
-    build_backbone,
-    load_backbone,
-    new_backbone,
-    pretrained_backbone,
-    save_backbone,
-    save_reference,
-)
+from cllm4rec.model.backbone_files import load_backbone, new_backbone, save_backbone, save_reference
 from cllm4rec.model.batch import batch_to_device
+from cllm4rec.model.built_backbone import build_backbone
 from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
 from cllm4rec.model.ranker import Ranker
+from cllm4rec.model.stock_backbone import pretrained_backbone
 from cllm4rec.training.loop import packer_for
 from cllm4rec.training.phases import CONTENT
 
@@ -167,12 +162,12 @@ def test_a_pretrained_llama_loads_by_reference_and_is_refused_when_its_bytes_cha
     config = ModelConfig(backbone=str(stock), max_tokens=128)
     backbone = new_backbone(config, num_words=512, seed=0)
     assert backbone.width == 64
-    save_reference(backbone, config, str(written))
+    save_reference(config, str(written))
     assert load_backbone(str(written), 128).digest() == backbone.digest()
     blob = bytearray((stock / "model.safetensors").read_bytes())
     blob[-1] ^= 1
     (stock / "model.safetensors").write_bytes(bytes(blob))
-    with pytest.raises(ArtifactError, match="digest differs"):
+    with pytest.raises(ArtifactError, match=r"digest of model\.safetensors differs"):
         load_backbone(str(written), 128)
 
 

@@ -8,7 +8,7 @@ from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.config import BackboneSize
 from cllm4rec.data.documents import Prompts
-from cllm4rec.model.backbone import build_backbone
+from cllm4rec.model.built_backbone import build_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.ranker import Ranker, _single_threaded_pool
 

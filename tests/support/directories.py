@@ -12,7 +12,8 @@ from cllm4rec.config import BackboneSize
 from cllm4rec.data.documents import Prompts
 from cllm4rec.data.prepared import PromptTokens, bucket_name, bucket_of
 from cllm4rec.data.world import ParityWorld, parity_world
-from cllm4rec.model.backbone import build_backbone, save_backbone
+from cllm4rec.model.backbone_files import save_backbone
+from cllm4rec.model.built_backbone import build_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.saved_model import ModelMetadata, save_pretrained
 from cllm4rec.storage.artifacts import read_manifest, write_directory

@@ -18,7 +18,7 @@ from cllm4rec.config import BackboneSize, Config, parse_config
 from cllm4rec.data.documents import Documents, Prompts
 from cllm4rec.data.world import ParityWorld, parity_world
 from cllm4rec.metrics.protocol import Validation
-from cllm4rec.model.backbone import build_backbone
+from cllm4rec.model.built_backbone import build_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.ranker import Ranker
 from cllm4rec.scoring.scorer import Scorer

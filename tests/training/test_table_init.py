@@ -12,7 +12,7 @@ from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.config import BackboneSize
 from cllm4rec.data.documents import Documents, Kind
-from cllm4rec.model.backbone import build_backbone
+from cllm4rec.model.built_backbone import build_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.training import table_init as table_init
 from cllm4rec.training.table_init import init_items_from_texts, text_components, word_counts

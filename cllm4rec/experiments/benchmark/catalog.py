@@ -21,8 +21,8 @@ from cllm4rec.config import BackboneSize, TrainingConfig
 from cllm4rec.data.documents import Prompts
 from cllm4rec.experiments.benchmark.directories import random_histories
 from cllm4rec.experiments.benchmark.figures import seconds_of
-from cllm4rec.model.backbone import build_backbone
 from cllm4rec.model.batch import batch_to_device
+from cllm4rec.model.built_backbone import build_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Packer
 from cllm4rec.model.ranker import Ranker

@@ -13,7 +13,7 @@ from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.config import ModelConfig
 from cllm4rec.data.documents import Prompts
 from cllm4rec.data.prepared import PromptTokens, bucket_name, bucket_of, num_buckets
-from cllm4rec.model.backbone import new_backbone, save_backbone
+from cllm4rec.model.backbone_files import new_backbone, save_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.saved_model import ModelMetadata, save_pretrained
 from cllm4rec.storage import files

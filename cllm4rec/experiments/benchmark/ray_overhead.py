@@ -25,7 +25,7 @@ from cllm4rec.experiments.benchmark.directories import (
     write_random_model,
 )
 from cllm4rec.experiments.benchmark.figures import Figures, summarize
-from cllm4rec.model.backbone import load_backbone
+from cllm4rec.model.backbone_files import load_backbone
 from cllm4rec.model.cllm4rec import new_model
 from cllm4rec.nightly.plan import plan_score
 from cllm4rec.nightly.ray_job import score

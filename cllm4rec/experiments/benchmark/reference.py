@@ -49,7 +49,7 @@ class Reference:
         """-log p of main texts or targets + (lambda_c / 2) penalty, summed over documents (Eq. 7 to 10)."""
         kind = Kind(int(documents.kind[0]))
         hidden_DTK = self._hidden(documents, is_text=kind in TEXT_KINDS)
-        head_VK = self.model.backbone.vocabulary_head if kind in TEXT_KINDS else self.model.collaborative_items
+        head_VK = self.model.backbone.word_head.table_NK if kind in TEXT_KINDS else self.model.collaborative_items
         log_p_DTV = torch.log_softmax(hidden_DTK @ head_VK.T, dim=2)
         likelihood = (log_p_DTV * self._dense_targets(documents, log_p_DTV)).sum()
         return 0.5 * lambda_c * self._penalty(documents) - likelihood

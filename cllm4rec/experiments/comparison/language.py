@@ -19,7 +19,8 @@ from cllm4rec.arrays.ragged import Ragged, chunks
 from cllm4rec.config import BackboneSize, Config
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.prepared import load_documents, load_token_space
-from cllm4rec.model.backbone import Backbone, load_backbone, new_backbone, save_backbone, save_reference
+from cllm4rec.model.backbone import Backbone
+from cllm4rec.model.backbone_files import load_backbone, new_backbone, save_backbone, save_reference
 from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Packer
@@ -80,7 +81,7 @@ def run_backbone(config: Config) -> str:
     directory = backbone_directory(config)
     with write_directory(directory, kind="backbone", inputs=inputs, config=config.model_dump(mode="json")) as draft:
         if isinstance(config.model.backbone, str) and not weights:
-            save_reference(backbone, config.model, draft.uri)
+            save_reference(config.model, draft.uri)
         else:
             save_backbone(backbone, draft.uri)
         draft.counts["seconds"] = time.monotonic() - started

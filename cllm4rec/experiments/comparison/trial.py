@@ -42,7 +42,7 @@ from cllm4rec.experiments.comparison.language import backbone_directory, startin
 from cllm4rec.experiments.comparison.methods import DEPENDS_ON, MODEL, VARIANTS, config_of, grid_points_of, phases_of
 from cllm4rec.metrics.protocol import HeldOut, Validation, rank_with
 from cllm4rec.metrics.ranking import compute, depth
-from cllm4rec.model.backbone import load_backbone
+from cllm4rec.model.backbone_files import load_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
 from cllm4rec.model.ranker import Ranker
 from cllm4rec.model.saved_model import load_tables

@@ -164,6 +164,42 @@ def attend_blocks(states: Tensor, scale: float, blocks: Blocks) -> Tensor:
     return attended
 
 
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How a model's attention differs from softmax(scale · Q Kᵀ) V over all earlier slots of a document.
+
+    window: a slot attends to at most this number of slots, itself included.
+    softcap: scores become softcap · tanh(score / softcap).
+    sink_H: for each head, the score of a slot without a value that takes part in the softmax.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sink_H: Tensor | None = None
+
+
+def attend_blocks_variant(states: Tensor, scale: float, blocks: Blocks, variant: Variant) -> Tensor:
+    """`attend_blocks` for a variant, in operations that torch differentiates: (S, 3·H, D) → (S, H, D)."""
+    num_heads = states.shape[1] // 3
+    attended = []
+    for number, group in enumerate(blocks.groups):
+        query, key, value = blocks.gather(states, number, 3)
+        num_blocks, length = group.bias_BLL.shape[:2]
+        scores = (query @ key.transpose(1, 2) * scale).float().view(num_blocks, num_heads, length, length)
+        if variant.softcap is not None:
+            scores = variant.softcap * torch.tanh(scores / variant.softcap)
+        scores = scores + group.bias_BLL[:, None]
+        if variant.window is not None and variant.window < length:
+            too_far = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril(-variant.window)
+            scores = scores.masked_fill(too_far, -torch.inf)
+        if variant.sink_H is not None:
+            sink = variant.sink_H.float().view(1, num_heads, 1, 1).expand(num_blocks, -1, length, -1)
+            scores = torch.cat([scores, sink], dim=3)
+        weights = scores.softmax(dim=3)[..., :length].to(value.dtype)
+        attended.append((weights.flatten(0, 1) @ value).flatten(0, 1))
+    return blocks.scatter(torch.cat(attended), 1, num_heads)
+
+
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, scale: float, blocks: Blocks) -> Tensor:

@@ -38,12 +38,18 @@ def build_spans(segment_RT: Array, device: torch.device) -> Spans:
     return Spans(torch.from_numpy(bounds).to(device, non_blocking=True), int(np.diff(bounds).max(initial=1)))
 
 
-def attend_spans(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float) -> Tensor:
-    """Causal attention within each span: query, key, value (S, H, K) → (S, H, K)."""
+def attend_spans(
+    query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, window: int | None = None
+) -> Tensor:
+    """Causal attention within each span: query, key, value (S, H, K) → (S, H, K).
+
+    window: the number of slots that a slot attends to, itself included (only if `takes_a_window`). None: all earlier ones.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = spans.bounds, spans.longest
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if _takes_a_window() else {"is_causal": True}
+    left = -1 if window is None else window - 1
+    causal: dict[str, Any] = {"window_size": (left, 0)} if takes_a_window() else {"is_causal": True}
     attended = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, **causal)
     assert isinstance(attended, Tensor)
     return attended
@@ -66,7 +72,7 @@ def _has_varlen() -> bool:
 
 
 @functools.cache
-def _takes_a_window() -> bool:
+def takes_a_window() -> bool:
     """Whether torch selects causal attention by a window of (-1, 0), as newer versions do, instead of by a flag."""
     from torch.nn.attention.varlen import varlen_attn
 

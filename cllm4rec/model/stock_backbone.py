@@ -1,0 +1,138 @@
+"""Stock language models: GPT-2, Llama, Qwen, Gemma, T5 and others, by name or folder.
+
+    check_stock_backbone(config.model)                       before anything starts: can this model be used?
+    pretrained_backbone(name, revision, max_tokens, dtype)   the model with its weights
+
+Code that comes with a model is never run, and weights are read from safetensors only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from cllm4rec.config import ModelConfig
+from cllm4rec.errors import ConfigError
+from cllm4rec.model.backbone import Backbone, wrap
+from cllm4rec.model.family_check import check_family
+from cllm4rec.storage import hub
+
+
+def pretrained_backbone(
+    name: str, revision: str | None, max_tokens: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Backbone:
+    """Load a model by name or folder, without dropout.
+
+    dtype: the precision of the weights. Files are read shard by shard, straight into it and onto the device, so a bfloat16
+    model needs half the memory of a float32 one at its peak, too.
+    Raises ConfigError if the model cannot be loaded.
+    """
+    folder = hub.weights_folder(name, revision)
+    config = stock_config(folder, None)
+    if not hasattr(config, "final_norm"):  # otherwise this package built the model
+        check_family(config, name, max_tokens)
+    with _one_sentence(name):
+        model, info = _auto(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map=None if device == "cpu" else device,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"the backbone {name!r} lacks {len(missing)} of the weights that its config describes, such as {missing[0]}; copy "
+            "the model again"
+        )
+    return wrap(model, max_tokens)
+
+
+def check_stock_backbone(model: ModelConfig, num_words: int | None = None) -> None:
+    """Raise ConfigError if `model.backbone` names a model that cannot be used. Reads its config and not its weights.
+
+    num_words: the number of tokens of the tokenizer, if it is known.
+    """
+    if not isinstance(model.backbone, str):
+        return
+    name, config = model.backbone, stock_config(model.backbone, model.revision)
+    check_family(config, name, model.max_tokens)
+    if num_words is not None:
+        check_vocabulary(name, int(config.get_text_config(decoder=True).vocab_size), num_words)
+
+
+def check_vocabulary(name: str, num_embeddings: int, num_words: int) -> None:
+    """Raise ConfigError if a tokenizer with `num_words` tokens cannot belong to a model with `num_embeddings` words.
+
+    Models pad their vocabulary by a few percent at most.
+    """
+    if not 0.9 * num_embeddings <= num_words <= num_embeddings:
+        raise ConfigError(
+            f"the tokenizer of {name!r} has {num_words} tokens, but its model has {num_embeddings} word embeddings; use a "
+            "folder whose tokenizer and model match"
+        )
+
+
+def stock_config(name: str, revision: str | None) -> Any:
+    """The config of a model, without dropout. Raises ConfigError if there is none or if it asks for a quantized model."""
+    from transformers import AutoConfig
+
+    folder = hub.config_folder(name, revision)
+    with _one_sentence(name):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"the backbone {name!r} is a quantized checkpoint, through which tables cannot be trained exactly; use the "
+            "unquantized model of the same name (its frozen weights take 2 bytes each in bfloat16)"
+        )
+    for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():
+        if getattr(part, "activation_function", None) == "gelu_new":
+            part.activation_function = "gelu_pytorch_tanh"  # a faster implementation of the same function
+        for setting, value in vars(part).items():
+            if "drop" in setting and isinstance(value, float):
+                setattr(part, setting, 0.0)
+    return config
+
+
+def empty_model(config: Any) -> nn.Module:
+    """A model without memory for its weights, on torch's meta device, to count and name them."""
+    with torch.device("meta"):
+        model: nn.Module = _auto(config).from_config(config, trust_remote_code=False)
+    return model
+
+
+def _auto(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+@contextlib.contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """Turn errors of transformers about a model into a ConfigError."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        ImportError,
+        AttributeError,
+        TypeError,
+        SafetensorError,
+    ) as error:
+        words = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"the backbone {name!r} cannot be loaded ({type(error).__name__}: {words}); check the folder, copy it again if a "
+            "file is damaged, or use another model"
+        ) from None
