@@ -104,7 +104,7 @@ class Ranker:
         def run(ranking_pass: Pass) -> None:
             rows, batch, slots = ranking_pass
             hidden_SK = self.model.hidden_states(batch_to_device(batch, device, batch_invariant=True))
-            # The queries of all slots, because the number of documents of a pass depends on the batch.
+            # Queries of all slots: the number of documents of a pass, and so the shape of a product, depends on the batch.
             query_BD[rows] = self.model.queries(hidden_SK.float())[slots]
 
         if device.type == "cpu":
