@@ -170,10 +170,17 @@ class ModelConfig(_Section):
     max_tokens: Annotated[int, Field(ge=16)] = Field(
         256, description="Tokens of the longest document. Of a longer history only a part is read."
     )
+    id_width: Positive | None = Field(
+        None,
+        description="Length of a row of the four tables, at most the width of the language model. Learned projections map "
+        "rows to it, and hidden states back. Memory and storage of the tables shrink with it. null: the width of the "
+        "language model without projections, as in the paper.",
+    )
     table_std: float | None = Field(
         None,
         gt=0,
-        description="Standard deviation of freshly initialized embeddings. null: that of the word embeddings.",
+        description="Standard deviation of freshly initialized embeddings, as the language model reads them. null: that of "
+        "the word embeddings.",
     )
     table_init: Literal["noise", "texts"] = Field(
         "texts",
@@ -185,6 +192,16 @@ class ModelConfig(_Section):
         description="Item logits are divided by this. A value near the square root of the width makes them small at the "
         "start of training.",
     )
+
+    @model_validator(mode="after")
+    def _tables_fit_the_language_model(self) -> Self:
+        if isinstance(self.backbone, BackboneSize) and self.id_width is not None:
+            width = self.backbone.width
+            if self.id_width > width:
+                raise ValueError(
+                    f"model.id_width {self.id_width} is above model.backbone.width {width}; use {width} or less, or null"
+                )
+        return self
 
 
 class BackboneConfig(_Section):

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from cllm4rec.config import ModelConfig
 from cllm4rec.errors import ConfigError
@@ -101,11 +100,10 @@ def stock_config(name: str, revision: str | None) -> Any:
     return config
 
 
-def empty_model(config: Any) -> nn.Module:
+def empty_model(config: Any) -> Any:
     """A model without memory for its weights, on torch's meta device, to count and name them."""
     with torch.device("meta"):
-        model: nn.Module = _auto(config).from_config(config, trust_remote_code=False)
-    return model
+        return _auto(config).from_config(config, trust_remote_code=False)
 
 
 def _auto(config: Any) -> Any:

@@ -15,6 +15,7 @@ from cllm4rec.config import Config
 from cllm4rec.data.prepared import documents_by_bucket, load_token_space
 from cllm4rec.errors import ArtifactError
 from cllm4rec.model.backbone_files import load_backbone, new_backbone, save_backbone, save_reference, verify_backbone
+from cllm4rec.model.cllm4rec import check_id_width
 from cllm4rec.model.saved_model import ModelMetadata, Prompt, save_pretrained
 from cllm4rec.model.stock_backbone import check_stock_backbone, empty_model, stock_config
 from cllm4rec.staleness import settings_digest
@@ -58,17 +59,23 @@ def _inputs(config: Config, stage: str, *kinds: str) -> dict[str, str]:
 
 
 def train_backbone(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
-    """Train the language model on the texts of the training split → `backbone/`. With 0 epochs it is written untrained."""
+    """Train the language model on the texts of the training split → `backbone/`. With 0 epochs it is written untrained.
+
+    Raises ConfigError if `model.id_width` is above the width of the language model.
+    """
     config = _begin(config, "backbone", force)
     inputs, directory = backbone_inputs(config), config.run.backbone
     prompt_tokens, _ = load_token_space(config.run.prepared)
     model, num_words = config.model, prompt_tokens.num_words
     check_stock_backbone(model, num_words)
+    if isinstance(model.backbone, str):
+        empty = empty_model(stock_config(model.backbone, model.revision))
+        check_id_width(model.id_width, empty.get_input_embeddings().weight.shape[1])
     weights = _train(config, "backbone", backbone_phases(config), inputs, trainer)
     with write_directory(directory, kind="backbone", inputs=inputs, config=config.model_dump()) as draft:
         if not weights and isinstance(model.backbone, str):
             save_reference(model, draft.uri)
-            parameters = empty_model(stock_config(model.backbone, model.revision)).parameters()
+            parameters = empty.parameters()
         else:
             backbone = new_backbone(model, num_words, config.seed)
             parameters = backbone.parameters()
@@ -99,10 +106,11 @@ def pretrain(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
 def finetune(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
     """Recommendation-oriented finetuning of the collaborative tables → `model/`, the model that scores and serves.
 
-    Raises ArtifactError if `pretrained/` changes during training.
+    Raises ArtifactError if `pretrained/` has tables of another width, or if it changes during training.
     """
     config = _begin(config, "finetune", force)
     inputs = finetune_inputs(config)
+    _check_pretrained_width(config)
     start = Start(files.absolute(config.run.pretrained), "pretrained")
     trained = _train(config, "finetune", finetune_phases(config), inputs, trainer, start)
     if finetune_inputs(config) != inputs:
@@ -110,6 +118,15 @@ def finetune(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
     tables = start.tables() | trained
     prompt: Prompt = "recommendation" if config.finetune.epochs else "interactions"
     return _write_model(config, "model", prompt, tables, inputs, "finetune")
+
+
+def _check_pretrained_width(config: Config) -> None:
+    found, wanted = ModelMetadata.load(config.run.pretrained).id_width, config.model.id_width
+    if found != wanted:
+        raise ArtifactError(
+            f"{config.run.pretrained} was trained with model.id_width {found or 'null'}, but the config has "
+            f"{wanted or 'null'}; run the pretrain stage with this config first"
+        )
 
 
 def _begin(config: Config, stage: str, force: bool) -> Config:
@@ -168,6 +185,7 @@ def _write_model(
         prompt=prompt,
         bf16=config.training.bf16,
         temperature=config.model.temperature,
+        id_width=config.model.id_width,
     )
     with write_directory(directory, kind=kind, inputs=inputs, config=config.model_dump()) as draft:
         save_pretrained(draft, tables, metadata, prepared_dir=prepared_dir, backbone_dir=config.run.backbone)

@@ -31,7 +31,7 @@ class Start:
     kind: str
 
     def tables(self) -> dict[str, Tensor]:
-        """The four tables by name. Raises ArtifactError if the directory is damaged."""
+        """The four tables and the dense parameters beside them, by name. Raises ArtifactError if the directory is damaged."""
         return load_tables(self.directory, self.kind)
 
 

@@ -20,7 +20,8 @@ CONTENT = ("content_users", "content_items")
 class Phase:
     """A part of training with its own optimizer.
 
-    trained: the parameters that are trained: names of tables, or `backbone`.
+    trained: the parameters that are trained: names of tables, or `backbone`. The dense parameters that serve these tables are
+    trained with them (`CLLM4Rec.train_only`).
     reads: the documents of an epoch. `plain_texts` are texts whose prompts have no IDs.
     validate: the prompt that ranks the validation items after each epoch, or None for no validation. With validation, the
     best epoch is kept, and `patience` epochs without a better one end the phase. Without it, the last epoch is kept.
