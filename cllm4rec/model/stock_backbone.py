@@ -17,6 +17,7 @@ import torch
 from cllm4rec.config import ModelConfig
 from cllm4rec.errors import ConfigError
 from cllm4rec.model.backbone import Backbone, wrap
+from cllm4rec.model.cllm4rec import check_id_width
 from cllm4rec.model.family_check import check_family
 from cllm4rec.storage import hub
 
@@ -63,6 +64,7 @@ def check_stock_backbone(model: ModelConfig, num_words: int | None = None) -> No
         return
     name, config = model.backbone, stock_config(model.backbone, model.revision)
     check_family(config, name, model.max_tokens)
+    check_id_width(model.id_width, int(config.get_text_config(decoder=True).hidden_size))
     if num_words is not None:
         check_vocabulary(name, int(config.get_text_config(decoder=True).vocab_size), num_words)
 

@@ -15,7 +15,7 @@ from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.built_backbone import build_backbone
 from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec, new_model
 from cllm4rec.model.ranker import Ranker
-from cllm4rec.model.stock_backbone import pretrained_backbone
+from cllm4rec.model.stock_backbone import check_stock_backbone, pretrained_backbone
 from cllm4rec.training.loop import packer_for
 from cllm4rec.training.phases import CONTENT
 
@@ -128,6 +128,7 @@ def test_projections_have_the_loss_and_gradients_of_a_plain_model():
     """Eq. 7 with narrow tables, dense and in float64: embeddings are rows times P, logits (Q h) times the table."""
     model = model_of("gpt2", NARROW)
     model.temperature = 2.0
+    model.backbone.unknown_K.fill_(0.3)  # may not be added to the embedding of a known user or item
     document = parity().prompts.interactions(parity().token_space, np.array([3]), Ragged.from_lists([[1, 5, 7]]))
     found, gradients = total_and_gradients(model, [document])
     plain = {name: weight.detach().double().requires_grad_() for name, weight in model.own_parameters().items()}
@@ -160,10 +161,15 @@ def test_narrow_rows_start_with_the_length_and_the_logits_of_a_tied_head(id_widt
     assert torch.allclose(narrow.queries(hidden) @ narrow.collaborative_items.T, hidden @ read.T, atol=1e-5)
 
 
-def test_tables_wider_than_the_language_model_are_refused(shared_dir):
-    backbone = pretrained_backbone(str(shared_dir / "weights" / "stories260k_llama"), None, 128)
-    with pytest.raises(ConfigError, match=r"id_width 65 is above the width 64 of the language model; use 64 or less"):
-        new_model(ModelConfig(backbone="stories", id_width=65), backbone, parity().token_space, 0)
+def test_tables_wider_than_a_pretrained_model_are_refused_before_anything_starts(shared_dir):
+    folder = str(shared_dir / "weights" / "stories260k_llama")
+    config = ModelConfig(backbone=folder, max_tokens=128, id_width=65)
+    sentence = r"id_width 65 is above the width 64 of the language model; use 64 or less, or null"
+    with pytest.raises(ConfigError, match=sentence):
+        check_stock_backbone(config)
+    with pytest.raises(ConfigError, match=sentence):
+        new_model(config, pretrained_backbone(folder, None, 128), parity().token_space, 0)
+    check_stock_backbone(config.model_copy(update={"id_width": 64}))
 
 
 @pytest.mark.parametrize("final_norm", [False, True])
