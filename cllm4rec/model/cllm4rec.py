@@ -17,6 +17,7 @@ from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.config import ModelConfig
 from cllm4rec.errors import ConfigError
 from cllm4rec.model.accelerate import accelerate
+from cllm4rec.model.adapter import is_adapter
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.batch import TensorBatch, TensorGrid
 from cllm4rec.model.losses import squared_distance, tied_cross_entropy
@@ -117,12 +118,16 @@ class CLLM4Rec(nn.Module):
         return self.collaborative_items.shape[1]
 
     def train_only(self, names: Iterable[str]) -> None:
-        """Require gradients for exactly these and the dense parameters that serve them: names of tables, or `backbone`."""
+        """Require gradients for exactly these and the dense parameters that serve them.
+
+        names: of tables, `backbone` for all its weights, or `adapter` for those of its LoRA adapter.
+        """
         wanted = set(names)
         wanted |= {name for name, tables in DENSE.items() if wanted & set(tables)}
         for name, weight in self.own_parameters().items():
             weight.requires_grad_(name in wanted)
-        self.backbone.requires_grad_("backbone" in wanted)
+        for name, weight in self.backbone.named_parameters():
+            weight.requires_grad_("backbone" in wanted or ("adapter" in wanted and is_adapter(name)))
 
     def compute_in(self, precision: torch.dtype) -> None:
         """Run the backbone and the heads in bfloat16 or float32, with the fastest available layers (`accelerate`)."""

@@ -16,7 +16,7 @@ import torch
 
 from cllm4rec.config import ModelConfig
 from cllm4rec.errors import ConfigError
-from cllm4rec.model.backbone import Backbone, wrap
+from cllm4rec.model.backbone import Backbone, check_positions, wrap
 from cllm4rec.model.cllm4rec import check_id_width
 from cllm4rec.model.family_check import check_family
 from cllm4rec.storage import hub
@@ -63,10 +63,12 @@ def check_stock_backbone(model: ModelConfig, num_words: int | None = None) -> No
     if not isinstance(model.backbone, str):
         return
     name, config = model.backbone, stock_config(model.backbone, model.revision)
+    check_positions(config.get_text_config(decoder=True), model.max_tokens)
     check_family(config, name, model.max_tokens)
-    check_id_width(model.id_width, int(config.get_text_config(decoder=True).hidden_size))
+    num_embeddings, width = empty_model(config).get_input_embeddings().weight.shape
+    check_id_width(model.id_width, width)
     if num_words is not None:
-        check_vocabulary(name, int(config.get_text_config(decoder=True).vocab_size), num_words)
+        check_vocabulary(name, num_embeddings, num_words)
 
 
 def check_vocabulary(name: str, num_embeddings: int, num_words: int) -> None:

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from cllm4rec.arrays.ids import TokenSpace
@@ -74,6 +75,16 @@ def parity() -> Parity:
         ]
     )
     return Parity(world, prompts, token_space, documents.in_order())
+
+
+def parity_frames() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The parity world as tables of interactions with reviews, and of items with texts."""
+    world = parity_world()
+    user, item, text = world.reviews()
+    catalog = world.catalog
+    interactions = pd.DataFrame({"user": catalog.user_ids[user], "item": catalog.item_ids[item], "text": text})
+    items = pd.DataFrame({"item": catalog.item_ids, "text": catalog.item_texts})
+    return interactions, items
 
 
 def all_kinds(user_dropout: float = 0.3) -> Documents:
