@@ -19,3 +19,5 @@ html_title = "cllm4rec"
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"sidebar_hide_name": False}
+html_static_path = ["_static"]
+html_css_files = ["width.css"]
