@@ -110,7 +110,8 @@ def run_command(name: str, prog: str, arguments: Sequence[str] | None = None, co
                 check_stock_backbone(config.model)
             if command.needs_ray:
                 connect(config)
-            result = command.run(config, args)
+            with _signals_interrupt():
+                result = command.run(config, args)
     except KeyboardInterrupt:
         return outcome.failed("interrupted; run the same command again to continue", 130)
     except Exception as error:
@@ -215,6 +216,21 @@ def _parser(command: Command, prog: str) -> _Parser:
     if command.add_flags is not None:
         command.add_flags(parser)
     return parser
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt for the SystemExit of Ray's signal handlers, so that a stopped command ends like any other.
+
+    Ray's handlers of SIGTERM, and of SIGINT during training, call sys.exit; from within `ray.get` its status is always 1. A
+    library that ends the process for a reason of its own gives a sentence instead of a number.
+    """
+    try:
+        yield
+    except SystemExit as stopped:
+        if isinstance(stopped.code, str):
+            raise RuntimeError(stopped.code) from stopped
+        raise KeyboardInterrupt from stopped
 
 
 def _expected(error: BaseException) -> Cllm4RecError | None:

@@ -132,10 +132,26 @@ def test_an_unforeseen_error_shows_its_traceback_and_still_ends_in_json(call):
     assert without_seconds(lines[-1]) == {"ok": False, "error": "KeyError: 'a bug'"}
 
 
-def test_an_interrupt_is_no_traceback(call):
-    status, lines, errors = call(fails(KeyboardInterrupt()))
-    assert (status, errors.count("\n")) == (130, 1)
-    assert json.loads(lines[-1])["ok"] is False
+@pytest.mark.parametrize("signalled", [KeyboardInterrupt(), SystemExit(0), SystemExit(1), SystemExit(15)])
+def test_an_interrupt_is_one_sentence_also_from_the_signal_handlers_of_ray(call, tmp_path, signalled):
+    (tmp_path / "out").mkdir()
+    status, lines, errors = call(fails(signalled))
+    sentence = "interrupted; run the same command again to continue"
+    assert (status, errors) == (130, f"error: {sentence}\n")
+    assert without_seconds(lines[-1]) == {"ok": False, "error": sentence}
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["error"] == sentence
+
+
+def test_a_library_that_ends_the_process_with_a_sentence_is_an_unforeseen_error(call):
+    status, lines, errors = call(fails(SystemExit("no compiler found")))
+    assert (status, json.loads(lines[-1])["error"]) == (1, "RuntimeError: no compiler found")
+    assert "Traceback" in errors
+
+
+def test_help_still_exits_with_0(call, capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        call(fails(AssertionError("not reached")), "--help")
+    assert "usage: cllm4rec test" in capsys.readouterr().out
 
 
 def in_a_task(cause):
