@@ -1,7 +1,7 @@
 """Erase users: they are ignored at once, then removed from prepared data, models, evaluation, table and staging.
 
-    cllm4rec erase --config demo --user u00017
-    cllm4rec erase --config demo --user u00017 --user u00023
+    cllm4rec erase --config demo --user A000000017
+    cllm4rec erase --config demo --user A000000017 --user A000000023
 
 Stop training first; the endpoint may keep running, and ignores an erased user within a second. Takes about as long as
 reading and writing the directories once; Ray is not started. If it is interrupted, the same command finishes the rest, and
