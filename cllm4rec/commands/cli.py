@@ -47,6 +47,7 @@ COMMANDS = {
     "erase": "erase users from every directory",
     "compare": "compare methods on the same splits with the same tuning budget",
     "benchmark": "measure the speed of this machine and its utilization",
+    "weights": "fetch a small pretrained language model",
     "demo": "run the pipeline on a generated sample world",
 }
 """Command → one line of help. The module of the same name implements the command."""
@@ -65,6 +66,7 @@ class Command:
     default_config: used without --config; None makes --config required.
     needs_ray: connect to Ray before `run`.
     trains: the command reads the language model, so a stock one is checked before Ray starts.
+    reads_config: False for a command without --config, overrides and `run.json`; its `run` gets the configuration `default_config`.
     """
 
     run: Job
@@ -74,6 +76,7 @@ class Command:
     default_config: str | None = None
     needs_ray: bool = True
     trains: bool = False
+    reads_config: bool = True
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -102,7 +105,8 @@ def run_command(name: str, prog: str, arguments: Sequence[str] | None = None, co
     try:
         args = _parser(command, prog).parse(arguments)
         config = load_config(args.config, args.overrides)
-        outcome.output_dir = config.output_dir
+        if command.reads_config:
+            outcome.output_dir = config.output_dir
         with show_log():
             if command.trains and isinstance(config.model.backbone, str):
                 from cllm4rec.model.stock_backbone import check_stock_backbone  # --help should not wait for torch
@@ -198,16 +202,19 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(command: Command, prog: str) -> _Parser:
     parser = _Parser(prog=prog, description=command.description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config",
-        required=command.default_config is None,
-        default=command.default_config,
-        help="YAML config file, or the name of a shipped config such as demo",
-    )
-    parser.add_argument("--force", action="store_true", help="run even if the output is up to date")
-    if command.add_verbs is None:
-        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a setting of the file")
+    if command.reads_config:
+        parser.add_argument(
+            "--config",
+            required=command.default_config is None,
+            default=command.default_config,
+            help="YAML config file, or the name of a shipped config such as demo",
+        )
     else:
+        parser.set_defaults(config=command.default_config, overrides=[])
+    parser.add_argument("--force", action="store_true", help="run even if the output is up to date")
+    if command.add_verbs is None and command.reads_config:
+        parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a setting of the file")
+    elif command.add_verbs is not None:
         parser.has_verbs = True
         verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
         command.add_verbs(

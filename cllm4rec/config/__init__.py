@@ -5,6 +5,7 @@ config = load_config("demo", ["pretrain.epochs=5"])
 
 from cllm4rec.config.loading import load_config, parse_config
 from cllm4rec.config.schema import (
+    Adapter,
     BackboneConfig,
     BackboneSize,
     ClusterConfig,
@@ -27,6 +28,7 @@ from cllm4rec.config.schema import (
 )
 
 __all__ = [
+    "Adapter",
     "BackboneConfig",
     "BackboneSize",
     "ClusterConfig",

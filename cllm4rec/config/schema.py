@@ -167,13 +167,25 @@ class ModelConfig(_Section):
         description="Commit or tag of a backbone that is named on a hub. null: the version in the cache of the machine, "
         "else the newest one.",
     )
+    store_backbone: Literal["reference", "copy"] = Field(
+        "reference",
+        description="What a model directory holds of a pretrained model: its name and digests, or a copy of its weights, so "
+        "that a replica needs no hub.",
+    )
     max_tokens: Annotated[int, Field(ge=16)] = Field(
         256, description="Tokens of the longest document. Of a longer history only a part is read."
+    )
+    id_width: Positive | None = Field(
+        None,
+        description="Length of a row of the four tables, at most the width of the language model. Learned projections map "
+        "rows to it, and hidden states back. Memory and storage of the tables shrink with it. null: the width of the "
+        "language model without projections, as in the paper.",
     )
     table_std: float | None = Field(
         None,
         gt=0,
-        description="Standard deviation of freshly initialized embeddings. null: that of the word embeddings.",
+        description="Standard deviation of freshly initialized embeddings, as the language model reads them. null: that of "
+        "the word embeddings.",
     )
     table_init: Literal["noise", "texts"] = Field(
         "texts",
@@ -186,12 +198,52 @@ class ModelConfig(_Section):
         "start of training.",
     )
 
+    @model_validator(mode="after")
+    def _tables_fit_the_language_model(self) -> Self:
+        if isinstance(self.backbone, BackboneSize) and self.id_width is not None:
+            width = self.backbone.width
+            if self.id_width > width:
+                raise ValueError(
+                    f"model.id_width {self.id_width} is above model.backbone.width {width}; use {width} or less, or null"
+                )
+        return self
+
+
+class Adapter(_Section):
+    """A LoRA adapter: small matrices that are trained beside the frozen weights of the language model."""
+
+    rank: Positive = Field(8, description="Rank of the change of each weight matrix.")
+    alpha: Annotated[float, Field(gt=0)] = Field(16.0, description="The change is multiplied by alpha / rank.")
+    targets: tuple[str, ...] | None = Field(
+        None,
+        description="Names of the layers that are adapted, such as [q_proj, v_proj]. null: all of attention and MLP.",
+    )
+    trained_in: tuple[Literal["backbone", "pretrain", "finetune"], ...] = Field(
+        ("backbone",), min_length=1, description="The stages that train it. Other stages leave it as it is."
+    )
+
 
 class BackboneConfig(_Section):
     """Training of the language model itself on the training split's texts."""
 
     epochs: Annotated[int, Field(ge=0)] = Field(0, description="Epochs over the texts. 0: no training.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="Learning rate of Adam.")
+    adapter: Adapter | None = Field(
+        None, description="Train a LoRA adapter instead of the weights of the language model. null: no adapter."
+    )
+
+    @model_validator(mode="after")
+    def _adapter_is_trained(self) -> Self:
+        if self.adapter is not None and self.adapter.trained_in == ("backbone",) and not self.epochs:
+            raise ValueError(
+                "backbone.adapter is never trained: set backbone.epochs, or add pretrain or finetune to "
+                "backbone.adapter.trained_in"
+            )
+        return self
+
+    def trains_adapter(self, stage: str) -> bool:
+        """Whether a stage trains an adapter."""
+        return self.adapter is not None and stage in self.adapter.trained_in
 
 
 class PretrainConfig(_Section):

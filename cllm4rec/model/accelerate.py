@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.activations import GELUTanh
 
+from cllm4rec.model.adapter import is_adapter
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.cpu.fused import FrozenGPT2Layer, FrozenLinear
 
@@ -20,12 +21,14 @@ from cllm4rec.model.cpu.fused import FrozenGPT2Layer, FrozenLinear
 def accelerate(backbone: Backbone, precision: torch.dtype) -> None:
     """Make a backbone compute in `precision` with the fastest available layers, in place.
 
-    A frozen backbone (no weight requires a gradient) is converted to `precision`, and its layers are replaced by faster
-    ones that rely on constant weights. A trainable backbone stays float32 and computes in `precision` through autocast.
+    A frozen backbone (no weight but those of an adapter requires a gradient) is converted to `precision`, and its layers are
+    replaced by faster ones that rely on constant weights. A trainable backbone stays float32 and computes in `precision`
+    through autocast.
     """
-    is_frozen = not any(weight.requires_grad for weight in backbone.parameters())
+    base = [weight for name, weight in backbone.named_parameters() if not is_adapter(name)]
+    is_frozen = not any(weight.requires_grad for weight in base)
     if is_frozen:
-        for weight in backbone.parameters():  # not buffers: rotary frequencies in bfloat16 would shift positions
+        for weight in base:  # not buffers: rotary frequencies in bfloat16 would shift positions
             weight.data = weight.data.to(precision)
     _replace_gelu(backbone, precision)
     if is_frozen:

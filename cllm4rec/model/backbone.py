@@ -56,11 +56,7 @@ class Backbone(nn.Module, abc.ABC):
         self.model = model
         if not getattr(model.config, "final_norm", True):
             remove_final_norm(model)
-        limit = _num_positions(self.text_config)
-        if limit is not None and limit < max_tokens:
-            raise ConfigError(
-                f"model.max_tokens {max_tokens} is more than the {limit} positions of the backbone; lower it"
-            )
+        check_positions(self.text_config, max_tokens)
         self.register_buffer("unknown_K", self._unknown_user(), persistent=False)
 
     @property
@@ -216,11 +212,11 @@ def _scales_outputs(config: Any) -> bool:
     return bool(getattr(config, "scale_decoder_outputs", is_scaled))
 
 
-def _num_positions(config: Any) -> int | None:
-    """The most positions of a model, or None if it has no limit, as with T5's relative positions."""
-    if hasattr(config, "relative_attention_num_buckets"):
-        return None
-    return getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
+def check_positions(config: Any, max_tokens: int) -> None:
+    """Raise ConfigError if a model has fewer positions than `max_tokens`. T5's relative positions have no limit."""
+    limit = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
+    if limit is not None and limit < max_tokens and not hasattr(config, "relative_attention_num_buckets"):
+        raise ConfigError(f"model.max_tokens {max_tokens} is more than the {limit} positions of the backbone; lower it")
 
 
 def remove_final_norm(model: nn.Module) -> None:

@@ -1,7 +1,10 @@
 """The directory of a backbone: its weights, or a reference to a stock model.
 
-reference.json     name and revision of a stock model, and the sha256 of its config and of each file of weights
-*.safetensors, config.json      the weights of a model that this package built or trained, as `save_pretrained` writes them
+- `reference.json`: name and revision of a stock model, and the sha256 of its config and of each file of weights
+- `*.safetensors`, `config.json`: the weights of a model that this package built or trained, as `save_pretrained` writes them, or
+  a copy of those of a stock model
+- `adapter.json`: settings of a LoRA adapter, and the sha256 of the files of weights that it belongs to
+- `adapter.safetensors`: its matrices, once they are trained
 """
 
 from __future__ import annotations
@@ -9,19 +12,24 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from cllm4rec.config import BackboneSize, ModelConfig
+from cllm4rec.config import Adapter, BackboneSize, ModelConfig
 from cllm4rec.errors import ArtifactError
+from cllm4rec.model.adapter import add_adapter, load_adapter_weights, merge_adapter
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.built_backbone import build_backbone
 from cllm4rec.model.stock_backbone import check_vocabulary, pretrained_backbone
 from cllm4rec.storage import artifacts, files, hub
+from cllm4rec.storage.tensors import map_tensors, save_tensors
 
 _REFERENCE = "reference.json"
+_ADAPTER = "adapter.json"
+_ADAPTER_WEIGHTS = "adapter.safetensors"
 
 
 def new_backbone(config: ModelConfig, num_words: int, seed: int) -> Backbone:
@@ -52,11 +60,83 @@ def save_reference(config: ModelConfig, directory: str) -> None:
     files.write_json(files.join(directory, _REFERENCE), reference)
 
 
-def load_backbone(directory: str, max_tokens: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Backbone:
-    """Load the backbone that `save_backbone` or `save_reference` wrote, in a precision and on a device.
+def save_copy(config: ModelConfig, directory: str) -> None:
+    """Write a copy of the config and the weights of a stock model, file by file."""
+    assert isinstance(config.backbone, str)
+    folder = hub.weights_folder(config.backbone, config.revision)
+    for name in hub.weights_digests(folder, None):
+        files.copy_file(str(Path(folder) / name), files.join(directory, name))
+    index = Path(folder) / "model.safetensors.index.json"
+    if index.exists():
+        files.copy_file(str(index), files.join(directory, index.name))
 
-    Raises ArtifactError if a file of a referenced backbone has changed.
+
+def save_adapter(adapter: Adapter, seed: int, weights: Mapping[str, Tensor], directory: str) -> None:
+    """Write an adapter beside the weights or the reference in a directory. weights: empty for one that is not trained yet."""
+    settings = adapter.model_dump(include={"rank", "alpha", "targets"}) | {
+        "seed": seed,
+        "base": _base_digests(directory),
+    }
+    files.write_json(files.join(directory, _ADAPTER), settings)
+    save_adapter_weights(weights, directory)
+
+
+def save_adapter_weights(weights: Mapping[str, Tensor], directory: str) -> None:
+    """Write the matrices of the adapter of a directory, which may have others already."""
+    if weights:
+        save_tensors(weights, files.join(directory, _ADAPTER_WEIGHTS))
+
+
+def load_backbone(
+    directory: str,
+    max_tokens: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    merge: bool = True,
+) -> Backbone:
+    """Load the backbone of a directory, in a precision and on a device.
+
+    merge: add an adapter to the weights, for scoring. Otherwise it can be trained.
+    Raises ArtifactError if a file of a referenced backbone has changed, or if the adapter belongs to another one.
     """
+    backbone = _load_base(directory, max_tokens, dtype, device)
+    if _ADAPTER in files.list_files(directory):
+        _load_adapter(backbone, directory)
+        if merge:
+            merge_adapter(backbone)
+    return backbone
+
+
+def _load_adapter(backbone: Backbone, directory: str) -> None:
+    settings = files.read_json(files.join(directory, _ADAPTER))
+    if settings.pop("base") != _base_digests(directory):
+        raise ArtifactError(
+            f"the adapter in {directory} was trained for other weights than those beside it; copy the whole directory again "
+            "or train again"
+        )
+    seed = settings.pop("seed")
+    add_adapter(backbone, Adapter(**settings), seed)
+    if _ADAPTER_WEIGHTS not in files.list_files(directory):
+        return
+    try:
+        load_adapter_weights(backbone, map_tensors(files.join(directory, _ADAPTER_WEIGHTS)))
+    except (KeyError, RuntimeError) as error:
+        raise ArtifactError(
+            f"the adapter in {directory} does not fit its adapter.json ({error}); train again"
+        ) from None
+
+
+def _base_digests(directory: str) -> dict[str, str]:
+    """The sha256 of the files of weights of a directory, or of the model that it refers to."""
+    names = files.list_files(directory)
+    if _REFERENCE in names:
+        digests: dict[str, str] = files.read_json(files.join(directory, _REFERENCE)).get("sha256", {})
+        return digests
+    weights = [name for name in names if name.endswith(".safetensors") and name != _ADAPTER_WEIGHTS]
+    return {name: files.digest_of_file(files.join(directory, name)) for name in weights}
+
+
+def _load_base(directory: str, max_tokens: int, dtype: torch.dtype, device: str) -> Backbone:
     if _REFERENCE in files.list_files(directory):
         name, revision = _verified_reference(directory)
         return pretrained_backbone(name, revision, max_tokens, dtype, device)
@@ -64,11 +144,18 @@ def load_backbone(directory: str, max_tokens: int, dtype: torch.dtype = torch.fl
         return pretrained_backbone(folder, None, max_tokens, dtype, device)
 
 
-def verify_backbone(directory: str) -> None:
-    """Raise ArtifactError if a file of the backbone has changed since it was written. Holds no weights in memory."""
-    artifacts.verify_files(directory, artifacts.read_manifest(directory, "backbone"))
-    if _REFERENCE in files.list_files(directory):
-        _verified_reference(directory)
+def verify_backbone(written: str, used: str) -> None:
+    """Raise ArtifactError if a file of the backbone has changed since it was written. Holds no weights in memory.
+
+    written: `backbone/`. used: that directory, or its copy in a model directory, whose adapter may be trained further.
+    """
+    artifacts.verify_files(written, artifacts.read_manifest(written, "backbone"))
+    if _base_digests(used) != _base_digests(written):
+        raise ArtifactError(
+            f"the frozen backbone in {used} is not that of {written}; run the pretrain stage with --force"
+        )
+    if _REFERENCE in files.list_files(used):
+        _verified_reference(used)
 
 
 def _verified_reference(directory: str) -> tuple[str, str | None]:

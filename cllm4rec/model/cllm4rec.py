@@ -1,7 +1,7 @@
 """CLLM4Rec: four ID tables around one frozen language model, with tied heads (Zhu et al. 2024; docs/method.md).
 
-Shapes: I users, J items, N words, K hidden size, R rows × T columns = S slots of a grid, P item predictions, W word
-predictions, U distinct users of a batch, M items of a sampled softmax.
+Shapes: I users, J items, N words, K hidden size, D width of the ID tables (K without `model.id_width`), R rows × T columns
+= S slots of a grid, P item predictions, W word predictions, U distinct users of a batch, M items of a sampled softmax.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.config import ModelConfig
+from cllm4rec.errors import ConfigError
 from cllm4rec.model.accelerate import accelerate
+from cllm4rec.model.adapter import is_adapter
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.batch import TensorBatch, TensorGrid
 from cllm4rec.model.losses import squared_distance, tied_cross_entropy
@@ -23,6 +25,17 @@ from cllm4rec.model.packing import USER_TABLES, Table
 
 TABLES: dict[Table, str] = {table: table.name.lower() for table in Table if table is not Table.WORDS}
 """The names of the four ID tables in the model's parameters and in `tables.safetensors`."""
+
+DENSE: dict[str, tuple[str, ...]] = {
+    "input_projection": tuple(TABLES.values()),
+    "query_projection": (TABLES[Table.COLLABORATIVE_ITEMS],),
+}
+"""Dense parameters beside the tables → the tables that they serve. They are trained whenever one of these tables is, and are
+saved, loaded and resumed with the tables. A model has those that its config asks for."""
+
+_PROJECTED_STEP = 64
+"""Rows of a projection are padded to a multiple of this, so that products have few distinct shapes: a CPU caches one kernel
+per shape."""
 
 
 class Losses(NamedTuple):
@@ -41,6 +54,10 @@ class CLLM4Rec(nn.Module):
     collaborative_items: nn.Parameter
     content_users: nn.Parameter
     content_items: nn.Parameter
+    input_projection: nn.Parameter | None
+    """(K, D), from rows of the ID tables to input embeddings of the language model. None: rows are read as they are."""
+    query_projection: nn.Parameter | None
+    """(D, K), from hidden states to what the item head multiplies with its table."""
 
     def __init__(
         self,
@@ -50,25 +67,40 @@ class CLLM4Rec(nn.Module):
         std: float | None = None,
         seed: int = 0,
         temperature: float = 1.0,
+        id_width: int | None = None,
     ) -> None:
         """Create tables with normally distributed values.
 
-        std: the standard deviation, by default that of the word embeddings.
+        std: the standard deviation of the embeddings that the language model reads, by default that of the word embeddings.
         temperature: the divisor of the item logits. The paper uses 1.
+        id_width: the width D of the tables. None: K, without projections. Raises ConfigError if it is above K.
+
+        Both projections start as the same random orthonormal directions. They keep the lengths of rows, and the logits are
+        those of a tied head over the projected rows. Narrow rows are drawn √(K / D) times larger, to have the length of a
+        row of width K.
 
         z^l starts equal to z^c: with lambda_l = 0 this is the mode of the prior before any data is read (Eq. 3).
         """
         super().__init__()
         self.token_space, self.temperature = token_space, temperature
+        hidden, width = backbone.width, backbone.width if id_width is None else id_width
+        check_id_width(id_width, hidden)
         generator = torch.Generator().manual_seed(seed)
-        spread = backbone.word_std if std is None else std
+        spread = (backbone.word_std if std is None else std) * (hidden / width) ** 0.5
         for kind, num_rows in (("users", token_space.num_users), ("items", token_space.num_items)):
             # In place: user tables can take most of a process's memory. Zeros take none until they are written.
-            collaborative, content = (torch.zeros(num_rows, backbone.width) for _ in range(2))
+            collaborative, content = (torch.zeros(num_rows, width) for _ in range(2))
             if spread:
                 collaborative.copy_(content.normal_(generator=generator).mul_(spread))
             setattr(self, f"collaborative_{kind}", nn.Parameter(collaborative))
             setattr(self, f"content_{kind}", nn.Parameter(content))
+        self.input_projection = self.query_projection = None
+        if id_width is not None:
+            directions_KD = torch.zeros(hidden, width)
+            if spread:
+                directions_KD = torch.linalg.qr(torch.randn(hidden, width, generator=generator)).Q
+            self.input_projection = nn.Parameter(directions_KD.contiguous())
+            self.query_projection = nn.Parameter(directions_KD.T.contiguous())
         self.backbone = backbone
         self.precision = torch.float32
         """The precision of the backbone and of the heads."""
@@ -76,12 +108,26 @@ class CLLM4Rec(nn.Module):
     def tables(self) -> dict[str, nn.Parameter]:
         return {name: getattr(self, name) for name in TABLES.values()}
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The tables and the dense parameters beside them: all parameters but those of the backbone."""
+        return {name: weight for name in (*TABLES.values(), *DENSE) if (weight := getattr(self, name)) is not None}
+
+    @property
+    def id_width(self) -> int:
+        """The width D of the ID tables and of queries."""
+        return self.collaborative_items.shape[1]
+
     def train_only(self, names: Iterable[str]) -> None:
-        """Require gradients for exactly these: names of tables, or `backbone`."""
+        """Require gradients for exactly these and the dense parameters that serve them.
+
+        names: of tables, `backbone` for all its weights, or `adapter` for those of its LoRA adapter.
+        """
         wanted = set(names)
-        for name, table in self.tables().items():
-            table.requires_grad_(name in wanted)
-        self.backbone.requires_grad_("backbone" in wanted)
+        wanted |= {name for name, tables in DENSE.items() if wanted & set(tables)}
+        for name, weight in self.own_parameters().items():
+            weight.requires_grad_(name in wanted)
+        for name, weight in self.backbone.named_parameters():
+            weight.requires_grad_("backbone" in wanted or ("adapter" in wanted and is_adapter(name)))
 
     def compute_in(self, precision: torch.dtype) -> None:
         """Run the backbone and the heads in bfloat16 or float32, with the fastest available layers (`accelerate`)."""
@@ -91,20 +137,20 @@ class CLLM4Rec(nn.Module):
     def forward(self, batch: TensorBatch, lambda_c: float, user_rows: Mapping[str, Tensor] | None = None) -> Losses:
         """The losses of a batch.
 
-        user_rows: the rows `batch.distinct_users` of user tables by table name, (U, K) each. Tables that are not given are
+        user_rows: the rows `batch.distinct_users` of user tables by table name, (U, D) each. Tables that are not given are
         read from the model.
         """
         users = {**self._user_rows(batch), **(user_rows or {})}
         hidden_SK = self._hidden_states(batch, users)
-        queries_PK, sampled = self.queries(hidden_SK[batch.item_slots]), batch.sampled
+        queries_PD, sampled = self.queries(hidden_SK[batch.item_slots]), batch.sampled
         if sampled is None:
             items = tied_cross_entropy(
-                queries_PK, self.collaborative_items, batch.item_target_rows, batch.item_targets, self.precision
+                queries_PD, self.collaborative_items, batch.item_target_rows, batch.item_targets, self.precision
             )
         else:
-            table_MK = self.collaborative_items.index_select(0, sampled.items_M)
+            table_MD = self.collaborative_items.index_select(0, sampled.items_M)
             items = tied_cross_entropy(
-                queries_PK, table_MK, batch.item_target_rows, sampled.targets_E, self.precision, sampled.bias_M
+                queries_PD, table_MD, batch.item_target_rows, sampled.targets_E, self.precision, sampled.bias_M
             )
         head, num_words, hidden_WK = self.backbone.word_head, self.token_space.num_words, hidden_SK[batch.word_slots]
         words = tied_cross_entropy(
@@ -138,11 +184,19 @@ class CLLM4Rec(nn.Module):
         return hidden_RTK.flatten(0, 1)
 
     def queries(self, hidden_PK: Tensor) -> Tensor:
-        """The vectors that the item head multiplies with its table: hidden states divided by the temperature."""
-        return hidden_PK if self.temperature == 1.0 else hidden_PK / self.temperature
+        """The vectors that the item head multiplies with its table, (P, D): hidden states, projected to the width of the
+        tables and divided by the temperature.
+
+        Equal hidden states at any place give equal bits if P is the same.
+        """
+        query_PD = hidden_PK
+        if self.query_projection is not None:
+            padded = nn.functional.pad(hidden_PK, (0, 0, 0, -len(hidden_PK) % _PROJECTED_STEP))
+            query_PD = nn.functional.linear(padded, self.query_projection.to(padded.dtype))[: len(hidden_PK)]
+        return query_PD if self.temperature == 1.0 else query_PD / self.temperature
 
     def _user_rows(self, batch: TensorBatch) -> dict[str, Tensor]:
-        """The rows of the user tables that the batch reads, (U, K) each."""
+        """The rows of the user tables that the batch reads, (U, D) each."""
         names = [TABLES[table] for table in USER_TABLES]
         return {name: getattr(self, name).index_select(0, batch.distinct_users) for name in names}
 
@@ -152,14 +206,41 @@ class CLLM4Rec(nn.Module):
         words = self.backbone.embed_words(rows)
         vectors_SK = self.backbone.unknown_K.to(words.dtype).repeat(grid.segment_RT.numel(), 1)
         vectors_SK = vectors_SK.index_copy(0, slots, words)
+        if self.input_projection is None:
+            vectors_SK = self._write_ids(vectors_SK, grid, users)
+        else:
+            # All slots, so that the shape of the product, and with it the bits of a slot, do not depend on the others.
+            ids_SD = self._write_ids(vectors_SK.new_zeros(len(vectors_SK), self.id_width), grid, users)
+            projected_SK = nn.functional.linear(ids_SD, self.input_projection.to(words.dtype))
+            id_slots = torch.cat([grid.lookups[table][0] for table in TABLES])
+            vectors_SK = vectors_SK.index_copy(0, id_slots, projected_SK.index_select(0, id_slots))
+        return vectors_SK.view(*grid.segment_RT.shape, -1)
+
+    def _write_ids(self, vectors_SD: Tensor, grid: TensorGrid, users: Mapping[str, Tensor]) -> Tensor:
+        """The vectors with the rows of users and items in the slots of their tokens."""
         for table, name in TABLES.items():
             slots, rows = grid.lookups[table]
             if len(slots):
                 table_rows = users[name] if name in users else getattr(self, name)
-                vectors_SK = vectors_SK.index_copy(0, slots, table_rows.index_select(0, rows).to(words.dtype))
-        return vectors_SK.view(*grid.segment_RT.shape, -1)
+                vectors_SD = vectors_SD.index_copy(0, slots, table_rows.index_select(0, rows).to(vectors_SD.dtype))
+        return vectors_SD
 
 
 def new_model(config: ModelConfig, backbone: Backbone, token_space: TokenSpace, seed: int) -> CLLM4Rec:
-    """An untrained model around a backbone, as the config describes it."""
-    return CLLM4Rec(backbone, token_space, std=config.table_std, seed=seed, temperature=config.temperature)
+    """An untrained model around a backbone, as the config describes it. Raises ConfigError if `id_width` does not fit."""
+    return CLLM4Rec(
+        backbone,
+        token_space,
+        std=config.table_std,
+        seed=seed,
+        temperature=config.temperature,
+        id_width=config.id_width,
+    )
+
+
+def check_id_width(id_width: int | None, width: int) -> None:
+    """Raise ConfigError if the tables would be wider than the language model."""
+    if id_width is not None and id_width > width:
+        raise ConfigError(
+            f"model.id_width {id_width} is above the width {width} of the language model; use {width} or less, or null"
+        )

@@ -5,7 +5,7 @@ prompts are packed end to end into passes of one size, filled with padding, and 
 blocks that depends only on its length. Each slot is therefore a row of products of the same shape, regardless of the rest
 of the pass.
 
-Shapes: B users, J items, K list length (hidden size in `hidden_BK`), S slots of a pass.
+Shapes: B users, J items, K list length, D width of the ID tables, S slots of a pass.
 """
 
 from __future__ import annotations
@@ -82,36 +82,37 @@ class Ranker:
 
     @torch.inference_mode()
     def best_items(
-        self, hidden_BK: Tensor, exclude: Ragged, k: int, bias_J: Tensor | None = None
+        self, query_BD: Tensor, exclude: Ragged, k: int, bias_J: Tensor | None = None
     ) -> tuple[IntArray, Float32Array]:
-        """`top_k` from hidden states. bias_J: added to the logits of all users; -inf removes an item for all."""
-        items = np.empty((len(hidden_BK), k), np.int64)
-        scores = np.empty((len(hidden_BK), k), np.float32)
-        for begin in range(0, len(hidden_BK), _HEAD_ROWS):
-            rows = np.arange(begin, min(begin + _HEAD_ROWS, len(hidden_BK)))
-            items[rows], scores[rows] = self._best_items(hidden_BK[rows], exclude.take(rows), k, bias_J)
+        """`top_k` from the result of `encode_users`. bias_J: added to the logits of all users; -inf removes an item for all."""
+        items = np.empty((len(query_BD), k), np.int64)
+        scores = np.empty((len(query_BD), k), np.float32)
+        for begin in range(0, len(query_BD), _HEAD_ROWS):
+            rows = np.arange(begin, min(begin + _HEAD_ROWS, len(query_BD)))
+            items[rows], scores[rows] = self._best_items(query_BD[rows], exclude.take(rows), k, bias_J)
         return items, scores
 
     @torch.inference_mode()
     def encode_users(self, users: IntArray, histories: Ragged) -> Tensor:
-        """The hidden state after each user's prompt, (B, K) in float32, the input of `best_items`."""
+        """The query after each user's prompt (`CLLM4Rec.queries`), (B, D) in float32, the input of `best_items`."""
         documents = self._documents(users, histories)
         device = self.model.collaborative_items.device
-        hidden_BK = torch.zeros(len(users), self.model.backbone.width, device=device)
+        query_BD = torch.zeros(len(users), self.model.id_width, device=device)
         passes = self._pair_passes(documents) if self.model.backbone.is_encoder_decoder else self._passes(documents)
 
         @torch.inference_mode()
         def run(ranking_pass: Pass) -> None:
             rows, batch, slots = ranking_pass
             hidden_SK = self.model.hidden_states(batch_to_device(batch, device, batch_invariant=True))
-            hidden_BK[rows] = self.model.queries(hidden_SK[slots].float())
+            # Queries of all slots: the number of documents of a pass, and so the shape of a product, depends on the batch.
+            query_BD[rows] = self.model.queries(hidden_SK.float())[slots]
 
         if device.type == "cpu":
             _run_in_threads(run, passes)
         else:
             for ranking_pass in passes:
                 run(ranking_pass)
-        return hidden_BK
+        return query_BD
 
     def _documents(self, users: IntArray, histories: Ragged) -> Documents:
         items = self._canonical(histories)
@@ -167,14 +168,14 @@ class Ranker:
         return packer.layout(longer, (num_rows, prompt_width, width)), document_D * width + documents.main.lengths
 
     def _best_items(
-        self, hidden_BK: Tensor, exclude: Ragged, k: int, bias_J: Tensor | None
+        self, query_BD: Tensor, exclude: Ragged, k: int, bias_J: Tensor | None
     ) -> tuple[IntArray, Float32Array]:
-        num_users, num_items = len(hidden_BK), self.token_space.num_items
-        padded_BK = torch.nn.functional.pad(hidden_BK, (0, 0, 0, _HEAD_ROWS - num_users))
+        num_users, num_items = len(query_BD), self.token_space.num_items
+        padded_BD = torch.nn.functional.pad(query_BD, (0, 0, 0, _HEAD_ROWS - num_users))
         best: Tensor | None = None
         for begin in range(0, num_items, _HEAD_ITEMS):
-            table_JK = self.model.collaborative_items[begin : begin + _HEAD_ITEMS].float()
-            logits_BJ = (padded_BK @ table_JK.T)[:num_users]
+            table_JD = self.model.collaborative_items[begin : begin + _HEAD_ITEMS].float()
+            logits_BJ = (padded_BD @ table_JD.T)[:num_users]
             if bias_J is not None:
                 logits_BJ += bias_J[begin : begin + _HEAD_ITEMS]
             inside = (exclude.values >= begin) & (exclude.values < begin + _HEAD_ITEMS)

@@ -1,7 +1,7 @@
 """A trained model as a directory of safetensors and JSON files, each with a sha256 and none of them executable.
 
 pretrained/ and model/
-  tables.safetensors             the four ID tables, float32
+  tables.safetensors             the four ID tables and the dense parameters beside them, float32
   model.json                     sizes, longest prompt, kind of prompt, precision, temperature
   users.parquet, items.parquet   the Catalog
   tokenizer/, prompts.json       as in prepared/
@@ -21,7 +21,7 @@ from cllm4rec.arrays.ids import Catalog
 from cllm4rec.data.prepared import PromptTokens
 from cllm4rec.errors import ArtifactError
 from cllm4rec.model.backbone_files import load_backbone
-from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
+from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.precision import precision_on
 from cllm4rec.model.ranker import Ranker
 from cllm4rec.storage import artifacts, files
@@ -36,7 +36,10 @@ _BACKBONE_FILES = (".safetensors", ".json")
 
 @dataclasses.dataclass(frozen=True)
 class ModelMetadata:
-    """The content of `model.json`."""
+    """The content of `model.json`.
+
+    width: that of the tables. id_width: `model.id_width`; the file has no entry for None.
+    """
 
     num_words: int
     num_users: int
@@ -46,6 +49,21 @@ class ModelMetadata:
     prompt: Prompt
     bf16: bool
     temperature: float = 1.0
+    id_width: int | None = None
+
+    @classmethod
+    def load(cls, directory: str) -> ModelMetadata:
+        """Raises ArtifactError if the file was written by another version."""
+        try:
+            return cls(**files.read_json(files.join(directory, "model.json")))
+        except TypeError:
+            raise ArtifactError(
+                f"{directory}/model.json has other fields than this version writes; train again"
+            ) from None
+
+    def save(self, draft: Draft) -> None:
+        known = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        files.write_json(draft.path("model.json"), known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +84,27 @@ class SavedModel:
         """
         manifest = artifacts.read_manifest(directory, kind)
         artifacts.verify_files(directory, manifest)
-        metadata = _read_metadata(directory)
+        metadata = ModelMetadata.load(directory)
         catalog, prompt_tokens = Catalog.load_without_user_texts(directory), PromptTokens.load(directory)
         _check_sizes(directory, metadata, catalog, prompt_tokens)
         _refuse_pickles(directory)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         precision = precision_on(device, metadata.bf16)
         backbone = load_backbone(files.join(directory, "backbone"), metadata.max_tokens, precision, device)
-        model = CLLM4Rec(backbone, catalog.token_space(metadata.num_words), std=0.0, temperature=metadata.temperature)
-        tables = map_tensors(files.join(directory, "tables.safetensors"))
-        for name, table in model.tables().items():
-            if name not in tables or tables[name].shape != table.shape:
+        model = CLLM4Rec(
+            backbone,
+            catalog.token_space(metadata.num_words),
+            std=0.0,
+            temperature=metadata.temperature,
+            id_width=metadata.id_width,
+        )
+        stored = map_tensors(files.join(directory, "tables.safetensors"))
+        for name, weight in model.own_parameters().items():
+            if name not in stored or stored[name].shape != weight.shape:
                 raise ArtifactError(
-                    f"{directory}/tables.safetensors has no {name} of shape {tuple(table.shape)}; train again"
+                    f"{directory}/tables.safetensors has no {name} of shape {tuple(weight.shape)}; train again"
                 )
-            table.data.copy_(tables[name])
+            weight.data.copy_(stored[name])
         model.train_only(())
         model.eval()
         model.compute_in(precision)
@@ -93,9 +117,12 @@ class SavedModel:
 def save_pretrained(
     draft: Draft, tables: dict[str, Tensor], metadata: ModelMetadata, *, prepared_dir: str, backbone_dir: str
 ) -> None:
-    """Write all files of a model directory except `metrics.jsonl` to a draft."""
-    save_tensors({name: tables[name] for name in TABLES.values()}, draft.path("tables.safetensors"))
-    files.write_json(draft.path("model.json"), dataclasses.asdict(metadata))
+    """Write all files of a model directory except `metrics.jsonl` to a draft.
+
+    tables: `CLLM4Rec.own_parameters`: the four tables and the dense parameters beside them.
+    """
+    save_tensors(tables, draft.path("tables.safetensors"))
+    metadata.save(draft)
     shared = [name for name in files.list_files(prepared_dir) if name.startswith("tokenizer/")]
     for name in ["users.parquet", "items.parquet", "prompts.json", *shared]:
         files.copy_file(files.join(prepared_dir, name), draft.path(name))
@@ -106,16 +133,12 @@ def save_pretrained(
 
 
 def load_tables(directory: str, kind: str) -> dict[str, Tensor]:
-    """The four tables of a finished directory, memory-mapped. Raises ArtifactError if a digest does not match."""
+    """The four tables of a finished directory and the dense parameters beside them, memory-mapped.
+
+    Raises ArtifactError if a digest does not match.
+    """
     artifacts.verify_files(directory, artifacts.read_manifest(directory, kind))
     return map_tensors(files.join(directory, "tables.safetensors"))
-
-
-def _read_metadata(directory: str) -> ModelMetadata:
-    try:
-        return ModelMetadata(**files.read_json(files.join(directory, "model.json")))
-    except TypeError:
-        raise ArtifactError(f"{directory}/model.json has other fields than this version writes; train again") from None
 
 
 def _refuse_pickles(directory: str) -> None:

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
 from cllm4rec.config import ModelConfig
 from cllm4rec.errors import ConfigError
-from cllm4rec.model.backbone import Backbone, wrap
+from cllm4rec.model.backbone import Backbone, check_positions, wrap
+from cllm4rec.model.cllm4rec import check_id_width
 from cllm4rec.model.family_check import check_family
 from cllm4rec.storage import hub
 
@@ -63,9 +63,12 @@ def check_stock_backbone(model: ModelConfig, num_words: int | None = None) -> No
     if not isinstance(model.backbone, str):
         return
     name, config = model.backbone, stock_config(model.backbone, model.revision)
+    check_positions(config.get_text_config(decoder=True), model.max_tokens)
     check_family(config, name, model.max_tokens)
+    num_embeddings, width = empty_model(config).get_input_embeddings().weight.shape
+    check_id_width(model.id_width, width)
     if num_words is not None:
-        check_vocabulary(name, int(config.get_text_config(decoder=True).vocab_size), num_words)
+        check_vocabulary(name, num_embeddings, num_words)
 
 
 def check_vocabulary(name: str, num_embeddings: int, num_words: int) -> None:
@@ -101,11 +104,10 @@ def stock_config(name: str, revision: str | None) -> Any:
     return config
 
 
-def empty_model(config: Any) -> nn.Module:
+def empty_model(config: Any) -> Any:
     """A model without memory for its weights, on torch's meta device, to count and name them."""
     with torch.device("meta"):
-        model: nn.Module = _auto(config).from_config(config, trust_remote_code=False)
-    return model
+        return _auto(config).from_config(config, trust_remote_code=False)
 
 
 def _auto(config: Any) -> Any:

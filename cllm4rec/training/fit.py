@@ -14,7 +14,17 @@ from torch import Tensor
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import documents_by_bucket, load_token_space
 from cllm4rec.errors import ArtifactError
-from cllm4rec.model.backbone_files import load_backbone, new_backbone, save_backbone, save_reference, verify_backbone
+from cllm4rec.model.adapter import is_adapter
+from cllm4rec.model.backbone_files import (
+    load_backbone,
+    new_backbone,
+    save_adapter,
+    save_adapter_weights,
+    save_backbone,
+    save_copy,
+    save_reference,
+    verify_backbone,
+)
 from cllm4rec.model.saved_model import ModelMetadata, Prompt, save_pretrained
 from cllm4rec.model.stock_backbone import check_stock_backbone, empty_model, stock_config
 from cllm4rec.staleness import settings_digest
@@ -58,7 +68,10 @@ def _inputs(config: Config, stage: str, *kinds: str) -> dict[str, str]:
 
 
 def train_backbone(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
-    """Train the language model on the texts of the training split → `backbone/`. With 0 epochs it is written untrained."""
+    """Train the language model on the texts of the training split → `backbone/`. With 0 epochs it is written untrained.
+
+    Raises ConfigError if `model.id_width` is above the width of the language model.
+    """
     config = _begin(config, "backbone", force)
     inputs, directory = backbone_inputs(config), config.run.backbone
     prompt_tokens, _ = load_token_space(config.run.prepared)
@@ -66,17 +79,19 @@ def train_backbone(config: Config, force: bool, *, trainer: Trainer) -> Manifest
     check_stock_backbone(model, num_words)
     weights = _train(config, "backbone", backbone_phases(config), inputs, trainer)
     with write_directory(directory, kind="backbone", inputs=inputs, config=config.model_dump()) as draft:
-        if not weights and isinstance(model.backbone, str):
-            save_reference(model, draft.uri)
+        trained = {name.removeprefix("backbone."): value for name, value in weights.items()}
+        if isinstance(model.backbone, str) and (config.backbone.adapter or not trained):
+            save = save_copy if model.store_backbone == "copy" else save_reference
+            save(model, draft.uri)
             parameters = empty_model(stock_config(model.backbone, model.revision)).parameters()
         else:
             backbone = new_backbone(model, num_words, config.seed)
             parameters = backbone.parameters()
-            # strict=False: tied heads and buffers are not among the parameters.
-            backbone.load_state_dict(
-                {name.removeprefix("backbone."): value for name, value in weights.items()}, strict=False
-            )
+            # strict=False: tied heads, buffers and matrices of an adapter are not among the parameters.
+            backbone.load_state_dict(trained, strict=False)
             save_backbone(backbone, draft.uri)
+        if config.backbone.adapter:
+            save_adapter(config.backbone.adapter, config.seed, trained, draft.uri)
         draft.counts["parameters"] = sum(weight.numel() for weight in parameters)
         _copy_metrics(config, "backbone", draft.uri)
     files.remove_directory(config.run.unfinished("backbone"))
@@ -91,25 +106,38 @@ def pretrain(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
     with write_directory(start_dir, kind="start", inputs=inputs, config=config.model_dump()) as draft:
         save_tensors(initial, draft.path("tables.safetensors"))
     start = Start(files.absolute(start_dir), "start")
-    tables = initial | _train(config, "pretrain", pretrain_phases(config), inputs, trainer, start)
+    backbone_dir = config.run.backbone
+    weights = initial | _train(config, "pretrain", pretrain_phases(config), inputs, trainer, start, backbone_dir)
     files.remove_directory(start_dir)
-    return _write_model(config, "pretrained", "interactions", tables, inputs, "pretrain")
+    return _write_model(config, "pretrained", "interactions", weights, inputs, "pretrain", backbone_dir)
 
 
 def finetune(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
     """Recommendation-oriented finetuning of the collaborative tables → `model/`, the model that scores and serves.
 
-    Raises ArtifactError if `pretrained/` changes during training.
+    Raises ArtifactError if `pretrained/` has tables of another width, or if it changes during training.
     """
     config = _begin(config, "finetune", force)
     inputs = finetune_inputs(config)
+    _check_pretrained_width(config)
     start = Start(files.absolute(config.run.pretrained), "pretrained")
-    trained = _train(config, "finetune", finetune_phases(config), inputs, trainer, start)
+    # Not backbone/: pretraining may have trained the adapter further.
+    backbone_dir = files.join(config.run.pretrained, "backbone")
+    trained = _train(config, "finetune", finetune_phases(config), inputs, trainer, start, backbone_dir)
     if finetune_inputs(config) != inputs:
         raise ArtifactError(f"{start.directory} changed during finetuning; run the same command again")
-    tables = start.tables() | trained
+    weights = start.tables() | trained
     prompt: Prompt = "recommendation" if config.finetune.epochs else "interactions"
-    return _write_model(config, "model", prompt, tables, inputs, "finetune")
+    return _write_model(config, "model", prompt, weights, inputs, "finetune", backbone_dir)
+
+
+def _check_pretrained_width(config: Config) -> None:
+    found, wanted = ModelMetadata.load(config.run.pretrained).id_width, config.model.id_width
+    if found != wanted:
+        raise ArtifactError(
+            f"{config.run.pretrained} was trained with model.id_width {found or 'null'}, but the config has "
+            f"{wanted or 'null'}; run the pretrain stage with this config first"
+        )
 
 
 def _begin(config: Config, stage: str, force: bool) -> Config:
@@ -126,23 +154,25 @@ def _train(
     inputs: dict[str, str],
     trainer: Trainer,
     start: Start | None = None,
+    backbone_dir: str | None = None,
 ) -> dict[str, Tensor]:
+    """backbone_dir: the frozen backbone. None: the untrained one that the config describes."""
     if not any(phase.epochs for phase in phases):
         return {}
-    backbone_dir, is_frozen = config.run.backbone, stage != "backbone"
-    if is_frozen:
-        verify_backbone(backbone_dir)
+    if backbone_dir is not None:
+        verify_backbone(config.run.backbone, backbone_dir)
     job = TrainJob(
         config=config,
         phases=phases,
         prepared_dir=files.absolute(config.run.prepared),
-        backbone_dir=files.absolute(backbone_dir) if is_frozen else None,
+        backbone_dir=None if backbone_dir is None else files.absolute(backbone_dir),
+        trains_adapter=config.backbone.trains_adapter(stage),
         start=start,
         fingerprint=digest_of(inputs),
     )
     weights = trainer(job, config.run.unfinished(stage))
-    if is_frozen:
-        verify_backbone(backbone_dir)
+    if backbone_dir is not None:
+        verify_backbone(config.run.backbone, config.run.backbone)
     return weights
 
 
@@ -155,8 +185,17 @@ def _initial_tables(config: Config) -> dict[str, Tensor]:
 
 
 def _write_model(
-    config: Config, kind: str, prompt: Prompt, tables: dict[str, Tensor], inputs: dict[str, str], stage: str
+    config: Config,
+    kind: str,
+    prompt: Prompt,
+    weights: dict[str, Tensor],
+    inputs: dict[str, str],
+    stage: str,
+    backbone_dir: str,
 ) -> Manifest:
+    """weights: the tables and the dense parameters beside them, and the matrices of an adapter if it was trained."""
+    tables = {name: weight for name, weight in weights.items() if not is_adapter(name)}
+    adapter = {name.removeprefix("backbone."): weight for name, weight in weights.items() if is_adapter(name)}
     prepared_dir, directory = config.run.prepared, config.run.directory(kind)
     prompt_tokens, token_space = load_token_space(prepared_dir)
     metadata = ModelMetadata(
@@ -168,9 +207,11 @@ def _write_model(
         prompt=prompt,
         bf16=config.training.bf16,
         temperature=config.model.temperature,
+        id_width=config.model.id_width,
     )
     with write_directory(directory, kind=kind, inputs=inputs, config=config.model_dump()) as draft:
-        save_pretrained(draft, tables, metadata, prepared_dir=prepared_dir, backbone_dir=config.run.backbone)
+        save_pretrained(draft, tables, metadata, prepared_dir=prepared_dir, backbone_dir=backbone_dir)
+        save_adapter_weights(adapter, draft.path("backbone"))
         _copy_metrics(config, stage, draft.uri)
     files.remove_directory(config.run.unfinished(stage))
     return read_manifest(directory, kind)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import load_token_space
+from cllm4rec.model.adapter import add_adapter
 from cllm4rec.model.backbone_files import load_backbone, new_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
 from cllm4rec.model.precision import precision_on
@@ -31,7 +32,7 @@ class Start:
     kind: str
 
     def tables(self) -> dict[str, Tensor]:
-        """The four tables by name. Raises ArtifactError if the directory is damaged."""
+        """The four tables and the dense parameters beside them, by name. Raises ArtifactError if the directory is damaged."""
         return load_tables(self.directory, self.kind)
 
 
@@ -40,6 +41,7 @@ class TrainJob:
     """Everything that a worker needs. Paths are absolute.
 
     backbone_dir: None for the untrained backbone that the config describes.
+    trains_adapter: whether the adapter of the backbone is trained, or merged with its weights.
     start: None to start from new tables.
     fingerprint: the digest of all inputs. A checkpoint with another fingerprint is not resumed.
     """
@@ -50,6 +52,7 @@ class TrainJob:
     backbone_dir: str | None
     start: Start | None
     fingerprint: str
+    trains_adapter: bool = False
 
     def make_model(self, device: torch.device) -> CLLM4Rec:
         """The model before the first phase."""
@@ -57,9 +60,12 @@ class TrainJob:
         config = self.config
         if self.backbone_dir is None:
             backbone = new_backbone(config.model, prompt_tokens.num_words, config.seed)
+            if self.trains_adapter and config.backbone.adapter is not None:
+                add_adapter(backbone, config.backbone.adapter, config.seed)
         else:
             precision = precision_on(device, config.training.bf16)
-            backbone = load_backbone(self.backbone_dir, config.model.max_tokens, precision, str(device))
+            merge = not self.trains_adapter
+            backbone = load_backbone(self.backbone_dir, config.model.max_tokens, precision, str(device), merge)
         model = new_model(config.model, backbone, token_space, config.seed)
         if self.start is not None:
             load_parameters(model, self.start.tables())

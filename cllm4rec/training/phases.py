@@ -20,7 +20,8 @@ CONTENT = ("content_users", "content_items")
 class Phase:
     """A part of training with its own optimizer.
 
-    trained: the parameters that are trained: names of tables, or `backbone`.
+    trained: the parameters that are trained: names of tables, `backbone`, or `adapter` for its LoRA adapter. The dense
+    parameters that serve these tables are trained with them (`CLLM4Rec.train_only`).
     reads: the documents of an epoch. `plain_texts` are texts whose prompts have no IDs.
     validate: the prompt that ranks the validation items after each epoch, or None for no validation. With validation, the
     best epoch is kept, and `patience` epochs without a better one end the phase. Without it, the last epoch is kept.
@@ -61,8 +62,12 @@ class Phase:
         sources = {name: self._source(name, builder, documents, epoch) for name in self.reads}
         if not self.alternate:
             return [(builder.iter_documents(documents, list(sources.values()), epoch), self.trained)]
+        adapter = tuple(name for name in self.trained if name == "adapter")
         return [
-            (builder.iter_documents(documents, [source], epoch), CONTENT if name == "texts" else COLLABORATIVE)
+            (
+                builder.iter_documents(documents, [source], epoch),
+                (CONTENT if name == "texts" else COLLABORATIVE) + adapter,
+            )
             for name, source in sources.items()
         ]
 
@@ -86,9 +91,15 @@ class Phase:
 
 
 def backbone_phases(config: Config) -> list[Phase]:
-    """The language model, trained on the texts of the training split without IDs."""
+    """The language model or its adapter, trained on the texts of the training split without IDs."""
     phase = config.backbone
-    return [Phase("backbone", ("backbone",), ("plain_texts",), phase.epochs, phase.learning_rate)]
+    trained = "backbone" if phase.adapter is None else "adapter"
+    epochs = phase.epochs if phase.adapter is None or phase.trains_adapter("backbone") else 0
+    return [Phase("backbone", (trained,), ("plain_texts",), epochs, phase.learning_rate)]
+
+
+def _adapter(config: Config, stage: str) -> tuple[str, ...]:
+    return ("adapter",) if config.backbone.trains_adapter(stage) else ()
 
 
 def pretrain_phases(config: Config) -> list[Phase]:
@@ -105,7 +116,7 @@ def pretrain_phases(config: Config) -> list[Phase]:
         ),
         Phase(
             "pretrain",
-            COLLABORATIVE + CONTENT,
+            COLLABORATIVE + CONTENT + _adapter(config, "pretrain"),
             ("interactions", "texts"),
             fixed(phase.epochs),
             phase.learning_rate,
@@ -127,7 +138,7 @@ def finetune_phases(config: Config) -> list[Phase]:
     return [
         Phase(
             "finetune",
-            COLLABORATIVE,
+            COLLABORATIVE + _adapter(config, "finetune"),
             ("recommendations",),
             fixed(phase.epochs),
             phase.learning_rate,

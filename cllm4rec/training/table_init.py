@@ -29,11 +29,14 @@ from cllm4rec.typing import Float32Array
 def initial_tables(
     config: Config, backbone: Backbone, token_space: TokenSpace, read: Callable[[], Iterable[Documents]]
 ) -> dict[str, Tensor]:
-    """The tables before training, as `model.table_init` says. read: returns the training documents in parts."""
+    """The tables and the dense parameters beside them before training, as `model.table_init` says.
+
+    read: returns the training documents in parts.
+    """
     model = new_model(config.model, backbone, token_space, config.seed)
     if config.model.table_init == "texts":
         init_items_from_texts(model, read(), config.seed)
-    return {name: table.data for name, table in model.tables().items()}
+    return {name: weight.data for name, weight in model.own_parameters().items()}
 
 
 def init_items_from_texts(model: CLLM4Rec, parts: Iterable[Documents], seed: int) -> None:

@@ -3,32 +3,34 @@
 import numpy as np
 import pytest
 import torch
-from support.parity import ARCHITECTURES, MAX_TOKENS, all_kinds, parity
+from support.parity import ARCHITECTURES, MAX_TOKENS, NARROW, all_kinds, parity
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.config import BackboneSize
+from cllm4rec.config import BackboneSize, ModelConfig
 from cllm4rec.data.documents import Documents
+from cllm4rec.errors import ArtifactError, ConfigError
 from cllm4rec.model.backbone_files import load_backbone, new_backbone, save_backbone, save_reference
 from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.built_backbone import build_backbone
-from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
+from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec, new_model
 from cllm4rec.model.ranker import Ranker
-from cllm4rec.model.stock_backbone import pretrained_backbone
+from cllm4rec.model.stock_backbone import check_stock_backbone, pretrained_backbone
 from cllm4rec.training.loop import packer_for
 from cllm4rec.training.phases import CONTENT
 
 CPU = torch.device("cpu")
+WITH_WIDTHS = [*((name, None) for name in ARCHITECTURES), *((name, NARROW) for name in ARCHITECTURES)]
 
 
 def documents() -> Documents:
     return all_kinds().take(np.arange(120))
 
 
-def model_of(architecture: str) -> CLLM4Rec:
-    model = parity().make_model(architecture)
+def model_of(architecture: str, id_width: int | None = None) -> CLLM4Rec:
+    model = parity().make_model(architecture, id_width)
     with torch.no_grad():
-        for number, table in enumerate(model.tables().values()):
+        for number, table in enumerate(model.own_parameters().values()):
             table += 0.05 * torch.randn(table.shape, generator=torch.Generator().manual_seed(number))
     model.train_only(TABLES.values())
     return model
@@ -43,17 +45,18 @@ def total_and_gradients(model: CLLM4Rec, parts: list[Documents], micro_batch_tok
             loss = model(batch_to_device(batch, CPU), 0.7).total
             loss.backward()
             total += loss.item()
-    return total, {name: table.grad.clone() for name, table in model.tables().items()}
+    return total, {name: weight.grad.clone() for name, weight in model.own_parameters().items()}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_rows_equal_one_document_at_a_time(architecture):
-    model, sample = model_of(architecture), documents()
+@pytest.mark.parametrize(("architecture", "id_width"), WITH_WIDTHS)
+def test_packed_rows_equal_one_document_at_a_time(architecture, id_width):
+    model, sample = model_of(architecture, id_width), documents()
     packed, packed_gradients = total_and_gradients(model, [sample])
     single, single_gradients = total_and_gradients(
         model, [sample.take(np.array([number])) for number in range(len(sample))], MAX_TOKENS
     )
     assert packed == pytest.approx(single, rel=1e-5)
+    assert len(packed_gradients) == (6 if id_width else 4)
     for name, gradient in packed_gradients.items():
         scale = gradient.abs().max().item()
         assert torch.allclose(gradient / scale, single_gradients[name] / scale, atol=1e-5), name
@@ -69,19 +72,19 @@ def test_one_pass_over_all_kinds_equals_a_pass_for_each_kind(architecture):
     assert joint == pytest.approx(separate, rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_only_trained_parameters_get_a_gradient(architecture):
-    model = model_of(architecture)
+@pytest.mark.parametrize(("architecture", "id_width"), WITH_WIDTHS)
+def test_only_trained_parameters_get_a_gradient(architecture, id_width):
+    model = model_of(architecture, id_width)
     model.train_only(CONTENT)
     packer = packer_for(model.backbone, model.token_space, 8 * MAX_TOKENS, MAX_TOKENS)
     model(batch_to_device(next(iter(packer.batches([documents()]))), CPU), 1.0).total.backward()
     has_gradient = {name for name, weight in model.named_parameters() if weight.grad is not None}
-    assert has_gradient == set(CONTENT)
+    assert has_gradient == {*CONTENT, *(["input_projection"] if id_width else [])}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_bf16_stays_near_float32(architecture):
-    model, sample = model_of(architecture), documents()
+@pytest.mark.parametrize(("architecture", "id_width"), WITH_WIDTHS)
+def test_bf16_stays_near_float32(architecture, id_width):
+    model, sample = model_of(architecture, id_width), documents()
     exact, _ = total_and_gradients(model, [sample])
     model.compute_in(torch.bfloat16)
     rounded, gradients = total_and_gradients(model, [sample])
@@ -121,6 +124,54 @@ def test_the_loss_of_interactions_equals_a_plain_run_of_the_backbone(temperature
     assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_projections_have_the_loss_and_gradients_of_a_plain_model():
+    """Eq. 7 with narrow tables, dense and in float64: embeddings are rows times P, logits (Q h) times the table."""
+    model = model_of("gpt2", NARROW)
+    model.temperature = 2.0
+    model.backbone.unknown_K.fill_(0.3)  # may not be added to the embedding of a known user or item
+    document = parity().prompts.interactions(parity().token_space, np.array([3]), Ragged.from_lists([[1, 5, 7]]))
+    found, gradients = total_and_gradients(model, [document])
+    plain = {name: weight.detach().double().requires_grad_() for name, weight in model.own_parameters().items()}
+    words = model.backbone.word_embeddings[torch.tensor(document.prompt[0][1:].astype(int))].detach().double()
+    users, items = plain["collaborative_users"], plain["collaborative_items"]
+    into = plain["input_projection"].T
+    embeddings = torch.cat([users[3:4] @ into, words, items[[1, 5]] @ into])
+    hidden = model.backbone.model.double().transformer(inputs_embeds=embeddings[None]).last_hidden_state[0]
+    log_p = torch.log_softmax(hidden[-3:] @ plain["query_projection"].T @ items.T / 2.0, dim=1)
+    penalty = (users[3] - plain["content_users"][3]).square().sum()
+    penalty = penalty + (items[[1, 5, 7]] - plain["content_items"][[1, 5, 7]]).square().sum()
+    expected = -(log_p[0, 1] + log_p[1, 5] + log_p[2, 7]) + 0.35 * penalty
+    expected.backward()
+    assert found == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in gradients.items():
+        scale = plain[name].grad.abs().max()
+        assert scale > 1e-3, name
+        assert (gradient - plain[name].grad).abs().max() < 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("id_width", [8, 32])
+def test_narrow_rows_start_with_the_length_and_the_logits_of_a_tied_head(id_width):
+    wide, narrow = parity().make_model(), parity().make_model(id_width=id_width)
+    read = narrow.content_items @ narrow.input_projection.T
+    assert narrow.content_items.shape == (20, id_width)
+    assert torch.allclose(read.norm(dim=1), narrow.content_items.norm(dim=1), rtol=1e-5)
+    length = narrow.content_items.square().sum(dim=1).mean() / wide.content_items.square().sum(dim=1).mean()
+    assert 0.7 < length < 1.4
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(narrow.queries(hidden) @ narrow.collaborative_items.T, hidden @ read.T, atol=1e-5)
+
+
+def test_tables_wider_than_a_pretrained_model_are_refused_before_anything_starts(shared_dir):
+    folder = str(shared_dir / "weights" / "stories260k_llama")
+    config = ModelConfig(backbone=folder, max_tokens=128, id_width=65)
+    sentence = r"id_width 65 is above the width 64 of the language model; use 64 or less, or null"
+    with pytest.raises(ConfigError, match=sentence):
+        check_stock_backbone(config)
+    with pytest.raises(ConfigError, match=sentence):
+        new_model(config, pretrained_backbone(folder, None, 128), parity().token_space, 0)
+    check_stock_backbone(config.model_copy(update={"id_width": 64}))
+
+
 @pytest.mark.parametrize("final_norm", [False, True])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "t5"])
 def test_without_the_final_norm_similar_items_give_a_longer_hidden_state(architecture, final_norm, tmp_path):
@@ -153,9 +204,6 @@ def test_a_saved_backbone_loads_with_the_same_bytes(architecture, tmp_path):
 
 def test_a_pretrained_llama_loads_by_reference_and_is_refused_when_its_bytes_change(shared_dir, tmp_path):
     import shutil
-
-    from cllm4rec.config import ModelConfig
-    from cllm4rec.errors import ArtifactError
 
     stock, written = tmp_path / "stock", tmp_path / "written"
     shutil.copytree(shared_dir / "weights" / "stories260k_llama", stock)
@@ -193,8 +241,6 @@ def test_a_pretrained_llama_predicts_stories_better_than_chance(shared_dir):
 
 
 def test_a_missing_backbone_is_named_in_the_error():
-    from cllm4rec.errors import ConfigError
-
     with pytest.raises(ConfigError, match="cannot be loaded"):
         pretrained_backbone("no/such/folder/at-all", None, 64)
 

@@ -15,6 +15,9 @@ from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.prepared import load_histories
 from cllm4rec.errors import ArtifactError
+from cllm4rec.model.backbone_files import load_backbone
+from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
+from cllm4rec.model.ranker import Ranker
 from cllm4rec.model.saved_model import SavedModel, load_tables
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.storage import files
@@ -65,6 +68,43 @@ def test_a_model_comes_back_with_its_tables_and_catalog(written):
     )
     assert Scorer.load(str(written)).model_version == read_manifest(str(written), "model").digest[:12]
     assert set(load_tables(str(written), "model")) == set(tables)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("narrow")
+    return Path(write_random_model(folder, write_prepared(folder / "prepared"), seed=0, id_width=8))
+
+
+def test_a_model_with_narrow_tables_comes_back_with_the_same_lists(narrow):
+    """Compared with a model made here, whose seeds are those of the written one."""
+    stored = SavedModel.from_pretrained(str(narrow))
+    assert stored.ranker.model.collaborative_users.shape == (40, 8)
+    backbone = load_backbone(str(narrow / "backbone"), 64)
+    made = CLLM4Rec(backbone, stored.ranker.token_space, std=1.0, id_width=8).eval()
+    made.train_only(())
+    made.compute_in(torch.float32)
+    query = (np.arange(40), training_items(narrow), 7)
+    expected = Scorer(Ranker(made, stored.prompt_tokens.prompts, 64), stored.catalog, "").top_k(*query)
+    found = Scorer.load(str(narrow)).top_k(*query)
+    assert all(np.array_equal(here, there) for here, there in zip(found, expected, strict=True))
+    assert len(np.unique(found[0][:, 0])) > 1
+
+
+@pytest.mark.parametrize("name", ["input_projection", "query_projection"])
+def test_a_model_without_its_projections_is_refused(narrow, tmp_path, name):
+    model = Path(shutil.copytree(narrow, tmp_path / "model"))
+    tables = load_file(model / "tables.safetensors")
+    del tables[name]
+    save_file(tables, model / "tables.safetensors")
+    seal(model)
+    with pytest.raises(ArtifactError, match=rf"no {name} of shape"):
+        SavedModel.from_pretrained(str(model))
+
+
+def test_a_model_without_projections_has_the_files_of_earlier_versions(written):
+    assert "id_width" not in json.loads((written / "model.json").read_text())
+    assert sorted(load_file(written / "tables.safetensors")) == sorted(TABLES.values())
 
 
 def test_the_temperature_of_training_divides_the_scores(written, model):

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from support.parity import ARCHITECTURES, MAX_TOKENS, parity, recall_at_1, scorer, trained
+from support.parity import ARCHITECTURES, MAX_TOKENS, NARROW, parity, recall_at_1, scorer, trained
 
 from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged
@@ -26,9 +26,9 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-def changed(change, architecture="gpt2"):
+def changed(change, architecture="gpt2", id_width=None):
     """A scorer around a copy of the trained model."""
-    ranker = trained(architecture)
+    ranker = trained(architecture, id_width)
     model = copy.deepcopy(ranker.model)
     with torch.no_grad():
         change(model)
@@ -50,9 +50,10 @@ def one_by_one(asked, users, histories, k, **options):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("id_width", [None, NARROW])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_answer_is_bit_for_bit_the_same_alone_and_in_any_company(architecture, precision):
-    asked = changed(lambda model: model.compute_in(getattr(torch, precision)), architecture)
+def test_an_answer_is_bit_for_bit_the_same_alone_and_in_any_company(architecture, id_width, precision):
+    asked = changed(lambda model: model.compute_in(getattr(torch, precision)), architecture, id_width)
     # Histories of every length, users known and not, so that the batch has rows of many shapes.
     cut = np.arange(len(USERS)) % 9
     histories = KNOWN.where(KNOWN.places < np.repeat(9 - cut, KNOWN.lengths))

@@ -39,7 +39,12 @@ def write_prepared(
 
 
 def write_random_model(
-    folder: Path, prepared_dir: str, seed: int, world: ParityWorld | None = None, bf16: bool = False
+    folder: Path,
+    prepared_dir: str,
+    seed: int,
+    world: ParityWorld | None = None,
+    bf16: bool = False,
+    id_width: int | None = None,
 ) -> str:
     """A model nobody trained: what it answers is arbitrary, but the same wherever it is asked."""
     world = world or parity_world()
@@ -47,12 +52,19 @@ def write_random_model(
     with write_directory(str(folder / "backbone"), kind="backbone", inputs={}, config={}) as draft:
         save_backbone(backbone, draft.uri)
     torch.manual_seed(seed)
-    model = CLLM4Rec(backbone, world.catalog.token_space(NUM_WORDS), std=1.0)
+    model = CLLM4Rec(backbone, world.catalog.token_space(NUM_WORDS), std=1.0, id_width=id_width)
     facts = ModelMetadata(
-        NUM_WORDS, world.num_users, world.num_items, WIDTH, MAX_TOKENS, prompt="recommendation", bf16=bf16
+        NUM_WORDS,
+        world.num_users,
+        world.num_items,
+        model.id_width,
+        MAX_TOKENS,
+        prompt="recommendation",
+        bf16=bf16,
+        id_width=id_width,
     )
     inputs = {"prepared": read_manifest(prepared_dir, "prepared").digest}
     with write_directory(str(folder / "model"), kind="model", inputs=inputs, config={}) as draft:
-        tables = {name: table.data for name, table in model.tables().items()}
+        tables = {name: weight.data for name, weight in model.own_parameters().items()}
         save_pretrained(draft, tables, facts, prepared_dir=prepared_dir, backbone_dir=str(folder / "backbone"))
     return str(folder / "model")

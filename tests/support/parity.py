@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from cllm4rec.arrays.ids import TokenSpace
@@ -29,6 +30,8 @@ from cllm4rec.training.phases import COLLABORATIVE, CONTENT, Phase
 
 ARCHITECTURES = ("gpt2", "llama", "t5")
 MAX_TOKENS = 48
+NARROW = 8
+"""An `id_width` of a quarter of the width of the language model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,13 +41,12 @@ class Parity:
     token_space: TokenSpace
     documents: Documents
 
-    def make_model(self, architecture: str = "gpt2") -> CLLM4Rec:
+    def make_model(self, architecture: str = "gpt2", id_width: int | None = None) -> CLLM4Rec:
         size = BackboneSize(architecture=architecture, layers=2, width=32, heads=4, vocab_size=257)  # type: ignore[arg-type]
         # A random backbone passes little of a history on: rows that start small are outgrown by what they learn.
         std = 0.3 if architecture == "t5" else 0.1
-        return CLLM4Rec(
-            build_backbone(size, self.token_space.num_words, 2 * MAX_TOKENS, seed=0), self.token_space, std=std
-        )
+        backbone = build_backbone(size, self.token_space.num_words, 2 * MAX_TOKENS, seed=0)
+        return CLLM4Rec(backbone, self.token_space, std=std, id_width=id_width)
 
     def shard(self) -> Shard:
         return Shard(self.documents, Validation(self.world.histories))
@@ -73,6 +75,16 @@ def parity() -> Parity:
         ]
     )
     return Parity(world, prompts, token_space, documents.in_order())
+
+
+def parity_frames() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The parity world as tables of interactions with reviews, and of items with texts."""
+    world = parity_world()
+    user, item, text = world.reviews()
+    catalog = world.catalog
+    interactions = pd.DataFrame({"user": catalog.user_ids[user], "item": catalog.item_ids[item], "text": text})
+    items = pd.DataFrame({"item": catalog.item_ids, "text": catalog.item_texts})
+    return interactions, items
 
 
 def all_kinds(user_dropout: float = 0.3) -> Documents:
@@ -116,14 +128,19 @@ def phases(epochs: int = 20) -> list[Phase]:
 
 
 @cache
-def trained(architecture: str = "gpt2") -> Ranker:
+def trained(architecture: str = "gpt2", id_width: int | None = None) -> Ranker:
     """A ranker trained through all stages, on one thread so that it is the same everywhere."""
     world = parity()
     torch.set_num_threads(1)
     weights = loop.train(
-        lambda: world.make_model(architecture), world.prompts, phases(), world.shard(), settings(), log=lambda _: None
+        lambda: world.make_model(architecture, id_width),
+        world.prompts,
+        phases(),
+        world.shard(),
+        settings(),
+        log=lambda _: None,
     )
-    model = world.make_model(architecture)
+    model = world.make_model(architecture, id_width)
     load_parameters(model, weights)
     return Ranker(model.eval(), world.prompts, MAX_TOKENS)
 
@@ -140,13 +157,13 @@ def recall_at_1(ranker: Ranker, users: np.ndarray[Any, Any] | None = None) -> fl
     return float((items[:, 0] == histories.test.values).mean())
 
 
-def train(some_stages, shard=None, **changes):
+def train(some_stages, shard=None, id_width=None, **changes):
     """Weights and log of a run on one thread."""
     torch.set_num_threads(1)
     world, log = parity(), []
     options = {name: changes.pop(name) for name in ("save", "resumed") if name in changes}
     weights = loop.train(
-        world.make_model,
+        lambda: world.make_model(id_width=id_width),
         world.prompts,
         some_stages,
         shard or world.shard(),

@@ -1,4 +1,4 @@
-"""Training stages without a cluster: their inputs may not change during a run."""
+"""Training stages without a cluster: their inputs fit the config and may not change during a run."""
 
 import shutil
 
@@ -33,3 +33,13 @@ def test_finetuning_fails_if_the_pretrained_tables_change_during_the_run(tmp_pat
     with pytest.raises(ArtifactError, match=r"pretrained changed during finetuning; run the same command again"):
         finetune(config, force=False, trainer=trainer)
     assert not files.exists(config.run.model)
+
+
+def test_finetuning_refuses_pretrained_tables_of_another_width(tmp_path):
+    config = make_config(tmp_path)
+    write_prepared(tmp_path / "prepared")
+    write_pretrained(config, write_random_model(tmp_path, config.run.prepared, seed=0, id_width=8))
+    with pytest.raises(
+        ArtifactError, match=r"trained with model.id_width 8, but the config has null; run the pretrain"
+    ):
+        finetune(config, force=False, trainer=lambda job, run_dir: {})

@@ -5,12 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from support.parity import ARCHITECTURES, parity, phases, recall_at_1, settings, train, trained
+from support.parity import ARCHITECTURES, NARROW, parity, phases, recall_at_1, settings, train, trained
 
 from cllm4rec.data.documents import Documents
 from cllm4rec.errors import ArtifactError, TrainingError
 from cllm4rec.metrics.protocol import Validation
-from cllm4rec.model.cllm4rec import TABLES
+from cllm4rec.model.cllm4rec import DENSE, TABLES
 from cllm4rec.model.ranker import Ranker
 from cllm4rec.training import loop
 from cllm4rec.training.checkpoints import Checkpoint, Progress, newest_valid, read_checkpoint, write_checkpoint
@@ -36,9 +36,18 @@ def test_hidden_items_are_found_from_the_history_alone(architecture):
     assert recall_at_1(trained(architecture), users=np.full(40, -1)) == 1.0
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_narrow_tables_find_every_hidden_item_too(architecture):
+    ranker = trained(architecture, NARROW)
+    untrained = Ranker(parity().make_model(architecture, NARROW), parity().prompts, ranker.max_tokens)
+    assert recall_at_1(untrained) < 0.5
+    assert recall_at_1(ranker) == recall_at_1(ranker, users=np.full(40, -1)) == 1.0
+
+
+@pytest.mark.parametrize("id_width", [None, NARROW])
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
-def test_resumed_run_matches_uninterrupted_run(stop_after, tmp_path):
-    whole, _ = train(phases(epochs=3))
+def test_resumed_run_matches_uninterrupted_run(stop_after, id_width, tmp_path):
+    whole, _ = train(phases(epochs=3), id_width=id_width)
     seen: list[Checkpoint] = []
 
     class KilledError(Exception):
@@ -51,10 +60,10 @@ def test_resumed_run_matches_uninterrupted_run(stop_after, tmp_path):
             raise KilledError
 
     with pytest.raises(KilledError):
-        train(phases(epochs=3), save=save)
-    resumed, log = train(phases(epochs=3), resumed=read_checkpoint(tmp_path, "this run"))
+        train(phases(epochs=3), save=save, id_width=id_width)
+    resumed, log = train(phases(epochs=3), resumed=read_checkpoint(tmp_path, "this run"), id_width=id_width)
     assert sum(entry["event"] == "epoch" for entry in log) == 6 - stop_after
-    assert set(resumed) == set(whole)
+    assert set(resumed) == set(whole) == set(parity().make_model(id_width=id_width).own_parameters())
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
 
@@ -91,6 +100,23 @@ def test_warmup_moves_content_tables_only_and_finetuning_collaborative_ones_only
     assert set(tuned) == set(COLLABORATIVE)
 
 
+@pytest.mark.parametrize(
+    ("phase", "trained_too"),
+    [
+        (phases()[0], {"input_projection"}),
+        (phases()[1], {"input_projection", "query_projection"}),
+        (phases()[2], {"input_projection", "query_projection"}),
+        (Phase("backbone", ("backbone",), ("plain_texts",), 1, 1e-2), set()),
+    ],
+)
+def test_projections_are_trained_with_the_tables_that_they_serve(phase, trained_too):
+    before = parity().make_model(id_width=NARROW)
+    weights, _ = train([dataclasses.replace(phase, epochs=1)], id_width=NARROW)
+    assert set(weights) & set(DENSE) == trained_too
+    for name in trained_too:
+        assert (weights[name] - getattr(before, name)).abs().max() > 1e-3
+
+
 def test_pretraining_starts_the_collaborative_tables_at_the_warmed_content():
     almost_no_training = dataclasses.replace(phases()[1], learning_rate=1e-12, epochs=1)
     weights, _ = train([phases()[0], almost_no_training])
@@ -125,13 +151,14 @@ def test_the_backbone_stage_trains_the_backbone_and_nothing_else(architecture):
     assert not set(weights) & set(TABLES.values())
 
 
-def test_alternating_steps_train_one_side_at_a_time():
+@pytest.mark.parametrize("id_width", [None, NARROW])
+def test_alternating_steps_train_one_side_at_a_time(id_width):
     """The first step reads only interactions, so it changes neither z^c nor the moments of z^c."""
     phase = dataclasses.replace(phases()[1], alternate=True, epochs=1, collaborative_from_content=False)
-    alternating, log = train([phase])
+    alternating, log = train([phase], id_width=id_width)
     kinds = [entry["words"] > 0 for entry in log if entry["event"] == "step"]
     assert kinds[:4] == [False, True, False, True]
-    joint, _ = train([dataclasses.replace(phase, alternate=False)])
+    joint, _ = train([dataclasses.replace(phase, alternate=False)], id_width=id_width)
     assert not torch.equal(alternating["content_items"], joint["content_items"])
 
 
@@ -188,17 +215,16 @@ def max_difference(left, right):
     return max((left[name] - right[name]).abs().max().item() for name in left)
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_row_wise_steps_end_at_the_same_tables_as_dense_steps(accumulation):
+@pytest.mark.parametrize(("accumulation", "id_width"), [(1, None), (3, None), (3, NARROW)])
+def test_row_wise_steps_end_at_the_same_tables_as_dense_steps(accumulation, id_width):
     """Pretraining reads every user in each epoch, but not in each step."""
     phase = dataclasses.replace(phases()[1], validate=None)
-    by_row, log = train([phase], accumulation=accumulation)
-    whole, _ = train([phase], accumulation=accumulation, **WHOLE_TABLES)
+    by_row, log = train([phase], accumulation=accumulation, id_width=id_width)
+    whole, _ = train([phase], accumulation=accumulation, id_width=id_width, **WHOLE_TABLES)
     assert sum(entry["event"] == "step" for entry in log) > 5
     assert max_difference(by_row, whole) < 1e-5
-    assert (
-        max_difference(by_row, {name: table.detach() for name, table in parity().make_model().tables().items()}) > 0.05
-    )
+    before = parity().make_model(id_width=id_width).own_parameters()
+    assert max_difference(by_row, {name: weight.detach() for name, weight in before.items()}) > 0.05
 
 
 def test_validation_ranks_with_rows_that_took_all_steps():

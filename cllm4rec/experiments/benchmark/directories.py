@@ -14,7 +14,7 @@ from cllm4rec.config import ModelConfig
 from cllm4rec.data.documents import Prompts
 from cllm4rec.data.prepared import PromptTokens, bucket_name, bucket_of, num_buckets
 from cllm4rec.model.backbone_files import new_backbone, save_backbone
-from cllm4rec.model.cllm4rec import CLLM4Rec
+from cllm4rec.model.cllm4rec import new_model
 from cllm4rec.model.saved_model import ModelMetadata, save_pretrained
 from cllm4rec.storage import files
 from cllm4rec.storage.artifacts import read_manifest, write_directory
@@ -65,13 +65,19 @@ def write_random_model(output_dir: str, model: ModelConfig, bf16: bool, seed: in
     backbone = new_backbone(model, prompt_tokens.num_words, seed)
     with write_directory(backbone_dir, kind="backbone", inputs={}, config={}) as draft:
         save_backbone(backbone, draft.uri)
-    tables = {
-        name: table.data
-        for name, table in CLLM4Rec(backbone, catalog.token_space(prompt_tokens.num_words)).tables().items()
-    }
+    untrained = new_model(model, backbone, catalog.token_space(prompt_tokens.num_words), seed)
+    tables = {name: weight.data for name, weight in untrained.own_parameters().items()}
     metadata = ModelMetadata(
-        prompt_tokens.num_words, catalog.num_users, catalog.num_items, backbone.width, model.max_tokens, "recommendation", bf16
-    )  # fmt: skip
+        num_words=prompt_tokens.num_words,
+        num_users=catalog.num_users,
+        num_items=catalog.num_items,
+        width=untrained.id_width,
+        max_tokens=model.max_tokens,
+        prompt="recommendation",
+        bf16=bf16,
+        temperature=model.temperature,
+        id_width=model.id_width,
+    )
     inputs = {"prepared": read_manifest(prepared_dir, "prepared").digest}
     with write_directory(model_dir, kind="model", inputs=inputs, config={}) as draft:
         save_pretrained(draft, tables, metadata, prepared_dir=prepared_dir, backbone_dir=backbone_dir)

@@ -43,7 +43,7 @@ def backbone_directory(config: Config) -> str:
 
 def _backbone_settings(config: Config) -> dict[str, Any]:
     return {
-        "model": config.model.model_dump(exclude={"table_std", "table_init", "temperature"}),
+        "model": config.model.model_dump(exclude={"table_std", "table_init", "temperature", "id_width"}),
         "stage": config.backbone.model_dump(),
         "training": settings_digest(single_process(config), "backbone"),
     }

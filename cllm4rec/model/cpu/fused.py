@@ -61,8 +61,8 @@ class FrozenLinear(nn.Module):
 
     @classmethod
     def from_layer(cls, layer: nn.Module) -> FrozenLinear | None:
-        """A replacement that shares the weights of a layer, or None if the layer is not linear."""
-        if not isinstance(layer, nn.Linear | Conv1D):
+        """A replacement that shares the weights of a layer, or None if the layer is not linear or is trained."""
+        if not isinstance(layer, nn.Linear | Conv1D) or layer.weight.requires_grad:
             return None
         parameters = dict(layer.named_parameters(recurse=False))
         return cls(parameters["weight"], parameters.get("bias"), is_transposed=isinstance(layer, nn.Linear))
@@ -106,11 +106,15 @@ class FrozenGPT2Layer(GPT2Block):  # type: ignore[misc]
 
     @classmethod
     def from_layer(cls, layer: nn.Module) -> FrozenGPT2Layer | None:
-        """A replacement that shares the submodules of a layer, or None if it is not a decoder-only GPT-2 layer."""
+        """A replacement that shares the submodules of a layer, or None if it is not a frozen, decoder-only GPT-2 layer."""
         if type(layer) is not GPT2Block or hasattr(layer, "crossattention"):
             return None
-        mlp: Any = layer.mlp
-        return cls(layer) if isinstance(mlp.act, nn.GELU) else None
+        attention_: Any
+        mlp: Any
+        attention_, mlp = layer.attn, layer.mlp
+        products = (attention_.c_attn, attention_.c_proj, mlp.c_fc, mlp.c_proj)
+        is_frozen = all(isinstance(product, FrozenLinear) for product in products)
+        return cls(layer) if is_frozen and isinstance(mlp.act, nn.GELU) else None
 
     def forward(self, hidden_states: Tensor, *args: Any, layout: Any = None, **kwargs: Any) -> Tensor:
         """layout: the `DocumentLayout` of the grid. Without it, transformers' own implementation runs."""
