@@ -42,7 +42,7 @@ def add_verbs(add: AddVerb) -> None:
     export = add("export", "write the lists to one file; CSV has one row per recommended item")
     export.add_argument("--format", choices=table_export.FORMATS, required=True)
     export.add_argument("--to", required=True, metavar="FILE", help="a path or any fsspec URI")
-    export.add_argument("--force", action="store_true", default=argparse.SUPPRESS, help="replace an existing file")
+    export.add_argument("--force", action="store_true", help="replace an existing file")
     lookup = add("lookup", "show the list of one user")
     lookup.add_argument("user_id")
     for verb in (export, lookup):
@@ -183,4 +183,4 @@ def _days(word: str) -> int:
     return days
 
 
-COMMAND = Command(run, __doc__ or "", add_verbs=add_verbs, needs_ray=False)
+COMMAND = Command(run, __doc__ or "", add_verbs=add_verbs, needs_ray=False, writes=False, has_force=False)

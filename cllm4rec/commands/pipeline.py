@@ -17,6 +17,7 @@ from cllm4rec.commands import serve
 from cllm4rec.commands.cli import Command
 from cllm4rec.commands.console import say
 from cllm4rec.config import Config
+from cllm4rec.data.prepare import check_sources
 from cllm4rec.evaluation.report import table
 from cllm4rec.evaluation.results import EvaluationReport
 from cllm4rec.pipeline import PIPELINE
@@ -56,4 +57,4 @@ def _show_results(config: Config, checked: serve.Check) -> None:
     say("")
 
 
-COMMAND = Command(run, __doc__ or "", add_flags=add_flags, trains=True)
+COMMAND = Command(run, __doc__ or "", add_flags=add_flags, trains=True, check=check_sources)

@@ -11,13 +11,15 @@ from collections.abc import Iterator, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from cllm4rec.config.schema import Config
 from cllm4rec.errors import ConfigError
+
+_Section = TypeVar("_Section", bound=BaseModel)
 
 RENAMED = {"model.table_start": "model.table_init"}
 """Settings of older config files → their names now, for the error that refuses the old one."""
@@ -52,6 +54,16 @@ def parse_config(raw: dict[str, Any]) -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"invalid config: {'; '.join(_sentences(error, raw))}") from None
+
+
+def parse_section(kind: type[_Section], name: str, raw: Mapping[str, Any]) -> _Section:
+    """Check a plain dictionary against one section. Raises ConfigError that names every wrong key with its section `name`."""
+    try:
+        return kind.model_validate(dict(raw))
+    except ValidationError as error:
+        names = dict.fromkeys(_key(problem, raw) for problem in error.errors())
+        sentences = [_sentence(f"{name}.{key}", [p for p in error.errors() if _key(p, raw) == key]) for key in names]
+        raise ConfigError("; ".join(sentences)) from None
 
 
 def _shipped(name: str | os.PathLike[str]) -> Traversable | None:

@@ -82,6 +82,12 @@ def prepare(config: Config, executor: Executor | None = None) -> Manifest:
     return read_manifest(uri, "prepared")
 
 
+def check_sources(config: Config) -> None:
+    """Raise DataError or ConfigError if a file of the sources is missing or does not fit; reads the first file of each."""
+    for role, source in _sources(config.data):
+        inspect(source, role, config.data.min_rating)
+
+
 def prepare_inputs(config: Config) -> dict[str, str]:
     """Digests of everything that determines what prepare writes. The stage is up to date while its manifest has the same."""
     backbone = config.model.backbone
