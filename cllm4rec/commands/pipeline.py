@@ -1,7 +1,7 @@
 """Run the pipeline from one config: prepare → backbone → pretrain → finetune → evaluate → score → serve.
 
     cllm4rec pipeline --config demo
-    ray job submit --working-dir . -- cllm4rec pipeline --config my.yaml pretrain.epochs=20
+    ray job submit --working-dir . -- python -m jobs.pipeline --config my.yaml pretrain.epochs=20
 
 Stages whose inputs and settings have not changed are skipped. At the end the command prints the table of results, the output
 directories, and the response of the endpoint to one request. --serve keeps the endpoint running.

@@ -162,7 +162,8 @@ class Recommender:
         its run), and again whenever the list of them changes.
 
         Raises ConfigError for a wrong argument, such as a model directory without `prepared_dir`; ArtifactError if
-        something is missing or damaged, or if model and histories have no user or no item in common; DataError if a rule file is wrong.
+        something is missing or damaged, or if model and histories have no user or no item in common; DataError if a rule
+        file is wrong.
         """
         _check_paths(directory, prepared_dir)
         config = _rules_config(rules)
