@@ -19,10 +19,10 @@ from cllm4rec.typing import IntArray
 
 _SAMPLE_DOCUMENTS = 1024
 """Documents sampled per kind, at most. Enough to fill a batch."""
-_PASSES = 5
-"""Timed passes, at most. On a busy machine a single one may take several times as long as the others."""
-_MAX_TIMED_S = 2.0
-"""No further pass starts after this many seconds of timed ones: those of a large model are long and vary less."""
+_MIN_PASSES, _MAX_PASSES = 3, 7
+"""Timed passes. On a busy machine a single one may take several times as long as the others."""
+_ENOUGH_S = 2.0
+"""No more than _MIN_PASSES start after this many seconds of timed ones: those of a large model are long and vary less."""
 _FORWARD_SHARE = 1 / 3
 """The cost of ranking a token relative to training on it: one of three matrix products."""
 
@@ -45,7 +45,7 @@ def seconds_per_epoch(
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     passes: list[float] = []
     # The first pass is a warm-up: kernel caches, prepacked weights, memory.
-    while len(passes) < 2 or (len(passes) <= _PASSES and sum(passes[1:]) < _MAX_TIMED_S):
+    while len(passes) <= _MIN_PASSES or (len(passes) <= _MAX_PASSES and sum(passes[1:]) < _ENOUGH_S):
         started = time.monotonic()
         for batch in batches:
             losses = model(batch_to_device(batch, device), phase.lambda_c)
