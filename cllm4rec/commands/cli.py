@@ -46,6 +46,7 @@ COMMANDS = {
     "dump": "list versions of the published table; compare, restore, export, look up, vacuum",
     "erase": "erase users from every directory",
     "compare": "compare methods on the same splits with the same tuning budget",
+    "plan": "print the memory that training and scoring need",
     "benchmark": "measure the speed of this machine and its utilization",
     "weights": "fetch a small pretrained language model",
     "demo": "run the pipeline on a generated sample world",

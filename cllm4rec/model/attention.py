@@ -10,6 +10,7 @@ Shapes: R rows × T columns = S slots of a grid, H heads × K features per head.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -85,7 +86,8 @@ def attend(
     longest = layout.segment_RT.shape[1]
     window = None if sliding_window is None or sliding_window >= longest else sliding_window
     variant = Variant(window, softcap, s_aux)
-    with torch.autocast(value.device.type, enabled=False):
+    # A plan of the memory runs on the meta device, which has no autocast.
+    with contextlib.nullcontext() if value.is_meta else torch.autocast(value.device.type, enabled=False):
         if gpu.runs_on(value) and softcap is None and s_aux is None and (window is None or gpu.takes_a_window()):
             query, key, value = (_flatten_slots(states) for states in (query, key, value))
             attended = gpu.attend_spans(query, key, value, layout.spans, scale, window)

@@ -117,7 +117,10 @@ class Backbone(nn.Module, abc.ABC):
 
     def checkpoint_layers(self) -> None:
         """Keep only the inputs of each layer for the backward pass, and compute the rest again there."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(self.model, "activation_checkpointing_enable"):
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
+        else:  # transformers before its renaming
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()  # a condition of transformers; there is no dropout
 
     def digest(self) -> str:

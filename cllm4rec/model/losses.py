@@ -13,7 +13,7 @@ from torch import Tensor
 
 # The size of a chunk of logits, for any catalog and vocabulary. Softmax needs as much again. With a quarter of it the
 # matrix products are too small: a text step of GPT-2 small takes 5 % longer.
-_LOGITS_BYTES = 1 << 28
+LOGITS_BYTES = 1 << 28
 # The loss clamps probabilities to this; their gradient is not clamped. The smallest normal number of both precisions.
 _MIN_PROBABILITY = torch.finfo(torch.float32).tiny
 # Predictions are padded to a multiple of this, so that products have few distinct shapes: a CPU caches one kernel per shape.
@@ -73,7 +73,7 @@ class _TiedCrossEntropy(torch.autograd.Function):
         grad_table_KJ = torch.zeros(table_JK.T.shape, device=table_JK.device) if wants_table else None
         grad_offset_J = torch.zeros(len(table_JK), device=table_JK.device) if wants_offset else None
         loss = torch.zeros((), device=hidden_PK.device)
-        chunk = max(1, _LOGITS_BYTES // (len(table_JK) * table_JK.element_size()))
+        chunk = max(1, LOGITS_BYTES // (len(table_JK) * table_JK.element_size()))
         for begin in range(0, len(hidden_PK), chunk):
             end = min(begin + chunk, len(hidden_PK))
             hidden, counts = hidden_PK[begin:end], counts_P1[begin:end]

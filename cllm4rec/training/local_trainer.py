@@ -50,6 +50,7 @@ def train_locally(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
         checkpoint.progress.num_log_lines = log.flush()
         checkpoints.write(checkpoint)
 
+    job.check_memory(device)
     make_model = functools.partial(job.make_model, device)
     with show_training(run_dir):
         try:

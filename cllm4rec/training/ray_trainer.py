@@ -133,6 +133,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     try:
         shard = _load_shard(job.config.cluster.shard_disk_gb)
         prompt_tokens, _ = load_token_space(job.prepared_dir)
+        job.check_memory(ray.train.torch.get_device())
         make_model = functools.partial(job.make_model, ray.train.torch.get_device())
         train(make_model, prompt_tokens.prompts, job.phases, shard, job.config, log=log, save=save, resumed=resumed)
     except TrainingError as error:
