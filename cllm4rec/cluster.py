@@ -75,8 +75,10 @@ def connect(config: Config) -> None:
     except ConnectionError as error:
         raise _no_cluster(address, error) from None
     resources = ray.cluster_resources()
-    location = f"cluster {address}" if address else "local"
-    logger.info("ray: %s, %g CPUs, %g GPUs", location, resources.get("CPU", 0), resources.get("GPU", 0))
+    num_cpus, num_gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    # Of a local Ray, `local_cpus` may have asked for more CPUs than the machine has.
+    where = f"cluster {address}, {num_cpus:g} CPUs" if address else f"local, {_cores()} ({num_cpus:g} logical CPUs)"
+    logger.info("ray: %s, %g GPUs", where, num_gpus)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +140,11 @@ def local_cpus(config: Config) -> int:
     cores = os.cpu_count() or 1
     max_processes = max(config.cluster.num_workers, config.score.num_actors, config.serve.min_replicas)
     return max(cores, min(cores, max_processes * config.cluster.cpus_per_worker) + 2)
+
+
+def _cores() -> str:
+    cores = os.cpu_count() or 1
+    return f"{cores} core{'s' * (cores > 1)}"
 
 
 def _check_that_cluster_answers(address: str) -> None:

@@ -22,6 +22,8 @@ from cllm4rec.storage import files
 logger = logging.getLogger(__name__)
 
 _METRICS = "metrics.jsonl"
+_SHOWN = ("ndcg@100", "recall@20")
+"""Validation metrics of a line; the first one decides which epoch is best (`training.loop.VALIDATION_METRIC`)."""
 FAILURES = "failures.jsonl"
 """In the directory of a training run: one line per worker failure, written by the controller that restarts workers."""
 _POLL_S = 0.5
@@ -116,14 +118,14 @@ class RunFollower(threading.Thread):
     @staticmethod
     def _show_expected(entry: dict[str, Any]) -> None:
         logger.info(
-            "  %s: about %s for up to %d epochs of %s each",
+            "  %s: about %s for up to %d epochs of %s each, start-up not included",
             entry["phase"], duration(entry["seconds"]), entry["epochs"], duration(entry["seconds"] / entry["epochs"]),
         )  # fmt: skip
 
     def _show_epoch(self, entry: dict[str, Any]) -> None:
         left_s = entry["seconds"] * (entry["epochs"] - entry["epoch"])
-        recall = entry.get("validation_recall@20")
-        metrics = f"loss {entry['loss']:.3f}" + ("" if recall is None else f", validation recall@20 {recall:.4f}")
+        values = [f"{name} {entry[f'validation_{name}']:.4f}" for name in _SHOWN if f"validation_{name}" in entry]
+        metrics = f"loss {entry['loss']:.3f}" + (f", validation {', '.join(values)}" if values else "")
         rates = f"{entry['tokens_per_s']:,.0f} tokens/s, {entry['users_per_s']:,.0f} users/s"
         is_last = entry["stopped"] or entry["epoch"] == entry["epochs"]
         if not sys.stdout.isatty():
@@ -141,7 +143,7 @@ class RunFollower(threading.Thread):
             self._close()
             if entry["stopped"]:
                 logger.info(
-                    f"  {entry['phase']}: stopped early, the best validation was in epoch {entry['best_epoch']}"
+                    f"  {entry['phase']}: stopped early, the best validation {_SHOWN[0]} was in epoch {entry['best_epoch']}"
                 )
 
     def _close(self) -> None:

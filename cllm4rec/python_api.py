@@ -28,7 +28,7 @@ from cllm4rec.model.stock_backbone import check_stock_backbone
 from cllm4rec.scoring.recommender import Recommender
 from cllm4rec.stages import run_stage, training_stages
 from cllm4rec.storage.artifacts import is_current
-from cllm4rec.storage.files import absolute, join, write_bytes, write_table
+from cllm4rec.storage.files import absolute, check_writable, join, write_bytes, write_table
 from cllm4rec.training.local_trainer import train_locally
 
 Frame: TypeAlias = pd.DataFrame | pa.Table
@@ -72,6 +72,7 @@ def prepare(
     sources = {role: _Source.of(role, frame, (columns or {}).get(role, {})) for role, frame in given.items()}
     config = _config(uri, sources, settings or {})
     check_stock_backbone(config.model)
+    check_writable(uri, "output_dir")
     for source in sources.values():
         write_table(source.table, source.file(uri))
     text = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
@@ -88,9 +89,13 @@ def train(config: Config, force: bool = False) -> Recommender:
 
     The stages backbone, pretrain and finetune, by plain torch: on the same machine the tables have the same bits as those
     of one Ray worker. Stages that are up to date are skipped, and an interrupted call resumes from its last checkpoint;
-    `force` runs all three from their start. Raises ArtifactError if nothing is prepared, TrainingError at the first loss
-    that is not finite.
+    `force` runs all three from their start. Raises ConfigError for anything but a config,
+    ArtifactError if nothing is prepared, TrainingError at the first loss that is not finite.
     """
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"train takes a config and got {config!r:.80}; pass what cllm4rec.prepare returned, or cllm4rec.load_config(...)"
+        )
     for stage in training_stages(train_locally):
         run_stage(stage, config, force)
     return Recommender.from_pretrained(config.run.model, config.run.prepared, rules=config.score.rules)

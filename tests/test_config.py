@@ -44,6 +44,12 @@ def test_a_bare_word_names_a_shipped_config():
         load_config("nowhere")
 
 
+def test_a_folder_does_not_hide_a_shipped_config_of_its_name(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo").output_dir == "runs/demo"
+
+
 def test_every_setting_is_described():
     sections = [thing for thing in vars(schema).values() if is_section(thing) and thing is not BaseModel]
     assert schema.Config in sections
@@ -130,21 +136,25 @@ def test_a_config_is_frozen(load):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("pretrain.epoch=3", "pretrain.epoch is not a setting"),
-        ("pretrane.epochs=3", "pretrane is not a setting"),
+        ("pretrain.epoch=3", "pretrain.epoch is not a setting (did you mean pretrain.epochs?)"),
+        ("pretrane.epochs=3", "pretrane is not a setting (did you mean pretrain?)"),
+        ("core=3", "core is not a setting (did you mean data.core?)"),
+        ("model.backbone={layer: 1}", "model.backbone.layer is not a setting (did you mean model.backbone.layers?)"),
+        ("pretrain.xyz=3", "pretrain.xyz is not a setting"),
+        ("cluster.use_gpu=maybe", 'cluster.use_gpu is "maybe" and should be true or false'),
         ("model.table_start=noise", "model.table_start is now model.table_init"),
         ("data.interactions={format: yelp}", "data.interactions.path is missing"),
-        ("pretrain.epochs=-1", "pretrain.epochs is -1 and should be greater than or equal to 0"),
-        ("pretrain.epochs=many", 'pretrain.epochs is "many" and should be a valid integer'),
-        ("pretrain.patience=", "pretrain.patience is null and should be a valid integer"),
+        ("pretrain.epochs=-1", "pretrain.epochs is -1 and should be at least 0"),
+        ("pretrain.epochs=many", 'pretrain.epochs is "many" and should be a whole number'),
+        ("pretrain.patience=", "pretrain.patience is null and should be a whole number"),
         ("training.zero_stage=4", "training.zero_stage is 4 and should be 0, 1, 2 or 3"),
         ("data.interactions.format=xml", "data.interactions.format is \"xml\" and should be 'amazon2014', "),
-        ("data.interactions.path=[a, 3]", "data.interactions.path.1 is 3 and should be a valid string"),
-        ("model.revision=1234567", "model.revision is 1234567 and should be a valid string"),
+        ("data.interactions.path=[a, 3]", "data.interactions.path.1 is 3 and should be text"),
+        ("model.revision=1234567", "model.revision is 1234567 and should be text (a number in quotes is text)"),
         ("pretrain.learning_rate=.nan", "pretrain.learning_rate is NaN and should be a finite number"),
         ("data.min_rating=.inf", "data.min_rating is Infinity and should be a finite number"),
         ("output_dir=''", 'output_dir is "" and should have at least 1 character'),
-        ("pretrain=20", "pretrain is 20 and should be a valid dictionary"),
+        ("pretrain=20", "pretrain is 20 and should be a section of settings"),
     ],
 )
 def test_a_wrong_setting_is_named(load, override, sentence):
@@ -158,10 +168,10 @@ def test_missing_required_settings_are_named(load):
 @pytest.mark.parametrize(
     ("backbone", "sentence"),
     [
-        ("{layers: 0}", "model.backbone.layers is 0 and should be greater than or equal to 1"),
+        ("{layers: 0}", "model.backbone.layers is 0 and should be at least 1"),
         ("{depth: 3}", "model.backbone.depth is not a setting"),
         ("{heads: 3}", "model.backbone.width 128 does not divide by 3 heads"),
-        ("5", "model.backbone is 5 and should be a valid string or be a valid dictionary"),
+        ("5", "model.backbone is 5 and should be text (a number in quotes is text) or be a section of settings"),
     ],
 )
 def test_errors_of_a_backbone_do_not_mention_branches_of_the_union(load, backbone, sentence):
@@ -223,7 +233,7 @@ def test_items_that_are_read_must_be_masked(load):
 def test_published_figures_are_shares_of_known_metrics(load):
     published = "evaluate.published={{source: a paper, results: {{ease: {{{}}}}}}}"
     assert load(published.format("recall@20: 0.1")).evaluate.published.results == {"ease": {"recall@20": 0.1}}
-    assert "less than or equal to 1" in refused(load, published.format("recall@20: 16.5"))
+    assert "should be at most 1" in refused(load, published.format("recall@20: 16.5"))
     assert "pattern" in refused(load, published.format("hits: 0.1"))
 
 
@@ -264,7 +274,7 @@ def test_tables_wider_than_a_language_model_to_build_are_refused(load):
 
 def test_several_mistakes_are_reported_at_once(load):
     assert refused(load, "score.k=0", "pretrain.epoch=3") == (
-        "pretrain.epoch is not a setting; score.k is 0 and should be greater than or equal to 1"
+        "pretrain.epoch is not a setting (did you mean pretrain.epochs?); score.k is 0 and should be at least 1"
     )
 
 
@@ -302,7 +312,7 @@ def test_a_run_date_is_a_day(load):
 def test_a_section_left_empty_can_be_overridden(load):
     text = f"{yaml.safe_dump(MINIMAL)}pretrain:\n  # epochs: 20\n"
     assert load("pretrain.epochs=3", text=text).pretrain.epochs == 3
-    assert refused(load, text=text) == "pretrain is null and should be a valid dictionary"
+    assert refused(load, text=text) == "pretrain is null and should be a section of settings"
 
 
 def test_mask_fraction_is_a_share_or_a_range(load):
@@ -339,7 +349,7 @@ def test_a_repeated_key_is_refused(load):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"a: [", "is not valid YAML"),
+        (b"output_dir: x\na: [", r"run\.yaml is not valid YAML in line 2, column 5: "),
         (b"just words", "has no sections"),
         (b"", "has no sections"),
         (b"\xff\xfe\x00", "is not UTF-8 text"),

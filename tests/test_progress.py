@@ -9,6 +9,7 @@ import pytest
 from cllm4rec import progress
 from cllm4rec.commands.cli import show_log
 from cllm4rec.commands.console import say
+from cllm4rec.training.loop import VALIDATION_METRIC
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +52,14 @@ def test_epochs_are_shown_as_lines_without_a_terminal(run_dir, tmp_path, capsys)
         file.write(epoch(1) + epoch(2))  # of an earlier, interrupted run that has shown them
         file.flush()
         with progress.show_training(str(run_dir)):
-            file.write(STEP + epoch(3, **{"validation_recall@20": 0.5}))
+            measured = {"validation_recall@20": 0.5, f"validation_{VALIDATION_METRIC}": 0.25}
+            file.write(STEP + epoch(3, **measured))
             file.flush()
             shown = []
             wait_until(lambda: shown.extend(lines_shown(capsys)) or shown)
     assert shown == [
-        "pretrain 3/3: loss 1.250, validation recall@20 0.5000, 1,000 tokens/s, 10 users/s, at most 0 s left"
+        "pretrain 3/3: loss 1.250, validation ndcg@100 0.2500, recall@20 0.5000, 1,000 tokens/s, 10 users/s, "
+        "at most 0 s left"
     ]
 
 
@@ -93,7 +96,7 @@ def test_the_expected_time_is_shown_before_the_first_epoch(run_dir, capsys):
     entry = {"event": "expected", "phase": "pretrain", "epochs": 40, "seconds": 600.0}
     with progress.show_training(str(run_dir)):
         (run_dir / "metrics.jsonl").write_text(json.dumps(entry) + "\n")
-    assert lines_shown(capsys) == ["pretrain: about 10 min for up to 40 epochs of 15 s each"]
+    assert lines_shown(capsys) == ["pretrain: about 10 min for up to 40 epochs of 15 s each, start-up not included"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,7 @@ def test_a_resumed_run_is_shown_from_its_checkpoint_on(run_dir, capsys):
     shown = lines_shown(capsys)
     assert shown[0] == "resuming from the checkpoint after pretrain epoch 1"
     assert [line[:12] for line in shown[1:3]] == ["pretrain 2/3", "pretrain 3/3"]
-    assert shown[3:] == ["pretrain: stopped early, the best validation was in epoch 1"]
+    assert shown[3:] == ["pretrain: stopped early, the best validation ndcg@100 was in epoch 1"]
 
 
 def test_a_file_that_is_removed_and_recreated_shows_no_line_twice(run_dir, capsys):

@@ -203,6 +203,11 @@ def test_frames_become_a_recommender_and_what_is_up_to_date_is_not_trained_again
     assert again.recommend(user_id=user_id, k=3) == found
 
 
+def test_training_a_name_instead_of_a_config_is_refused():
+    with pytest.raises(ConfigError, match=r"train takes a config and got 'demo'; pass .* cllm4rec\.load_config"):
+        cllm4rec.train("demo")
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 def test_training_in_this_process_gives_the_bits_of_a_worker_of_ray(tmp_path, monkeypatch):

@@ -162,4 +162,4 @@ def _startup(config: Config) -> dict[str, Any]:
     return startup(config)
 
 
-COMMAND = Command(run, __doc__ or "", add_flags=add_flags, default_config="benchmark", needs_ray=False)
+COMMAND = Command(run, __doc__ or "", add_flags=add_flags, default_config="benchmark", needs_ray=False, has_force=False)

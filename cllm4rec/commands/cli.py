@@ -25,7 +25,7 @@ from cllm4rec.cluster import connect, set_default_environment
 from cllm4rec.commands.console import say
 from cllm4rec.config import Config, load_config
 from cllm4rec.errors import Cllm4RecError, ConfigError, ResourceError, causes, is_full_disk
-from cllm4rec.storage.files import exists, join, write_json
+from cllm4rec.storage.files import check_writable, exists, join, write_json
 
 RUN_FILE = "run.json"
 _VERB_EPILOG = (
@@ -67,6 +67,9 @@ class Command:
     default_config: used without --config; None makes --config required.
     needs_ray: connect to Ray before `run`.
     trains: the command reads the language model, so a stock one is checked before Ray starts.
+    writes: the command writes below output_dir, which is checked before Ray starts.
+    check: raises before Ray starts what `run` would raise later, as far as that takes little time.
+    has_force: the command takes --force.
     reads_config: False for a command without --config, overrides and `run.json`; its `run` gets the configuration `default_config`.
     """
 
@@ -77,6 +80,9 @@ class Command:
     default_config: str | None = None
     needs_ray: bool = True
     trains: bool = False
+    writes: bool = True
+    check: Callable[[Config], object] | None = None
+    has_force: bool = True
     reads_config: bool = True
 
 
@@ -113,9 +119,14 @@ def run_command(name: str, prog: str, arguments: Sequence[str] | None = None, co
                 from cllm4rec.model.stock_backbone import check_stock_backbone  # --help should not wait for torch
 
                 check_stock_backbone(config.model)
+            if command.writes and command.reads_config:
+                check_writable(config.output_dir, "output_dir")
+            if command.check is not None:
+                command.check(config)
             if command.needs_ray:
                 connect(config)
-            result = command.run(config, args)
+            with _signals_interrupt():
+                result = command.run(config, args)
     except KeyboardInterrupt:
         return outcome.failed("interrupted; run the same command again to continue", 130)
     except Exception as error:
@@ -162,7 +173,16 @@ def stage_command(stage: str, description: str | None) -> Command:
         result = run_stage(STAGES[stage], config, args.force)
         return {stage: result, "report": result.get("report")}
 
-    return Command(run, description or "", trains=stage in _TRAINING)
+    def check(config: Config) -> None:
+        from cllm4rec.data.prepare import check_sources
+        from cllm4rec.pipeline import STAGES
+
+        if stage == "prepare":
+            check_sources(config)
+        elif stage != "score":  # its inputs may be large files of events
+            STAGES[stage].is_done(config)
+
+    return Command(run, description or "", trains=stage in _TRAINING, check=check)
 
 
 _TRAINING = ("prepare", "backbone", "pretrain", "finetune")
@@ -178,6 +198,7 @@ def _overview() -> str:
             *lines,
             "",
             "cllm4rec <command> --help describes a command. --config takes a file or the name of a shipped config.",
+            "cllm4rec --version prints the version.",
         ]
     )
 
@@ -211,7 +232,8 @@ def _parser(command: Command, prog: str) -> _Parser:
         )
     else:
         parser.set_defaults(config=command.default_config, overrides=[])
-    parser.add_argument("--force", action="store_true", help="run even if the output is up to date")
+    if command.has_force:
+        parser.add_argument("--force", action="store_true", help="run even if the output is up to date")
     if command.add_verbs is None and command.reads_config:
         parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a setting of the file")
     elif command.add_verbs is not None:
@@ -223,6 +245,21 @@ def _parser(command: Command, prog: str) -> _Parser:
     if command.add_flags is not None:
         command.add_flags(parser)
     return parser
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt for the SystemExit of Ray's signal handlers, so that a stopped command ends like any other.
+
+    Ray's handlers of SIGTERM, and of SIGINT during training, call sys.exit; from within `ray.get` its status is always 1. A
+    library that ends the process for a reason of its own gives a sentence instead of a number.
+    """
+    try:
+        yield
+    except SystemExit as stopped:
+        if isinstance(stopped.code, str):
+            raise RuntimeError(stopped.code) from stopped
+        raise KeyboardInterrupt from stopped
 
 
 def _expected(error: BaseException) -> Cllm4RecError | None:

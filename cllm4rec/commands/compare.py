@@ -19,7 +19,7 @@ from typing import Any
 from cllm4rec.commands.cli import Command
 from cllm4rec.commands.console import say
 from cllm4rec.config import Config
-from cllm4rec.data.prepare import prepare, prepare_inputs
+from cllm4rec.data.prepare import check_sources, prepare, prepare_inputs
 from cllm4rec.data.ray_data import ray_map
 from cllm4rec.experiments.comparison.examples import examples
 from cllm4rec.experiments.comparison.language import backbone_inputs, run_backbone
@@ -63,6 +63,12 @@ def compare(config: Config, parallel_map: Map, force: bool = False) -> dict[str,
     report = join(directory, "report.md")
     say(f"compare: {report}")
     return {"output_dir": config.output_dir, "directory": directory, "report": report, "methods": names}
+
+
+def _check(config: Config) -> None:
+    chosen_methods(config)
+    sweep_runs(config)
+    check_sources(config)
 
 
 def _splits(config: Config) -> list[Config]:
@@ -138,4 +144,4 @@ def _write(config: Config, runs: list[MethodRun], names: list[str]) -> str:
     return uri
 
 
-COMMAND = Command(run, __doc__ or "", add_flags=add_flags, trains=True)
+COMMAND = Command(run, __doc__ or "", add_flags=add_flags, trains=True, check=_check)

@@ -4,7 +4,7 @@
     cllm4rec dump --config demo compare 3 4
     cllm4rec dump --config demo restore 3
     cllm4rec dump --config demo export --format csv --to lists.csv
-    cllm4rec dump --config demo lookup u00001
+    cllm4rec dump --config demo lookup A000000000
     cllm4rec dump --config demo vacuum --keep-days 7
 
 Takes seconds and does not start Ray. `restore` creates a new version with the old content; the version that was current
@@ -21,6 +21,7 @@ from cllm4rec.arrays.ids import Catalog
 from cllm4rec.commands.cli import AddVerb, Command
 from cllm4rec.commands.console import say
 from cllm4rec.config import Config
+from cllm4rec.errors import ArtifactError
 from cllm4rec.nightly import drift
 from cllm4rec.nightly.drift import Drift
 from cllm4rec.reporting import text_table
@@ -41,7 +42,7 @@ def add_verbs(add: AddVerb) -> None:
     export = add("export", "write the lists to one file; CSV has one row per recommended item")
     export.add_argument("--format", choices=table_export.FORMATS, required=True)
     export.add_argument("--to", required=True, metavar="FILE", help="a path or any fsspec URI")
-    export.add_argument("--force", action="store_true", default=argparse.SUPPRESS, help="replace an existing file")
+    export.add_argument("--force", action="store_true", help="replace an existing file")
     lookup = add("lookup", "show the list of one user")
     lookup.add_argument("user_id")
     for verb in (export, lookup):
@@ -80,7 +81,13 @@ def _version_row(version: Version) -> list[str]:
 
 def _compare(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     dump_dir, most = config.run.dump, config.nightly.drift.sample_users
-    num_users = max(table_versions.num_users(dump_dir, version) for version in (args.old, args.new))
+    counts = {version: table_versions.num_users(dump_dir, version) for version in (args.old, args.new)}
+    for version, count in counts.items():
+        if not count:
+            raise ArtifactError(
+                f"version {version} of {dump_dir} holds no lists; cllm4rec dump --config FILE versions lists all that do"
+            )
+    num_users = max(counts.values())
     old, new = (
         drift.sample(table_versions.tables(dump_dir, version, drift.COLUMNS), most, num_users)
         for version in (args.old, args.new)
@@ -176,4 +183,4 @@ def _days(word: str) -> int:
     return days
 
 
-COMMAND = Command(run, __doc__ or "", add_verbs=add_verbs, needs_ray=False)
+COMMAND = Command(run, __doc__ or "", add_verbs=add_verbs, needs_ray=False, writes=False, has_force=False)

@@ -1,7 +1,7 @@
 """Run the pipeline from one config: prepare → backbone → pretrain → finetune → evaluate → score → serve.
 
     cllm4rec pipeline --config demo
-    ray job submit --working-dir . -- cllm4rec pipeline --config my.yaml pretrain.epochs=20
+    ray job submit --working-dir . -- python -m jobs.pipeline --config my.yaml pretrain.epochs=20
 
 Stages whose inputs and settings have not changed are skipped. At the end the command prints the table of results, the output
 directories, and the response of the endpoint to one request. --serve keeps the endpoint running.
@@ -17,6 +17,7 @@ from cllm4rec.commands import serve
 from cllm4rec.commands.cli import Command
 from cllm4rec.commands.console import say
 from cllm4rec.config import Config
+from cllm4rec.data.prepare import check_sources
 from cllm4rec.evaluation.report import table
 from cllm4rec.evaluation.results import EvaluationReport
 from cllm4rec.pipeline import PIPELINE
@@ -56,4 +57,4 @@ def _show_results(config: Config, checked: serve.Check) -> None:
     say("")
 
 
-COMMAND = Command(run, __doc__ or "", add_flags=add_flags, trains=True)
+COMMAND = Command(run, __doc__ or "", add_flags=add_flags, trains=True, check=check_sources)

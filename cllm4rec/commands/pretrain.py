@@ -2,7 +2,7 @@
 
     cllm4rec pretrain --config demo pretrain.epochs=20
 
-Prints the expected time, then each epoch's loss, validation recall and rates. An interrupted run resumes from its last
+Prints the expected time, then each epoch's loss, validation metrics and rates. An interrupted run resumes from its last
 checkpoint.
 """
 

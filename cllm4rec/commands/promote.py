@@ -38,4 +38,4 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-COMMAND = Command(run, __doc__ or "", add_flags=add_flags, needs_ray=False)
+COMMAND = Command(run, __doc__ or "", add_flags=add_flags, needs_ray=False, writes=False, has_force=False)

@@ -117,6 +117,10 @@ def check(config: Config) -> Check:
         return Check(f"{url}/v1/recommend", request, response.json())
 
 
+def _check_model(config: Config) -> None:
+    read_manifest(current_model(config.output_dir), "model")
+
+
 def _arguments(config: Config) -> dict[str, Any]:
     return {
         **config.serve.model_dump(),
@@ -169,4 +173,4 @@ def _refuse_a_taken_port(config: Config) -> None:
             ) from None
 
 
-COMMAND = Command(run, __doc__ or "", add_flags=add_flags)
+COMMAND = Command(run, __doc__ or "", add_flags=add_flags, writes=False, check=_check_model, has_force=False)

@@ -3,7 +3,7 @@
 config = load_config("demo", ["pretrain.epochs=5"])
 """
 
-from cllm4rec.config.loading import load_config, parse_config
+from cllm4rec.config.loading import load_config, parse_config, parse_section
 from cllm4rec.config.schema import (
     Adapter,
     BackboneConfig,
@@ -50,4 +50,5 @@ __all__ = [
     "TrainingConfig",
     "load_config",
     "parse_config",
+    "parse_section",
 ]

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from cllm4rec.config.schema import Config
 from cllm4rec.errors import ConfigError
+
+_Section = TypeVar("_Section", bound=BaseModel)
 
 RENAMED = {"model.table_start": "model.table_init"}
 """Settings of older config files → their names now, for the error that refuses the old one."""
@@ -36,7 +40,7 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | tuple[str, 
     try:
         raw = _load_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(_yaml_problem(path, error)) from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} has no sections; start with output_dir and data, as the shipped config my_data does")
     for override in overrides:
@@ -52,9 +56,19 @@ def parse_config(raw: dict[str, Any]) -> Config:
         raise ConfigError(f"invalid config: {'; '.join(_sentences(error, raw))}") from None
 
 
+def parse_section(kind: type[_Section], name: str, raw: Mapping[str, Any]) -> _Section:
+    """Check a plain dictionary against one section. Raises ConfigError that names every wrong key with its section `name`."""
+    try:
+        return kind.model_validate(dict(raw))
+    except ValidationError as error:
+        names = dict.fromkeys(_key(problem, raw) for problem in error.errors())
+        sentences = [_sentence(f"{name}.{key}", [p for p in error.errors() if _key(p, raw) == key]) for key in names]
+        raise ConfigError("; ".join(sentences)) from None
+
+
 def _shipped(name: str | os.PathLike[str]) -> Traversable | None:
     """The shipped config that a bare word names; None for a path."""
-    if not re.fullmatch(r"\w+", os.fspath(name)) or os.path.exists(name):
+    if not re.fullmatch(r"\w+", os.fspath(name)) or os.path.isfile(name):
         return None
     configs = {
         file.name.removesuffix(".yaml"): file
@@ -90,6 +104,13 @@ class _Loader(yaml.SafeLoader):
 
 def _load_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
+
+
+def _yaml_problem(path: str | os.PathLike[str], error: yaml.YAMLError) -> str:
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None:
+        return f"{path} is not valid YAML: {' '.join(str(error).split())}"
+    return f"{path} is not valid YAML in line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -141,8 +162,54 @@ def _sentence(key: str, problems: list[Any]) -> str:
     if problems[0]["type"] == "missing":
         return f"{key} is missing"
     if problems[0]["type"] == "extra_forbidden":
-        return f"{key} is now {RENAMED[key]}" if key in RENAMED else f"{key} is not a setting"
-    reasons = [re.sub(r"^\w+ should | or instance of \w+", "", problem["msg"]) for problem in problems]
+        return f"{key} is now {RENAMED[key]}" if key in RENAMED else f"{key} is not a setting{_suggestion(key)}"
+    reasons = [_in_plain_words(problem["msg"]) for problem in problems]
     value = problems[0]["input"]
     given = f"is {json.dumps(value)} and " if isinstance(value, str | int | float | None) else ""
     return f"{key} {given}should {' or '.join(dict.fromkeys(reasons))}"
+
+
+def _in_plain_words(message: str) -> str:
+    """The end of a sentence "... should", from a message of pydantic such as "Input should be a valid integer"."""
+    reason = re.sub(r"^\w+ should | or instance of \w+|, (unable to|got a|unexpected) .*", "", message)
+    for theirs, ours in _PLAIN_WORDS.items():
+        reason = reason.replace(theirs, ours)
+    return reason
+
+
+_PLAIN_WORDS = {
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text (a number in quotes is text)",
+    "a valid boolean": "true or false",
+    "a valid dictionary": "a section of settings",
+    "a valid list": "a list",
+}
+
+
+def _suggestion(key: str) -> str:
+    """What an unknown key may have meant: the only setting of its name elsewhere, or the most similar name in its section."""
+    section, _, last = key.rpartition(".")
+    meant = [name for name in _names() if name.rpartition(".")[2] == last]
+    if len(meant) != 1:
+        siblings = {name.rpartition(".")[2]: name for name in _names() if name.rpartition(".")[0] == section}
+        meant = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.7)]
+    return f" (did you mean {meant[0]}?)" if meant else ""
+
+
+@functools.cache
+def _names() -> list[str]:
+    """The dotted names of all sections and settings."""
+    return list(_names_in(Config, ""))
+
+
+def _names_in(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}"
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _names_in(kind, f"{prefix}{name}.")

@@ -88,7 +88,7 @@ def _rows(section: Schema, definitions: dict[str, Schema], written: dict[str, st
 def _default(setting: Schema) -> str:
     value = setting["default"]
     if "$ref" in json.dumps(setting) and isinstance(value, dict):
-        return "those of its table"
+        return "see its table"
     return f"`{value}`" if value and isinstance(value, str) else f"`{json.dumps(value)}`"
 
 

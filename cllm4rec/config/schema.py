@@ -257,7 +257,9 @@ class PretrainConfig(_Section):
         3e-3, description="Learning rate of Adam. The paper takes 0.001."
     )
     lambda_c: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="Weight of the distance between collaborative and content embeddings."
+        1.0,
+        description="Weight of mutual regularization: lambda_c / 2 times the squared distance between collaborative and "
+        "content embeddings is part of the loss and draws the two together.",
     )
     alternate: bool = Field(
         False,
@@ -294,7 +296,9 @@ class FinetuneConfig(_Section):
         3e-3, description="Learning rate of Adam. The paper takes 0.0001."
     )
     lambda_c: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="Weight of the distance between collaborative and content embeddings."
+        1.0,
+        description="The same weight in finetuning. Only collaborative embeddings change there, so they stay near the content "
+        "embeddings.",
     )
     mask_fraction: Fraction | tuple[Fraction, Fraction] = Field(
         (0.1, 0.9),
@@ -346,8 +350,8 @@ class TrainingConfig(_Section):
     )
     sampled_items: Positive | None = Field(
         None,
-        description="Items of a step's softmax besides its targets, drawn by popularity (logQ correction). Meant for "
-        "catalogs of half a million items and more. null: all items.",
+        description="Negative items of a step's softmax, drawn by popularity (logQ correction). Meant for catalogs of half a "
+        "million items and more. null: all other items are negatives.",
     )
     gradient_checkpointing: bool = Field(
         False,

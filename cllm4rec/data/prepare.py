@@ -82,6 +82,12 @@ def prepare(config: Config, executor: Executor | None = None) -> Manifest:
     return read_manifest(uri, "prepared")
 
 
+def check_sources(config: Config) -> None:
+    """Raise DataError or ConfigError if a file of the sources is missing or does not fit; reads the first file of each."""
+    for role, source in _sources(config.data):
+        inspect(source, role, config.data.min_rating)
+
+
 def prepare_inputs(config: Config) -> dict[str, str]:
     """Digests of everything that determines what prepare writes. The stage is up to date while its manifest has the same."""
     backbone = config.model.backbone
@@ -182,10 +188,12 @@ def _build_dataset(ingested: Ingested, data: DataConfig, counts: dict[str, Any])
     }
     counts |= dropped
     if not len(core):
+        is_rated = data.min_rating is not None
+        low = f"{dropped['below_threshold']:,} not rated above data.min_rating {data.min_rating}, " if is_rated else ""
         raise DataError(
-            f"no interactions are left of {len(rows):,}: {dropped['duplicates']:,} were repeated pairs, "
-            f"{dropped['below_threshold']:,} not rated above data.min_rating {data.min_rating}, and of the rest no "
-            f"users and items have data.core {data.core} with each other; lower data.core or data.min_rating"
+            f"no interactions are left of {len(rows):,}: {dropped['duplicates']:,} were repeated pairs, {low}and of the rest "
+            f"no users and items have data.core {data.core} with each other; lower data.core"
+            f"{' or data.min_rating' if is_rated else ''}"
         )
     dataset = _index_and_split(ingested, core, data)
     _count(dataset, counts)

@@ -102,7 +102,9 @@ def _expand(pattern: str, role: Role) -> list[str]:
     if fs.isdir(path):
         raise DataError(f"data.{role}.path {pattern} is a folder; name its files, for example {pattern.rstrip('/')}/*")
     if not fs.exists(path):
-        raise DataError(f"data.{role}.path {pattern} does not exist; check the path")
+        raise DataError(
+            f"data.{role}.path {pattern} does not exist; correct it in the config, or add data.{role}.path=FILE to the command"
+        )
     return [absolute(pattern)]
 
 
@@ -152,8 +154,10 @@ def _head(file: str, layout: Layout) -> list[bytes]:
     with open_file(file, layout) as stream:
         lines = (line for _, line in numbered_lines(stream, CHUNK_BYTES) if isinstance(line, bytes))
         head = list(itertools.islice(lines, LOOK_AT_LINES))
-    if not head:
-        raise DataError(f"{layout.file_labels[0]} (data.{layout.role}) holds no rows; check the path")
+    # Of several files the first may be empty but for its header.
+    if len(head) <= (layout.has_header and len(layout.files) == 1):
+        what = "a header and no rows" if head else "no rows"
+        raise DataError(f"{layout.file_labels[0]} (data.{layout.role}) holds {what}; check the path")
     return head
 
 

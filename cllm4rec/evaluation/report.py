@@ -131,9 +131,9 @@ def verdict(comparison: PairedComparison) -> str:
     difference = comparison.difference["cllm4rec"]
     side = "above" if difference["mean"] >= 0 else "below"
     if difference["low"] > 0 or difference["high"] < 0:
-        meaning = "the interval does not contain 0, so other users of this kind would give the same sign"
+        meaning = "the 95 % interval excludes 0: the difference is significant for users like these"
     else:
-        meaning = "the interval contains 0, so these users do not separate the two"
+        meaning = "the 95 % interval contains 0: these users do not separate the two"
     return (
         f"In {comparison.metric} CLLM4Rec is {side} {name_of(comparison.baseline)}, the best baseline: "
         f"{with_interval(difference, signed=True)}, paired over users; {meaning}."
@@ -149,7 +149,7 @@ def protocol_in_words(protocol: EvaluationProtocol) -> list[str]:
         f"recommend {_splits(protocol.mask)}.",
         f"Ranking: {protocol.ranking} ({protocol.items_ranked:,} items, no sampled candidates).",
         f"Users: {protocol.users_evaluated:,} with {protocol.test_items:,} test items; "
-        f"{protocol.users_dropped:,} without test items dropped.",
+        f"{protocol.users_dropped:,} users without test items were left out.",
         *metrics_in_words(protocol.metrics),
         f"Interval: {interval['kind']}, {interval['confidence']:.0%}, {interval['samples']:,} samples, "
         f"seed {interval['seed']}.",

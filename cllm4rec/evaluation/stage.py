@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 MODEL = "cllm4rec"
 DEFINITIONS = {
     "recall": "hits among the first k over min(k, number of test items), mean over users",
-    "ndcg": "binary relevance, gain 1 / log2(place + 1), over the gain of an ideal list of length k, mean over users",
+    "ndcg": "binary relevance, gain 1 / log2(rank + 1), over the gain of an ideal list of length k, mean over users",
 }
 HEADLINE = "recall@20"
 """The metric of the paired comparison and of the strata."""

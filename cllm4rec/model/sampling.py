@@ -1,9 +1,9 @@
 """Sampled softmax for large catalogs: the items that the softmax of a step runs over, and their sampling probabilities.
 
-Items are sampled independently, with probabilities proportional to their training interactions. Popular items, which
-contribute most of the sum of exponentials, are therefore nearly always included. Each sampled item is weighted by the
-inverse of its probability, which makes the sum unbiased (logQ correction: Bengio and Senécal 2008; Horvitz and Thompson
-1952).
+Items are sampled independently, with probabilities proportional to their training interactions + 1 and capped at 1, so that
+an item without any can be drawn. Popular items, which contribute most of the sum of exponentials, are nearly always
+included. Each sampled item is weighted by the inverse of its probability, which makes the sum unbiased (logQ correction:
+Bengio and Senécal 2008; Horvitz and Thompson 1952).
 
 Shapes: J items.
 """

@@ -7,6 +7,7 @@
     3. dump/        one Delta commit without them, then all older and staged files are removed (full vacuum)
     4. runs/        interrupted runs are removed: their checkpoints hold rows of the user tables
     5. search       all files are searched for the ids
+                    (raw files of the config below output_dir are searched as well, and never changed)
     6. receipt      `erasures/<time>-<hash>.json`: what was changed, and what an erasure does not do
 
 Every step handles all tombstones, not only the ids of one command. So an interrupted erasure is finished by the same
@@ -49,7 +50,7 @@ from cllm4rec.privacy.redact import (
 )
 from cllm4rec.storage import artifacts, files
 from cllm4rec.storage.artifacts import MANIFEST, Manifest, read_manifest
-from cllm4rec.storage.files import exists, filesystem, join, list_files, read_json
+from cllm4rec.storage.files import absolute, exists, filesystem, join, list_files, read_json
 from cllm4rec.storage.lease import hold
 from cllm4rec.storage.registry import MODELS, promoted_directories
 from cllm4rec.storage.table import delta_files, open_current
@@ -80,17 +81,23 @@ def erase(config: Config, user_ids: Sequence[str] = ()) -> dict[str, Any]:
     """Erase users from `config.output_dir`; returns a summary. No id is logged, returned or written.
 
     Without ids, an interrupted erasure is finished, and all users erased before are searched again. A user without any
-    data gets a tombstone as well. Training must not run meanwhile. Raises ConfigError for an empty id; ResourceError if a
-    scoring run or a promotion is at work (the tombstones are written nevertheless; run it again afterwards); ArtifactError
-    if a directory is damaged; AuditError if an id is still found at the end (the receipt is written).
+    data gets a tombstone as well. Training must not run meanwhile. `raw_files` of the summary are the raw files below
+    output_dir that still contain an id. They are the caller's, so they are no failure: raw files elsewhere are none either.
+    Raises ConfigError for an empty id; ResourceError if a scoring run or a promotion is at work (the tombstones are written
+    nevertheless; run it again afterwards); ArtifactError if there is no run or a directory is damaged; AuditError if an id
+    is still found in another file at the end (the receipt is written).
     """
+    if not exists(config.output_dir):
+        raise ArtifactError(f"there is no run at {config.output_dir}; check output_dir")
     began, user_ids = time.monotonic(), [user_id.strip() for user_id in user_ids]
     tombstones, num_new = _write_tombstones(config, user_ids)
     with hold(config.run.dump, "an erasure"), hold(config.run.models, "an erasure"):
         erasure = Erasure(config, tombstones, _Journal.open(config.output_dir), tuple(user_ids))
         erasure.run()
-        remaining = find_remaining_ids(config.output_dir, user_ids, _item_ids(config.output_dir))
-        receipt = erasure.write_receipt(remaining, round(time.monotonic() - began, 1))
+        found = find_remaining_ids(config.output_dir, user_ids, _item_ids(config.output_dir))
+        raw_files = [name for name in found if erasure.is_raw(name)]
+        remaining = [name for name in found if not erasure.is_raw(name)]
+        receipt = erasure.write_receipt(remaining, raw_files, round(time.monotonic() - began, 1))
     if remaining:
         raise AuditError(
             f"an id is still found in {len(remaining)} files below {config.output_dir} ({', '.join(remaining[:3])}); all "
@@ -102,6 +109,7 @@ def erase(config: Config, user_ids: Sequence[str] = ()) -> dict[str, Any]:
         "touched": len(erasure.journal.entries),
         "receipt": receipt,
         "already_done": not num_new and not erasure.journal.entries,
+        "raw_files": [join(config.output_dir, name) for name in raw_files],
     }
 
 
@@ -152,6 +160,7 @@ class Erasure:
         self.config, self.output_dir = config, config.output_dir
         self.tombstones, self.journal, self.user_ids = tombstones, journal, user_ids
         self._by_tombstone = ErasedUsers(tombstones, np.empty(0, np.int64))
+        self._raw = _raw_names(config)
         self._digest_now: dict[str, str] = {}
         """The digest of a directory before an erasure → its current digest."""
 
@@ -164,6 +173,10 @@ class Erasure:
         self._erase_loose_files()
         self._erase_published()
         self._remove_staged_and_runs()
+
+    def is_raw(self, name: str) -> bool:
+        """Whether a path relative to the output_dir is a raw file of the config, or a file of a raw Delta table."""
+        return any(name == raw or name.startswith(f"{raw}/") for raw in self._raw)
 
     def _settle(self) -> None:
         """Remove drafts and replaced directories of interrupted stages, and unfinished copies of models."""
@@ -230,9 +243,10 @@ class Erasure:
         return inputs | ({"erased": self.tombstones.digest} if manifest.kind == "prepared" else {})
 
     def _erase_loose_files(self) -> None:
-        """Parquet files outside the directories of stages, and reports with hashes of the users."""
+        """Parquet files outside the directories of stages and the raw data, and reports with hashes of the users."""
         inside = (*(f"{name}/" for name in self._directories()), "dump/", "runs/", f"{RECEIPTS}/")
-        for file in [name for name in list_files(self.output_dir) if not name.startswith(inside)]:
+        names = [name for name in list_files(self.output_dir) if not name.startswith(inside) and not self.is_raw(name)]
+        for file in names:
             uri = join(self.output_dir, file)
             if file.endswith(".parquet"):
                 if rows := self._rows(uri, file):
@@ -316,7 +330,7 @@ class Erasure:
     def _relative(self, uri: str) -> str:
         return uri[len(self.output_dir.rstrip("/")) + 1 :]
 
-    def write_receipt(self, remaining: list[str], seconds: float) -> str | None:
+    def write_receipt(self, remaining: list[str], raw_files: list[str], seconds: float) -> str | None:
         """Write the receipt and remove the journal. If nothing is new, return the latest receipt about these users."""
         receipt_of = {
             digest: uri for uri, receipt in _receipts(self.output_dir).items() for digest in receipt["tombstones"]
@@ -339,6 +353,7 @@ class Erasure:
             "found": bool(self.journal.entries),
             "touched": self.journal.entries,
             "files_that_still_name_them": remaining,
+            "raw_files_that_name_them": raw_files,
             "searched_ids": len(self.user_ids),
             "not_done": list(NOT_DONE),
             "raw_sources": _raw_sources(self.config),
@@ -422,6 +437,19 @@ def _item_ids(output_dir: str) -> list[str]:
     prepared_dir = join(output_dir, "prepared")
     ids: list[str] = read_ids(prepared_dir, "items").to_pylist() if exists(join(prepared_dir, MANIFEST)) else []
     return ids
+
+
+def _raw_names(config: Config) -> list[str]:
+    """The raw files and Delta tables of the config that lie below its output_dir, relative to it."""
+    root = absolute(config.output_dir).rstrip("/") + "/"
+    found = []
+    for pattern in _raw_sources(config):
+        fs, path = filesystem(pattern)
+        is_glob = any(character in pattern for character in "*?[")
+        found += (
+            [absolute(str(fs.unstrip_protocol(file))) for file in fs.glob(path)] if is_glob else [absolute(pattern)]
+        )
+    return [uri.removeprefix(root) for uri in found if uri.startswith(root)]
 
 
 def _raw_sources(config: Config) -> list[str]:

@@ -17,14 +17,15 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.config import RulesConfig
+from cllm4rec.config import RulesConfig, parse_section
 from cllm4rec.errors import ConfigError
 from cllm4rec.run import Run
 from cllm4rec.scoring.rules import RuleBook, Rules
@@ -145,7 +146,7 @@ class Recommender:
         directory: str | os.PathLike[str],
         prepared_dir: str | os.PathLike[str] | None = None,
         *,
-        rules: RulesConfig | None = None,
+        rules: RulesConfig | Mapping[str, Any] | None = None,
         device: str | None = None,
     ) -> Recommender:
         """Load a model and the histories of its users. Every file of the model is checked against its digest.
@@ -153,20 +154,25 @@ class Recommender:
         directory: an output_dir, of which the current model and `prepared/` are loaded; or, together with `prepared_dir`,
         a model directory. The two may be of different age: users and items are matched by id. Paths or fsspec URIs.
         rules: what may be recommended; by default everything. The endpoint and the published table apply the run's
-        `score.rules`: pass `rules=load_config(...).score.rules` for the same answers. Availability is that of today (UTC).
+        `score.rules`: pass `rules=load_config(...).score.rules` for the same answers, or a dictionary in that form, such as
+        {"deny": "deny.csv"}. Availability is that of today (UTC).
         device: by default the GPU if there is one.
 
         Erased users are unknown. They are read from the directory that contains the prepared directory (the output_dir of
         its run), and again whenever the list of them changes.
 
-        Raises ConfigError for a model directory without `prepared_dir`; ArtifactError if something is missing or damaged,
-        or if model and histories have no user or no item in common; DataError if a rule file is wrong.
+        Raises ConfigError for a wrong argument, such as a model directory without `prepared_dir`; ArtifactError if
+        something is missing or damaged, or if model and histories have no user or no item in common; DataError if a rule
+        file is wrong.
         """
+        _check_paths(directory, prepared_dir)
+        config = _rules_config(rules)
+        _check_device(device)
         model_dir, histories_dir = _locate(os.fspath(directory), prepared_dir)
         scorer = Scorer.load(model_dir, device)
         read_manifest(histories_dir, "prepared")
         watcher = TombstoneWatcher(histories_dir.rstrip("/").rpartition("/")[0] or ".")
-        book = RuleBook.read(rules or RulesConfig(), scorer.catalog)
+        book = RuleBook.read(config, scorer.catalog)
         return cls(scorer, UserHistories.load(histories_dir, scorer.catalog), book, watcher.current)
 
     @property
@@ -177,15 +183,15 @@ class Recommender:
         self,
         user_id: str | None = None,
         *,
-        history: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
+        history: Sequence[str] | pd.Series | None = None,
+        exclude: Sequence[str] | pd.Series = (),
         k: int = 10,
     ) -> list[Recommendation]:
-        """The k best items for a user, a history or both, best first. Arguments are those of `Query`.
+        """The k best items for a user, a history or both, best first. Arguments are those of `Query`, or pandas Series of ids.
 
         Items that the user already has are left out. Raises ConfigError for malformed arguments.
         """
-        return self.answer([Query(user_id, history, exclude, k)])[0].items
+        return self.answer([Query(user_id, _listed(history), _listed(exclude), k)])[0].items
 
     def recommend_many(self, users: Users, k: int = 10) -> Users:
         """The k best items for every row of a table, in the order of its rows.
@@ -284,12 +290,47 @@ def _locate(directory: str, prepared_dir: str | os.PathLike[str] | None) -> tupl
     return current_model(directory), Run(directory).prepared
 
 
+def _check_paths(*directories: Any) -> None:
+    for directory, name in zip(directories, ("the directory", "prepared_dir"), strict=True):
+        is_absent = directory is None and name == "prepared_dir"
+        if not is_absent and not isinstance(directory, str | os.PathLike):
+            raise ConfigError(
+                f"{name} is of type {type(directory).__name__}; give the output_dir of a run, such as 'runs/demo'"
+            )
+
+
+def _rules_config(rules: Any) -> RulesConfig:
+    if rules is None or isinstance(rules, RulesConfig):
+        return rules or RulesConfig()
+    if not isinstance(rules, Mapping):
+        raise ConfigError(f"rules is of type {type(rules).__name__}; give load_config(...).score.rules or a dictionary")
+    return parse_section(RulesConfig, "score.rules", rules)
+
+
+def _check_device(device: Any) -> None:
+    if device is None:
+        return
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError):
+        kind = "unknown"
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}; give 'cpu' or 'cuda', or leave it out")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {device!r}, and torch finds no GPU; give 'cpu', or leave it out")
+
+
 def _check_item_ids(name: str, item_ids: Any) -> None:
     if isinstance(item_ids, str) or not isinstance(item_ids, Sequence | np.ndarray):
         raise ConfigError(f"{name} is of type {type(item_ids).__name__}; give a list of item ids")
     for item_id in item_ids:
         if not isinstance(item_id, str):
             raise ConfigError(f"{name} holds a value of type {type(item_id).__name__}; item ids are strings")
+
+
+def _listed(item_ids: Any) -> Any:
+    """A pandas Series or Index as a list, because indexing it would mean its labels; anything else unchanged."""
+    return item_ids.tolist() if hasattr(item_ids, "to_numpy") else item_ids
 
 
 def _check_k(k: Any) -> None:

@@ -132,8 +132,11 @@ class RequireApiKey:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     """422 with the names of the fields. The wrong values are left out: they are the caller's data, and a value such as
-    NaN or half a surrogate pair cannot be written as JSON, which would turn the 422 into a 500."""
+    NaN or half a surrogate pair cannot be written as JSON, which would turn the 422 into a 500. A body that is not JSON is
+    a 400, as FastAPI answers one that is not UTF-8."""
     assert isinstance(error, RequestValidationError)
+    if any(problem["type"] == "json_invalid" for problem in error.errors()):
+        return JSONResponse({"detail": _REFUSALS[400][1]}, status_code=400)
     problems = [{"loc": list(p["loc"]), "msg": p["msg"], "type": p["type"]} for p in error.errors()]
     return Response(json.dumps({"detail": problems}), status_code=422, media_type="application/json")
 

@@ -35,6 +35,10 @@ from cllm4rec.storage.files import (
 )
 
 SCHEMA_VERSION = 1
+_COMMANDS = {"prepared": "prepare", "backbone": "backbone", "pretrained": "pretrain", "model": "finetune"} | {
+    "evaluation": "evaluate", "histories": "nightly"
+}  # fmt: skip
+"""Kind → the command that writes it, for messages."""
 MANIFEST = "manifest.json"
 
 
@@ -93,7 +97,8 @@ def write_directory(uri: str, *, kind: str, inputs: Mapping[str, str], config: M
 def read_manifest(uri: str, kind: str) -> Manifest:
     """The manifest of a finished directory. Raises ArtifactError if it is missing, damaged or of another kind."""
     if not exists(join(uri, MANIFEST)):
-        raise ArtifactError(f"{uri} is not a finished {kind} directory (no {MANIFEST}); run the stage that writes it")
+        what = f"run cllm4rec {_COMMANDS[kind]}" if kind in _COMMANDS else "run the stage that writes it"
+        raise ArtifactError(f"{uri} is not a finished {kind} directory (no {MANIFEST}); check output_dir, or {what}")
     raw = read_json(join(uri, MANIFEST))
     # Checked first: another version may have other fields.
     if isinstance(raw, dict) and raw.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from cllm4rec.errors import ArtifactError
+from cllm4rec.errors import ArtifactError, ConfigError
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -124,6 +125,23 @@ def list_files(uri: str) -> list[str]:
 def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
     return bool(fs.exists(path))
+
+
+def check_writable(uri: str, setting: str) -> None:
+    """Raise ConfigError if a local directory cannot be written, or created. Creates nothing."""
+    fs, path = filesystem(uri)
+    if not isinstance(fs, LocalFileSystem):
+        return
+    parent = path
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    try:
+        with tempfile.TemporaryDirectory(dir=parent):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {setting} {uri} ({error.strerror}: {parent}); choose a directory that you can write"
+        ) from None
 
 
 def remove_file(uri: str) -> None:

@@ -102,8 +102,13 @@ def rollback(output_dir: str) -> tuple[Pointer, Pointer]:
     Returns the pointer before and after. Raises ArtifactError if there is no previous model, or it is damaged.
     """
     before = read_pointer(output_dir)
-    if before is None or not before.previous:
-        raise ArtifactError(f"{files.join(output_dir, MODELS)} has no previous model; run cllm4rec promote first")
+    if before is None:
+        raise ArtifactError(f"{files.join(output_dir, MODELS)} has no promoted model; run cllm4rec promote first")
+    if not before.previous:
+        raise ArtifactError(
+            f"{before.current} is current, and {files.join(output_dir, MODELS)} has no model promoted before it; a rollback "
+            "needs one"
+        )
     name, *older = before.previous
     uri = _finished(output_dir, name)
     artifacts.verify_files(uri, artifacts.read_manifest(uri, "model"))

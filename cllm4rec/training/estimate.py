@@ -1,7 +1,8 @@
-"""Estimates the duration of a phase before its first epoch from two passes over one batch. The passes change no weights."""
+"""Estimates the duration of a phase before its first epoch from a few passes over one batch. They change no weights."""
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import numpy as np
@@ -18,6 +19,10 @@ from cllm4rec.typing import IntArray
 
 _SAMPLE_DOCUMENTS = 1024
 """Documents sampled per kind, at most. Enough to fill a batch."""
+_MIN_PASSES, _MAX_PASSES = 3, 7
+"""Timed passes. On a busy machine a single one may take several times as long as the others."""
+_ENOUGH_S = 2.0
+"""No more than _MIN_PASSES start after this many seconds of timed ones: those of a large model are long and vary less."""
 _FORWARD_SHARE = 1 / 3
 """The cost of ranking a token relative to training on it: one of three matrix products."""
 
@@ -38,16 +43,17 @@ def seconds_per_epoch(
         return None
     device = model.collaborative_items.device
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    seconds = 0.0
-    for _ in range(2):  # the first pass is a warm-up: kernel caches, prepacked weights, memory
+    passes: list[float] = []
+    # The first pass is a warm-up: kernel caches, prepacked weights, memory.
+    while len(passes) <= _MIN_PASSES or (len(passes) <= _MAX_PASSES and sum(passes[1:]) < _ENOUGH_S):
         started = time.monotonic()
         for batch in batches:
             losses = model(batch_to_device(batch, device), phase.lambda_c)
             torch.autograd.grad(losses.total, trained, allow_unused=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds = time.monotonic() - started
-    seconds_per_token = seconds / sum(batch.num_tokens for batch in batches)
+        passes.append(time.monotonic() - started)
+    seconds_per_token = statistics.median(passes[1:]) / sum(batch.num_tokens for batch in batches)
     ranked_tokens = validation.read.lengths.sum() if validation is not None and phase.validate else 0
     trained_tokens = _epoch_tokens(phase, documents, builder.max_tokens)
     return float(seconds_per_token * (trained_tokens + _FORWARD_SHARE * ranked_tokens))

@@ -7,10 +7,13 @@ This module fetches the data, reports to Ray and resumes. The training itself is
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import signal
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +90,7 @@ def train_on_ray(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
         datasets={table: _read_parquet(names) for table, names in paths.items()},
         dataset_config=WholeBuckets(paths, set().union(*(phase.kinds for phase in job.phases))),
     )
-    with show_training(directory):
+    with show_training(directory), _own_interrupts():
         try:
             result = trainer.fit()
         except Exception as error:
@@ -193,6 +196,17 @@ class RecordFailures(UserCallback):  # type: ignore[misc]
             _record_error(self._run_dir, TrainingError(f"{sentence}; fix the cause and run the same command again"))
 
 
+@contextlib.contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Put back the SIGINT handler that `fit` replaces, so that Ctrl-C in a later stage is a KeyboardInterrupt again."""
+    before, is_main = signal.getsignal(signal.SIGINT), threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    finally:
+        if is_main:  # elsewhere Ray replaces nothing
+            signal.signal(signal.SIGINT, before)
+
+
 def _record_error(directory: str, error: Cllm4RecError) -> None:
     """Write an error that ends the run to a file for the driver. Only the first error is kept."""
     if not files.exists(files.join(directory, _ERROR)):
@@ -245,7 +259,9 @@ def _resume(job: TrainJob) -> tuple[Checkpoint | None, list[str]]:
     if not Path(latest.path).is_dir():
         with latest.as_directory() as folder:
             return read_checkpoint(folder, job.fingerprint), []
-    return newest_valid(sorted(Path(latest.path).parent.glob("checkpoint_*")), job.fingerprint)
+    # Ray keeps a file with a similar name beside them, `checkpoint_manager_snapshot.json`.
+    folders = sorted(path for path in Path(latest.path).parent.glob("checkpoint_*") if path.is_dir())
+    return newest_valid(folders, job.fingerprint)
 
 
 def _cause(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from cllm4rec.commands import cli
 from cllm4rec.errors import ArtifactError, AuditError, ConfigError, DataError, ResourceError, TrainingError
 
 ROOT = Path(__file__).parents[2]
+AMAZON = "data.interactions.format=amazon2014"
 MINIMAL = {"data": {"interactions": {"path": "reviews.json"}}}
 
 
@@ -132,10 +133,69 @@ def test_an_unforeseen_error_shows_its_traceback_and_still_ends_in_json(call):
     assert without_seconds(lines[-1]) == {"ok": False, "error": "KeyError: 'a bug'"}
 
 
-def test_an_interrupt_is_no_traceback(call):
-    status, lines, errors = call(fails(KeyboardInterrupt()))
-    assert (status, errors.count("\n")) == (130, 1)
-    assert json.loads(lines[-1])["ok"] is False
+@pytest.mark.parametrize("signalled", [KeyboardInterrupt(), SystemExit(0), SystemExit(1), SystemExit(15)])
+def test_an_interrupt_is_one_sentence_also_from_the_signal_handlers_of_ray(call, tmp_path, signalled):
+    (tmp_path / "out").mkdir()
+    status, lines, errors = call(fails(signalled))
+    sentence = "interrupted; run the same command again to continue"
+    assert (status, errors) == (130, f"error: {sentence}\n")
+    assert without_seconds(lines[-1]) == {"ok": False, "error": sentence}
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["error"] == sentence
+
+
+def test_a_library_that_ends_the_process_with_a_sentence_is_an_unforeseen_error(call):
+    status, lines, errors = call(fails(SystemExit("no compiler found")))
+    assert (status, json.loads(lines[-1])["error"]) == (1, "RuntimeError: no compiler found")
+    assert "Traceback" in errors
+
+
+def test_help_still_exits_with_0(call, capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        call(fails(AssertionError("not reached")), "--help")
+    assert "usage: cllm4rec test" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("below", ["a_file/runs/x", "a_file"])
+def test_an_output_dir_that_cannot_be_written_is_refused_before_ray_starts(call, tmp_path, monkeypatch, below):
+    (tmp_path / "a_file").write_text("")
+    monkeypatch.setattr(cli, "connect", lambda config: pytest.fail("Ray was started"))
+    status, _, errors = call(fails(AssertionError("not reached")), f"output_dir={tmp_path / below}")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert f"cannot write to output_dir {tmp_path / below} (Not a directory: {tmp_path}/a_file); choose a" in errors
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "sentence"),
+    [
+        ("prepare", [], "data.interactions.path reviews.json does not exist; correct it in the config, or add"),
+        ("pipeline", [], "data.interactions.path reviews.json does not exist; correct it in the config, or add"),
+        ("compare", ["compare.methods=[eese]"], "compare.methods has unknown names: eese"),
+        (
+            "pretrain",
+            [],
+            "prepared is not a finished prepared directory (no manifest.json); check output_dir, or run cllm",
+        ),
+        (
+            "serve",
+            [],
+            "model is not a finished model directory (no manifest.json); check output_dir, or run cllm4rec fine",
+        ),
+    ],
+)
+def test_what_is_missing_is_told_before_ray_starts(tmp_path, monkeypatch, capsys, name, overrides, sentence):
+    monkeypatch.setattr(cli, "connect", lambda config: pytest.fail("Ray was started"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"output_dir": "out", **MINIMAL}))
+    status = cli.run_command(name, f"cllm4rec {name}", ["--config", "run.yaml", AMAZON, *overrides])
+    assert status in (1, 2)
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_force_is_refused_where_it_would_mean_nothing(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"output_dir": str(tmp_path / "out"), **MINIMAL}))
+    assert cli.run_command("erase", "cllm4rec erase", ["--config", str(tmp_path / "run.yaml"), "--force"]) == 2
+    assert "unrecognized arguments: --force; see cllm4rec erase --help" in capsys.readouterr().err
 
 
 def in_a_task(cause):

@@ -103,6 +103,12 @@ def test_the_last_rating_of_a_pair_decides_whether_it_is_liked(tmp_path: Path) -
     assert prepare(small_config(tmp_path, rows, min_rating=None), LocalExecutor()).counts["interactions"] == 4
 
 
+def test_without_a_threshold_no_rating_is_blamed_for_an_empty_result(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no interactions are left of 4: 0 were repeated pairs, and of") as caught:
+        prepare(small_config(tmp_path, SQUARE, min_rating=None, core=9), LocalExecutor())
+    assert str(caught.value).endswith("lower data.core")
+
+
 def test_every_row_of_an_erased_user_is_left_out_and_only_their_number_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -287,6 +287,7 @@ def test_each_thing_that_does_not_fit_is_named_in_one_sentence(tmp_path: Path) -
     assert "is a folder" in complaint(tmp_path, None, path=str(tmp_path))
     assert "empty list" in complaint(tmp_path, None, path=[])
     assert "holds no rows" in complaint(tmp_path, "\n\n")
+    assert "holds a header and no rows" in complaint(tmp_path, "user,item,rating,text,timestamp\n", format="csv")
     assert "column 'reader' not found in notes.jsonl; it has: user, book" in complaint(
         tmp_path, '{"user": 1, "book": 2}'
     )

@@ -137,9 +137,9 @@ def test_the_difference_is_paired_with_the_best_baseline(evaluation: stage.Evalu
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [
-        (0.01, 0.03, "does not contain 0"),
+        (0.01, 0.03, "excludes 0: the difference is significant"),
         (-0.01, 0.03, "do not separate the two"),
-        (-0.03, -0.01, "does not contain 0"),
+        (-0.03, -0.01, "excludes 0: the difference is significant"),
     ],
 )
 def test_the_verdict_claims_no_more_than_the_interval(low: float, high: float, words: str) -> None:

@@ -375,7 +375,7 @@ def test_the_job_tells_in_its_last_line_and_by_its_exit_status(
     assert current_model(config.output_dir).endswith(first)
     status, result, _ = call("--rollback")
     assert (status, result["ok"]) == (1, False)
-    assert "no previous model" in result["error"]
+    assert "no model promoted before it" in result["error"]
 
 
 def test_a_bit_flipped_during_the_copy_leaves_the_old_model(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

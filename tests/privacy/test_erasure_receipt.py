@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import yaml
 from support.commands import run_command
@@ -13,9 +14,10 @@ from support.erasures import CANARY, USER_IDS, assert_whole, contents, copy_of, 
 
 from cllm4rec.commands import cli
 from cllm4rec.config import Config
-from cllm4rec.errors import AuditError, ConfigError
+from cllm4rec.errors import ArtifactError, AuditError, ConfigError
 from cllm4rec.privacy.erasure import NOT_DONE, erase
 from cllm4rec.storage.artifacts import read_manifest
+from cllm4rec.storage.files import write_table
 from cllm4rec.storage.registry import promoted_directories
 from cllm4rec.storage.tombstones import Tombstones
 
@@ -85,6 +87,37 @@ def test_an_id_in_another_users_text_is_told_and_not_hidden(config: Config) -> N
     assert CANARY not in str(caught.value)
     assert receipts(config)[0]["files_that_still_name_them"] == ["notes.json"]
     assert files_with(Path(config.output_dir), CANARY) == ["notes.json"], "everything else was done"
+
+
+def test_raw_files_below_the_output_dir_are_named_and_neither_changed_nor_a_failure(
+    erasure_template: Path, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(config.output_dir)
+    shutil.copytree(erasure_template / "raw", out / "raw")
+    write_table(pa.table({"user": [CANARY], "text": ["a biography"]}), str(out / "raw" / "users.parquet"))
+    raw = config.model_dump(mode="json", exclude_defaults=True)
+    raw["data"]["interactions"]["path"] = str(out / "raw" / "interactions*.jsonl")
+    columns = {"user": "user", "text": "text"}
+    raw["data"]["users"] = {"path": str(out / "raw" / "users.parquet"), "format": "parquet", "columns": columns}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    before = contents(out / "raw")
+    done = run_command(capsys, "erase", "--config", tmp_path / "run.yaml", "--user", CANARY)
+    assert done.status == 0
+    named = files_with(out, CANARY)
+    assert named
+    assert all(name.startswith("raw/") for name in named)
+    assert contents(out / "raw") == before
+    assert done.lines[-2] == (
+        f"erase: raw files are not changed; remove the users from {', '.join(str(out / name) for name in named)}"
+    )
+    assert receipts(config)[0]["raw_files_that_name_them"] == named
+
+
+def test_an_output_dir_without_a_run_is_refused_and_not_created(config: Config, tmp_path: Path) -> None:
+    elsewhere = config.model_copy(update={"output_dir": str(tmp_path / "mistyped")})
+    with pytest.raises(ArtifactError, match=r"there is no run at .*mistyped; check output_dir"):
+        erase(elsewhere, [CANARY])
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_an_empty_id_is_refused(config: Config) -> None:

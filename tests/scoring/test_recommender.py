@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import directories
@@ -340,6 +342,42 @@ def test_a_directory_that_is_no_run_is_refused_with_what_to_give(run_dir, tmp_pa
         Recommender.from_pretrained(str(run_dir), str(run_dir / "prepared"))
     with pytest.raises(ArtifactError, match="is not a finished prepared directory"):
         Recommender.from_pretrained(str(run_dir / "model"), str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"device": "tpu"}, "device is 'tpu'; give 'cpu' or 'cuda', or leave it out"),
+        ({"device": "meta"}, "device is 'meta'; give 'cpu' or 'cuda'"),
+        ({"rules": {"denied": "x.csv"}}, "score.rules.denied is not a setting"),
+        ({"rules": {"min_support": -1}}, "score.rules.min_support is -1 and should be at least 0"),
+        ({"rules": "deny.csv"}, "rules is of type str; give load_config"),
+        ({"directory": None}, "the directory is of type NoneType; give the output_dir of a run"),
+    ],
+)
+def test_a_wrong_argument_of_from_pretrained_is_refused_in_a_sentence(run_dir, arguments, sentence):
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}"):
+        Recommender.from_pretrained(**{"directory": run_dir} | arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch finds a GPU")
+def test_a_gpu_that_is_not_there_is_told(run_dir):
+    with pytest.raises(ConfigError, match="device is 'cuda', and torch finds no GPU; give 'cpu', or leave it out"):
+        Recommender.from_pretrained(run_dir, device="cuda")
+
+
+def test_rules_may_be_a_dictionary_in_the_form_of_the_config(run_dir, tmp_path):
+    (best,) = Recommender.from_pretrained(run_dir).recommend(user_id="user-00", k=1)
+    (tmp_path / "deny.csv").write_text(f"item_id\n{best.item_id}\n")
+    ruled = Recommender.from_pretrained(run_dir, rules={"deny": str(tmp_path / "deny.csv")})
+    assert best.item_id not in {item.item_id for item in ruled.recommend(user_id="user-00", k=5)}
+
+
+def test_a_series_is_read_in_its_order_and_not_by_its_labels(run_dir):
+    rec, history = Recommender.from_pretrained(run_dir), ["item-03", "item-11"]
+    series = pd.Series(history, index=[1, 0])
+    found = rec.recommend(history=series, exclude=pd.Series(["item-00"]))
+    assert found == rec.recommend(history=history, exclude=["item-00"])
 
 
 def test_recommending_needs_no_ray(run_dir):

@@ -74,7 +74,9 @@ def test_a_failing_first_block_leaves_nothing(uri):
     with pytest.raises(ValueError, match="a bug"):
         spoil(uri, ValueError("a bug"))
     assert not files.exists(uri)
-    with pytest.raises(ArtifactError, match="is not a finished model directory"):
+    with pytest.raises(
+        ArtifactError, match=r"is not a finished model directory .*; check output_dir, or run cllm4rec finetune"
+    ):
         read_manifest(uri, "model")
 
 

@@ -152,6 +152,13 @@ def test_a_version_that_is_not_there_is_told_in_a_sentence(table, call, verb):
 # compare
 
 
+def test_the_version_that_only_created_the_table_is_refused(table, call, model):
+    status, _, last, _ = call("compare", 0, 1)
+    assert status == 1
+    assert "version 0 of " in last["error"]
+    assert "holds no lists; " in last["error"]
+
+
 def test_two_versions_are_compared(table, call, model):
     status, lines, last, _ = call("compare", 1, 3, "nightly.drift.max_top10_changed=0.5")
     drift = last["dump"]["drift"]
