@@ -24,7 +24,8 @@ SECTIONS = {
 _TRAINING = {"training.checkpoint_every_epochs", "training.tensorboard", "training.gradient_checkpointing"}
 EXCLUDED = {
     "prepare": {"data.expected"},  # verified, not written; a separate input
-    "backbone": _TRAINING | {"model.table_std", "model.table_init", "model.temperature", "model.id_width"},
+    "backbone": _TRAINING
+    | {"model.history", "model.table_std", "model.table_init", "model.temperature", "model.id_width"},
     # The digest of backbone/ covers the settings of the backbone.
     "pretrain": _TRAINING | {"model.backbone", "model.revision", "model.store_backbone"},
     "finetune": _TRAINING

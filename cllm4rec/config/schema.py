@@ -192,6 +192,12 @@ class ModelConfig(_Section):
         description="Initialization of the item embeddings: noise, or principal components of the items' texts and "
         "reviews (noise for items without any).",
     )
+    history: Literal["lm", "residual"] | None = Field(
+        None,
+        description="How a history reaches the item head. lm: through the language model alone, as in the paper. residual: "
+        "the sum of the items' embeddings, plus a learned projection of the hidden state that starts at zero. null: residual "
+        "for a pretrained model, lm for one that is built.",
+    )
     temperature: Annotated[float, Field(gt=0)] = Field(
         1.0,
         description="Item logits are divided by this. A value near the square root of the width makes them small at the "
@@ -207,6 +213,11 @@ class ModelConfig(_Section):
                     f"model.id_width {self.id_width} is above model.backbone.width {width}; use {width} or less, or null"
                 )
         return self
+
+    @property
+    def is_residual(self) -> bool:
+        """Whether the sum of the items' embeddings bypasses the language model (`history`)."""
+        return self.history == "residual" or (self.history is None and isinstance(self.backbone, str))
 
 
 class Adapter(_Section):

@@ -90,11 +90,11 @@ def save_adapter_weights(weights: Mapping[str, Tensor], directory: str) -> None:
 def load_backbone(
     directory: str,
     max_tokens: int,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     device: str = "cpu",
     merge: bool = True,
 ) -> Backbone:
-    """Load the backbone of a directory, in a precision and on a device.
+    """Load the backbone of a directory, in a precision (None: that of its files) and on a device.
 
     merge: add an adapter to the weights, for scoring. Otherwise it can be trained.
     Raises ArtifactError if a file of a referenced backbone has changed, or if the adapter belongs to another one.
@@ -136,7 +136,7 @@ def _base_digests(directory: str) -> dict[str, str]:
     return {name: files.digest_of_file(files.join(directory, name)) for name in weights}
 
 
-def _load_base(directory: str, max_tokens: int, dtype: torch.dtype, device: str) -> Backbone:
+def _load_base(directory: str, max_tokens: int, dtype: torch.dtype | None, device: str) -> Backbone:
     if _REFERENCE in files.list_files(directory):
         name, revision = _verified_reference(directory)
         return pretrained_backbone(name, revision, max_tokens, dtype, device)

@@ -6,6 +6,7 @@ Shapes: R rows × T columns of a grid, M items of a sampled softmax, E item targ
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import torch
@@ -65,7 +66,14 @@ class TensorBatch:
     distinct_user_counts: Tensor
     distinct_items: Tensor
     distinct_item_counts: Tensor
+    source: Batch
     sampled: SampledItems | None = None
+
+    @functools.cached_property
+    def read_items(self) -> tuple[Tensor, Tensor]:
+        """`Batch.read_items` as values and offsets."""
+        read, device = self.source.read_items, self.item_slots.device
+        return _tensor(read.values, device), _tensor(read.offsets, device)
 
 
 def batch_to_device(
@@ -79,10 +87,11 @@ def batch_to_device(
     flat = {
         field.name: _tensor(getattr(batch, field.name), device)
         for field in dataclasses.fields(TensorBatch)
-        if field.name not in ("grids", "sampled")
+        if field.name not in ("grids", "source", "sampled")
     }
     return TensorBatch(
         grids=tuple(_grid(grid, batch.distinct_users, device, batch_invariant) for grid in batch.grids),
+        source=batch,
         sampled=None if sample is None else _sampled_items(sample, batch.item_targets, device),
         **flat,
     )

@@ -29,6 +29,7 @@ TABLES: dict[Table, str] = {table: table.name.lower() for table in Table if tabl
 DENSE: dict[str, tuple[str, ...]] = {
     "input_projection": tuple(TABLES.values()),
     "query_projection": (TABLES[Table.COLLABORATIVE_ITEMS],),
+    "query_bias": (TABLES[Table.COLLABORATIVE_ITEMS],),
 }
 """Dense parameters beside the tables → the tables that they serve. They are trained whenever one of these tables is, and are
 saved, loaded and resumed with the tables. A model has those that its config asks for."""
@@ -58,6 +59,8 @@ class CLLM4Rec(nn.Module):
     """(K, D), from rows of the ID tables to input embeddings of the language model. None: rows are read as they are."""
     query_projection: nn.Parameter | None
     """(D, K), from hidden states to what the item head multiplies with its table."""
+    query_bias: nn.Parameter | None
+    """(D,), the query of an empty history. Only with `residual`."""
 
     def __init__(
         self,
@@ -68,12 +71,15 @@ class CLLM4Rec(nn.Module):
         seed: int = 0,
         temperature: float = 1.0,
         id_width: int | None = None,
+        residual: bool = False,
     ) -> None:
         """Create tables with normally distributed values.
 
         std: the standard deviation of the embeddings that the language model reads, by default that of the word embeddings.
         temperature: the divisor of the item logits. The paper uses 1.
         id_width: the width D of the tables. None: K, without projections. Raises ConfigError if it is above K.
+        residual: queries are the sum of the items that were read, plus a projection of the hidden state and a bias, both of
+            which start at zero (`queries`).
 
         Both projections start as the same random orthonormal directions. They keep the lengths of rows, and the logits are
         those of a tied head over the projected rows. Narrow rows are drawn √(K / D) times larger, to have the length of a
@@ -94,13 +100,17 @@ class CLLM4Rec(nn.Module):
                 collaborative.copy_(content.normal_(generator=generator).mul_(spread))
             setattr(self, f"collaborative_{kind}", nn.Parameter(collaborative))
             setattr(self, f"content_{kind}", nn.Parameter(content))
-        self.input_projection = self.query_projection = None
+        self.residual = residual
+        self.input_projection = self.query_projection = self.query_bias = None
         if id_width is not None:
             directions_KD = torch.zeros(hidden, width)
             if spread:
                 directions_KD = torch.linalg.qr(torch.randn(hidden, width, generator=generator)).Q
             self.input_projection = nn.Parameter(directions_KD.contiguous())
             self.query_projection = nn.Parameter(directions_KD.T.contiguous())
+        if residual:
+            self.query_projection = nn.Parameter(torch.zeros(width, hidden))
+            self.query_bias = nn.Parameter(torch.zeros(width))
         self.backbone = backbone
         self.precision = torch.float32
         """The precision of the backbone and of the heads."""
@@ -142,7 +152,8 @@ class CLLM4Rec(nn.Module):
         """
         users = {**self._user_rows(batch), **(user_rows or {})}
         hidden_SK = self._hidden_states(batch, users)
-        queries_PD, sampled = self.queries(hidden_SK[batch.item_slots]), batch.sampled
+        read = batch.read_items if self.residual else None
+        queries_PD, sampled = self.queries(hidden_SK[batch.item_slots], read), batch.sampled
         if sampled is None:
             items = tied_cross_entropy(
                 queries_PD, self.collaborative_items, batch.item_target_rows, batch.item_targets, self.precision
@@ -183,17 +194,31 @@ class CLLM4Rec(nn.Module):
             hidden_RTK: Tensor = self.backbone(embeddings, batch.grids)
         return hidden_RTK.flatten(0, 1)
 
-    def queries(self, hidden_PK: Tensor) -> Tensor:
+    def queries(self, hidden_PK: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The vectors that the item head multiplies with its table, (P, D): hidden states, projected to the width of the
         tables and divided by the temperature.
 
-        Equal hidden states at any place give equal bits if P is the same.
+        read: with `residual`, the items that each prediction has read, as values and offsets. With n of them the query is
+            Σ rows / √n + projection · hidden / √K + bias: a pretrained model passes on little of a history (docs/method.md).
+
+        Equal hidden states and items at any place give equal bits if P is the same.
         """
+        if self.residual:
+            hidden_PK = hidden_PK.float() * self.backbone.width**-0.5
         query_PD = hidden_PK
         if self.query_projection is not None:
             padded = nn.functional.pad(hidden_PK, (0, 0, 0, -len(hidden_PK) % _PROJECTED_STEP))
             query_PD = nn.functional.linear(padded, self.query_projection.to(padded.dtype))[: len(hidden_PK)]
+        if self.query_bias is not None:
+            query_PD = query_PD + self.query_bias
+        if read is not None:
+            query_PD = query_PD + self.history_sums(*read)
         return query_PD if self.temperature == 1.0 else query_PD / self.temperature
+
+    def history_sums(self, items: Tensor, offsets: Tensor) -> Tensor:
+        """Σ rows / √n over the collaborative rows of each list of items, (P, D); zero for an empty list."""
+        sums_PD = nn.functional.embedding_bag(items, self.collaborative_items, offsets[:-1], mode="sum")
+        return sums_PD * offsets.diff().clamp_min(1).rsqrt()[:, None]
 
     def _user_rows(self, batch: TensorBatch) -> dict[str, Tensor]:
         """The rows of the user tables that the batch reads, (U, D) each."""
@@ -235,6 +260,7 @@ def new_model(config: ModelConfig, backbone: Backbone, token_space: TokenSpace, 
         seed=seed,
         temperature=config.temperature,
         id_width=config.id_width,
+        residual=config.is_residual,
     )
 
 

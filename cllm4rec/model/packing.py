@@ -9,6 +9,7 @@ Shapes: D documents, R rows × T columns = S slots of a grid, P predictions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
 
@@ -72,6 +73,22 @@ class Batch:
     num_documents: int
     num_users: int
     num_tokens: int
+    documents: Documents
+    token_space: TokenSpace
+
+    @functools.cached_property
+    def read_items(self) -> Ragged:
+        """For each of `item_slots`, the items of its document that stand before the prediction."""
+        documents, space = self.documents, self.token_space
+        is_item = (documents.kind == Kind.INTERACTIONS)[documents.main.rows]
+        places = documents.main.places[is_item]
+        begins = documents.main.offsets[documents.main.rows[is_item]]
+        offsets = np.concatenate([[0], np.cumsum(places)])
+        earlier = np.repeat(begins - offsets[:-1], places) + np.arange(offsets[-1])
+        in_main = Ragged(documents.main.values[earlier], offsets)
+        prompts = documents.prompt.take(np.flatnonzero(documents.kind == Kind.RECOMMENDATION))
+        read = Ragged.concat([in_main, prompts.where(space.is_item(prompts.values))])
+        return Ragged(space.item_index(read.values.astype(np.int64)), read.offsets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +301,8 @@ def _batch(
         num_documents=len(documents),
         num_users=int(np.isin(documents.kind, [Kind.INTERACTIONS, Kind.RECOMMENDATION]).sum()),
         num_tokens=int(documents.lengths.sum()),
+        documents=documents,
+        token_space=token_space,
     )
 
 

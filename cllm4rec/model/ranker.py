@@ -112,6 +112,10 @@ class Ranker:
         else:
             for ranking_pass in passes:
                 run(ranking_pass)
+        if self.model.residual:
+            items = self._canonical(histories)
+            values, offsets = (torch.from_numpy(array).to(device) for array in (items.values, items.offsets))
+            query_BD += self.model.history_sums(values, offsets) / self.model.temperature
         return query_BD
 
     def _documents(self, users: IntArray, histories: Ragged) -> Documents:

@@ -38,7 +38,7 @@ _BACKBONE_FILES = (".safetensors", ".json")
 class ModelMetadata:
     """The content of `model.json`.
 
-    width: that of the tables. id_width: `model.id_width`; the file has no entry for None.
+    width: that of the tables. id_width: `model.id_width`. residual: `CLLM4Rec.residual`. The file has no entries for None.
     """
 
     num_words: int
@@ -50,6 +50,7 @@ class ModelMetadata:
     bf16: bool
     temperature: float = 1.0
     id_width: int | None = None
+    residual: bool | None = None
 
     @classmethod
     def load(cls, directory: str) -> ModelMetadata:
@@ -97,6 +98,7 @@ class SavedModel:
             std=0.0,
             temperature=metadata.temperature,
             id_width=metadata.id_width,
+            residual=bool(metadata.residual),
         )
         stored = map_tensors(files.join(directory, "tables.safetensors"))
         for name, weight in model.own_parameters().items():

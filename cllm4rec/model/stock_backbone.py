@@ -23,12 +23,13 @@ from cllm4rec.storage import hub
 
 
 def pretrained_backbone(
-    name: str, revision: str | None, max_tokens: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    name: str, revision: str | None, max_tokens: int, dtype: torch.dtype | None = torch.float32, device: str = "cpu"
 ) -> Backbone:
     """Load a model by name or folder, without dropout.
 
     dtype: the precision of the weights. Files are read shard by shard, straight into it and onto the device, so a bfloat16
-    model needs half the memory of a float32 one at its peak, too.
+    model needs half the memory of a float32 one at its peak, too. None: that of the files, whose weights stay memory-mapped
+    on a CPU.
     Raises ConfigError if the model cannot be loaded.
     """
     folder = hub.weights_folder(name, revision)
@@ -39,7 +40,7 @@ def pretrained_backbone(
         model, info = _auto(config).from_pretrained(
             folder,
             config=config,
-            dtype=dtype,
+            dtype="auto" if dtype is None else dtype,
             device_map=None if device == "cpu" else device,
             use_safetensors=True,
             local_files_only=True,

@@ -115,11 +115,11 @@ def pretrain(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
 def finetune(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
     """Recommendation-oriented finetuning of the collaborative tables → `model/`, the model that scores and serves.
 
-    Raises ArtifactError if `pretrained/` has tables of another width, or if it changes during training.
+    Raises ArtifactError if `pretrained/` has parameters of another form, or if it changes during training.
     """
     config = _begin(config, "finetune", force)
     inputs = finetune_inputs(config)
-    _check_pretrained_width(config)
+    _check_pretrained(config)
     start = Start(files.absolute(config.run.pretrained), "pretrained")
     # Not backbone/: pretraining may have trained the adapter further.
     backbone_dir = files.join(config.run.pretrained, "backbone")
@@ -131,13 +131,21 @@ def finetune(config: Config, force: bool, *, trainer: Trainer) -> Manifest:
     return _write_model(config, "model", prompt, weights, inputs, "finetune", backbone_dir)
 
 
-def _check_pretrained_width(config: Config) -> None:
-    found, wanted = ModelMetadata.load(config.run.pretrained).id_width, config.model.id_width
-    if found != wanted:
-        raise ArtifactError(
-            f"{config.run.pretrained} was trained with model.id_width {found or 'null'}, but the config has "
-            f"{wanted or 'null'}; run the pretrain stage with this config first"
-        )
+def _check_pretrained(config: Config) -> None:
+    """Raise ArtifactError if `pretrained/` has parameters of another form than the config."""
+    pretrained = ModelMetadata.load(config.run.pretrained)
+    forms = {
+        "id_width": (pretrained.id_width, config.model.id_width),
+        "history": tuple(
+            "residual" if residual else "lm" for residual in (pretrained.residual, config.model.is_residual)
+        ),
+    }
+    for setting, (found, wanted) in forms.items():
+        if found != wanted:
+            raise ArtifactError(
+                f"{config.run.pretrained} was trained with model.{setting} {found or 'null'}, but the config has "
+                f"{wanted or 'null'}; run the pretrain stage with this config first"
+            )
 
 
 def _begin(config: Config, stage: str, force: bool) -> Config:
@@ -180,7 +188,8 @@ def _initial_tables(config: Config) -> dict[str, Tensor]:
     """The tables before training. A stage with 0 epochs writes them unchanged."""
     prepared_dir = config.run.prepared
     _, token_space = load_token_space(prepared_dir)
-    backbone = load_backbone(config.run.backbone, config.model.max_tokens)
+    # Only the word embeddings are read: the weights stay memory-mapped.
+    backbone = load_backbone(config.run.backbone, config.model.max_tokens, dtype=None, merge=False)
     return initial_tables(config, backbone, token_space, lambda: documents_by_bucket(prepared_dir))
 
 
@@ -208,6 +217,7 @@ def _write_model(
         bf16=config.training.bf16,
         temperature=config.model.temperature,
         id_width=config.model.id_width,
+        residual=config.model.is_residual or None,
     )
     with write_directory(directory, kind=kind, inputs=inputs, config=config.model_dump()) as draft:
         save_pretrained(draft, tables, metadata, prepared_dir=prepared_dir, backbone_dir=backbone_dir)
