@@ -25,6 +25,7 @@ from cllm4rec.reporting import INK, markdown_table, plain, png, text_table
 
 NAMES = {
     "cllm4rec": "CLLM4Rec",
+    "without_lm": "CLLM4Rec without its language model",
     "cllm4rec_t5": "CLLM4Rec, T5",
     "cllm4rec_llama": "CLLM4Rec, Llama",
     "llm_scratch": "LLM-Scratch",

@@ -46,6 +46,8 @@ from cllm4rec.typing import FloatArray, IntArray
 logger = logging.getLogger(__name__)
 
 MODEL = "cllm4rec"
+CONTROL = "without_lm"
+"""The same model with the part of its language model set to zero: what the language model adds."""
 DEFINITIONS = {
     "recall": "hits among the first k over min(k, number of test items), mean over users",
     "ndcg": "binary relevance, gain 1 / log2(rank + 1), over the gain of an ideal list of length k, mean over users",
@@ -104,6 +106,9 @@ def evaluate_methods(histories: Histories, catalog: Catalog, scorer: Scorer, con
         raise DataError("no user has a test item to evaluate on; raise data.split.test and run cllm4rec prepare again")
     with _timed(MODEL, held_out):
         ranked = {MODEL: rank_with_scorer(scorer, held_out, config.score.batch_users)}
+    control = scorer.without_language_model()
+    if control is not None:
+        ranked[CONTROL] = rank_with_scorer(control, held_out, config.score.batch_users)
     baselines = fit_baselines(TrainingData.of(histories, catalog))
     for name, baseline in baselines.fitted.items():
         with _timed(name, held_out):

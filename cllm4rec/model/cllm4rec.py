@@ -199,12 +199,13 @@ class CLLM4Rec(nn.Module):
         tables and divided by the temperature.
 
         read: with `residual`, the items that each prediction has read, as values and offsets. With n of them the query is
-            Σ rows / √n + projection · hidden / √K + bias: a pretrained model passes on little of a history (docs/method.md).
+            Σ rows / √n + projection · hidden / K + bias: a pretrained model passes on little of a history (docs/method.md).
+            Divided by K, a hidden state of K entries of order 1 moves the query by a step of Adam, not by K of them.
 
         Equal hidden states and items at any place give equal bits if P is the same.
         """
         if self.residual:
-            hidden_PK = hidden_PK.float() * self.backbone.width**-0.5
+            hidden_PK = hidden_PK.float() / self.backbone.width
         query_PD = hidden_PK
         if self.query_projection is not None:
             padded = nn.functional.pad(hidden_PK, (0, 0, 0, -len(hidden_PK) % _PROJECTED_STEP))

@@ -53,6 +53,8 @@ class Ranker:
     prompts: Prompts
     max_tokens: int
     prompt: Literal["interactions", "recommendation"] | None = "recommendation"
+    with_language_model: bool = True
+    """False, for models with `residual`: leave out what the language model adds, to measure it."""
 
     @property
     def token_space(self) -> TokenSpace:
@@ -95,9 +97,21 @@ class Ranker:
     @torch.inference_mode()
     def encode_users(self, users: IntArray, histories: Ragged) -> Tensor:
         """The query after each user's prompt (`CLLM4Rec.queries`), (B, D) in float32, the input of `best_items`."""
-        documents = self._documents(users, histories)
         device = self.model.collaborative_items.device
         query_BD = torch.zeros(len(users), self.model.id_width, device=device)
+        if self.with_language_model:
+            self._set_queries(query_BD, self._documents(users, histories))
+        elif self.model.query_bias is not None:
+            query_BD += self.model.query_bias / self.model.temperature
+        if self.model.residual:
+            items = self._canonical(histories)
+            values, offsets = (torch.from_numpy(array).to(device) for array in (items.values, items.offsets))
+            query_BD += self.model.history_sums(values, offsets) / self.model.temperature
+        return query_BD
+
+    def _set_queries(self, query_BD: Tensor, documents: Documents) -> None:
+        """Set each row of `query_BD` to the query of the hidden state after its document."""
+        device = query_BD.device
         passes = self._pair_passes(documents) if self.model.backbone.is_encoder_decoder else self._passes(documents)
 
         @torch.inference_mode()
@@ -112,11 +126,6 @@ class Ranker:
         else:
             for ranking_pass in passes:
                 run(ranking_pass)
-        if self.model.residual:
-            items = self._canonical(histories)
-            values, offsets = (torch.from_numpy(array).to(device) for array in (items.values, items.offsets))
-            query_BD += self.model.history_sums(values, offsets) / self.model.temperature
-        return query_BD
 
     def _documents(self, users: IntArray, histories: Ragged) -> Documents:
         items = self._canonical(histories)

@@ -45,6 +45,13 @@ class Scorer:
         stored = SavedModel.from_pretrained(model_dir, device=device)
         return cls(stored.ranker, stored.catalog, stored.manifest.digest[:12])
 
+    def without_language_model(self) -> Scorer | None:
+        """The same model without what its language model adds, or None if nothing would remain (`model.history: lm`)."""
+        if not self.ranker.model.residual:
+            return None
+        ranker = dataclasses.replace(self.ranker, with_language_model=False)
+        return Scorer(ranker, self.catalog, self.model_version)
+
     def top_k(
         self,
         users: npt.ArrayLike,

@@ -65,7 +65,7 @@ def test_loss_and_gradients_equal_a_plain_reference(architecture, id_width):
     hidden_PK = model.hidden_states(batch)[batch.item_slots]
     queries = []
     for hidden, items in zip(hidden_PK, batch.source.read_items.tolist(), strict=True):
-        query = model.query_projection @ hidden / model.backbone.width**0.5 + model.query_bias
+        query = model.query_projection @ hidden / model.backbone.width + model.query_bias
         for item in items:
             query = query + model.collaborative_items[item] / len(items) ** 0.5
         queries.append(query)
@@ -104,6 +104,15 @@ def test_an_untrained_projection_leaves_the_sum_of_the_rows():
     query = ranker.encode_users(np.array([-1]), Ragged.from_lists([[1, 3, 5]]))[0]
     assert torch.allclose(query, model.collaborative_items[[1, 3, 5]].sum(dim=0) / 3**0.5, atol=1e-6)
     assert torch.equal(ranker.encode_users(np.array([-1]), Ragged.from_lists([[]]))[0], torch.zeros(32))
+
+
+def test_without_the_language_model_the_sum_and_the_bias_remain():
+    model = residual_model().eval()
+    ranker = Ranker(model, parity().prompts, MAX_TOKENS, with_language_model=False)
+    query = ranker.encode_users(np.array([0]), Ragged.from_lists([[1, 3]]))[0]
+    assert torch.allclose(query, model.query_bias + model.collaborative_items[[1, 3]].sum(dim=0) / 2**0.5, atol=1e-6)
+    whole = Ranker(model, parity().prompts, MAX_TOKENS).encode_users(np.array([0]), Ragged.from_lists([[1, 3]]))[0]
+    assert (whole - query).abs().max() > 1e-2
 
 
 def test_stock_models_take_it_by_default_and_built_ones_do_not():

@@ -10,9 +10,10 @@ from support.parity import parity_frames
 from transformers import AutoModelForCausalLM
 
 import cllm4rec
-from cllm4rec.config import BackboneSize, ModelConfig
+from cllm4rec.config import BackboneSize, ModelConfig, load_config
 from cllm4rec.data.tokenizer import save_tokenizer
 from cllm4rec.errors import ArtifactError, ConfigError
+from cllm4rec.evaluation.stage import evaluate
 from cllm4rec.storage.files import digest_of_file, read_json
 
 ADAPTER = "backbone/adapter.safetensors"
@@ -49,6 +50,17 @@ def run(stock: Path, output_dir: Path, **settings: object) -> Path:
     recommender = cllm4rec.train(config)
     assert len(recommender.recommend(user_id=interactions["user"].iloc[0], k=3)) == 3
     return output_dir
+
+
+def test_an_evaluation_shows_what_the_language_model_adds(stock, tmp_path):
+    output = run(stock, tmp_path / "run")
+    config = load_config(output / "config.yaml", ["evaluate.bootstrap_samples=20"])
+    evaluate(config)
+    report = (output / "evaluation" / "report.md").read_text()
+    assert "CLLM4Rec without its language model" in report
+    assert {"cllm4rec", "without_lm", "popularity"} <= set(
+        read_json(config.run.evaluation + "/metrics.json")["results"]
+    )
 
 
 def digests(folder: Path) -> dict[str, str]:
