@@ -15,10 +15,11 @@ import torch
 
 from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.arrays.ragged import Ragged
-from cllm4rec.config import BackboneSize, Config, parse_config
+from cllm4rec.config import Adapter, BackboneSize, Config, parse_config
 from cllm4rec.data.documents import Documents, Prompts
 from cllm4rec.data.world import ParityWorld, parity_world
 from cllm4rec.metrics.protocol import Validation
+from cllm4rec.model.adapter import add_adapter
 from cllm4rec.model.built_backbone import build_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.ranker import Ranker
@@ -41,12 +42,16 @@ class Parity:
     token_space: TokenSpace
     documents: Documents
 
-    def make_model(self, architecture: str = "gpt2", id_width: int | None = None) -> CLLM4Rec:
+    def make_model(
+        self, architecture: str = "gpt2", id_width: int | None = None, residual: bool = False, adapter: bool = False
+    ) -> CLLM4Rec:
         size = BackboneSize(architecture=architecture, layers=2, width=32, heads=4, vocab_size=257)  # type: ignore[arg-type]
         # A random backbone passes little of a history on: rows that start small are outgrown by what they learn.
         std = 0.3 if architecture == "t5" else 0.1
         backbone = build_backbone(size, self.token_space.num_words, 2 * MAX_TOKENS, seed=0)
-        return CLLM4Rec(backbone, self.token_space, std=std, id_width=id_width)
+        if adapter:
+            add_adapter(backbone, Adapter(rank=2), seed=0)
+        return CLLM4Rec(backbone, self.token_space, std=std, id_width=id_width, residual=residual)
 
     def shard(self) -> Shard:
         return Shard(self.documents, Validation(self.world.histories))

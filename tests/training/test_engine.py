@@ -30,6 +30,12 @@ CLIPPED = {"accumulation": 2, "gradient_clipping": 0.05}
 PARTS = {"micro_batch_rows": 6}
 # A norm that is never reached changes no step, but turns row-wise steps off.
 WHOLE_TABLES = {"gradient_clipping": 1e9}
+WHOLE: dict = {}
+# Everything that is trained beside the tables: projections of narrow tables, the residual with its bias, a LoRA adapter.
+EXTENDED = {
+    "form": {"id_width": NARROW, "residual": True, "adapter": True},
+    "phase": dataclasses.replace(PHASE, trained=(*PHASE.trained, "adapter")),
+}
 
 
 def shard_of(rank: int, num_workers: int) -> Shard:
@@ -46,7 +52,7 @@ def shard_of(rank: int, num_workers: int) -> Shard:
     return Shard(sample.take(np.flatnonzero(is_own[sample.user])), Validation(histories.take(np.flatnonzero(is_own))))
 
 
-def train(rank=0, num_workers=1, phase=PHASE, resumed=None, micro_batch_rows=None, id_width=None, **changes):
+def train(rank=0, num_workers=1, phase=PHASE, resumed=None, micro_batch_rows=None, form=WHOLE, **changes):
     """The weights of a run, its checkpoints after each epoch, and its log."""
     saved, log = [], []
 
@@ -54,7 +60,7 @@ def train(rank=0, num_workers=1, phase=PHASE, resumed=None, micro_batch_rows=Non
         saved.append(dataclasses.replace(checkpoint, progress=dataclasses.replace(checkpoint.progress)))
 
     weights = loop.train(
-        lambda: parity().make_model(id_width=id_width),
+        lambda: parity().make_model(**form),
         parity().prompts,
         [phase],
         shard_of(rank, num_workers),
@@ -91,8 +97,8 @@ def work(rank, port, folder):
         results[zero_stage, "accumulated"] = train(**options, accumulation=2, micro_batch_rows=24)
         whole = results[zero_stage, "whole"] = train(**options)
         results[zero_stage, "whole resumed"] = train(**options, resumed=whole["saved"][0])
-        narrow = results[zero_stage, "narrow"] = train(**options, id_width=NARROW)
-        results[zero_stage, "narrow resumed"] = train(**options, id_width=NARROW, resumed=narrow["saved"][0])
+        extended = results[zero_stage, "extended"] = train(**options, **EXTENDED)
+        results[zero_stage, "extended resumed"] = train(**options, **EXTENDED, resumed=extended["saved"][0])
         parts = results[zero_stage, "parts"] = train(**options, **PARTS)
         results[zero_stage, "parts resumed"] = train(**options, **PARTS, resumed=parts["saved"][0])
         results[zero_stage, "parts of whole tables"] = train(**options, **PARTS, **WHOLE_TABLES)
@@ -130,7 +136,7 @@ def plain():
     return {
         "whole": whole,
         "accumulated": whole,
-        "narrow": train(id_width=NARROW),
+        "extended": train(**EXTENDED),
         "clipped": train(**CLIPPED | {"accumulation": 1}),
         "backbone": train(phase=BACKBONE_PHASE),
     }
@@ -158,7 +164,7 @@ def epochs(result) -> list[dict]:
     return [entry for entry in result["log"] if entry["event"] == "epoch"]
 
 
-@pytest.mark.parametrize("variant", ["whole", "accumulated", "clipped", "narrow", "backbone"])
+@pytest.mark.parametrize("variant", ["whole", "accumulated", "clipped", "extended", "backbone"])
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
 def test_two_workers_take_the_steps_of_one(plain, workers, zero_stage, variant):
     result = workers[0][zero_stage, variant]
@@ -179,7 +185,7 @@ def test_validation_users_of_all_workers_count(plain, workers, zero_stage):
     assert metrics == pytest.approx([entry["validation_ndcg@100"] for entry in epochs(plain["whole"])], abs=1e-3)
 
 
-@pytest.mark.parametrize("variant", ["whole", "narrow", "parts"])
+@pytest.mark.parametrize("variant", ["whole", "extended", "parts"])
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
 def test_a_resumed_worker_matches_an_uninterrupted_one(workers, zero_stage, variant):
     for worker in workers:
