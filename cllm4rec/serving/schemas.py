@@ -1,13 +1,23 @@
 """The HTTP contract: requests, with bounds on every field, and responses.
 
-Every bound below is also in /openapi.json. A request that exceeds one is refused with 422 and the name of the field.
+Every bound below is also in /openapi.json. A request that exceeds one is refused with 422 and the name of the field. The work
+and the size of a refusal do not grow with the request: validation of a list stops at its first wrong id, and unknown fields are
+refused together, without their names.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from cllm4rec.scoring.recommender import MAX_K, Answer, Query
@@ -18,6 +28,7 @@ MAX_TEXT_CHARS = 1000
 MAX_BODY_BYTES = 1_000_000
 
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
+Ids = Annotated[list[Id], Field(fail_fast=True)]
 
 
 def _integral(value: Any) -> Any:
@@ -42,16 +53,24 @@ class RecommendRequest(BaseModel):
     user_id: Id | None = Field(
         None, description="a user's id; a user unknown at training is served from `history` alone"
     )
-    history: list[Id] | None = Field(
+    history: Ids | None = Field(
         None,
         max_length=MAX_HISTORY,
         validate_default=True,
         description="item ids, oldest first; added to the stored history of `user_id`, and never recommended",
     )
-    exclude: list[Id] = Field([], max_length=MAX_HISTORY, description="more item ids that must not be recommended")
+    exclude: Ids = Field([], max_length=MAX_HISTORY, description="more item ids that must not be recommended")
     k: Annotated[int, BeforeValidator(_integral)] = Field(
         10, ge=1, le=MAX_K, description="how many items; fewer are returned if fewer remain"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def fields_are_known(cls, body: Any) -> Any:
+        # Not left to extra="forbid", which reports every unknown field with its name.
+        if isinstance(body, dict) and any(name not in cls.model_fields for name in body):
+            raise PydanticCustomError("unknown_field", f"unknown field; the fields are {', '.join(cls.model_fields)}")
+        return body
 
     @field_validator("history")
     @classmethod
