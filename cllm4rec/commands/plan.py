@@ -77,4 +77,4 @@ def _gib(size: int | None) -> str:
     return "" if size is None else f"{size / 2**30:.2f}"
 
 
-COMMAND = Command(run, __doc__ or "", add_flags=add_flags, needs_ray=False, trains=True)
+COMMAND = Command(run, __doc__ or "", add_flags=add_flags, needs_ray=False, trains=True, writes=False, has_force=False)

@@ -250,6 +250,10 @@ class BackboneConfig(_Section):
                 "backbone.adapter is never trained: set backbone.epochs, or add pretrain or finetune to "
                 "backbone.adapter.trained_in"
             )
+        if self.adapter is not None and "backbone" not in self.adapter.trained_in and self.epochs:
+            raise ValueError(
+                "backbone.epochs trains nothing: add backbone to backbone.adapter.trained_in, or set backbone.epochs to 0"
+            )
         return self
 
     def trains_adapter(self, stage: str) -> bool:

@@ -214,9 +214,13 @@ def published_figures(config: Config) -> dict[str, Any]:
 
 
 def compare(headline: Mapping[str, FloatArray], samples: int, seed: int) -> PairedComparison:
-    """HEADLINE of every method minus that of the best baseline, user by user: pairs cancel what users have in common."""
+    """HEADLINE of every method minus that of the best baseline, user by user: pairs cancel what users have in common.
+
+    The model without its language model is no baseline: it is a part of the model.
+    """
     baseline = max(
-        (method for method in headline if method != MODEL), key=lambda method: float(headline[method].mean())
+        (method for method in headline if method not in (MODEL, CONTROL)),
+        key=lambda method: float(headline[method].mean()),
     )
     differences = {
         method: interval(values_B - headline[baseline], samples, seed)

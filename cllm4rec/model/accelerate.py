@@ -50,6 +50,8 @@ def _replace_gelu(backbone: Backbone, precision: torch.dtype) -> None:
 def _replace_layers(backbone: Backbone, convert: Callable[[nn.Module], nn.Module | None]) -> None:
     """Replace every layer for which `convert(layer)` is not None by that result."""
     for module in list(backbone.model.modules()):
+        if isinstance(module, nn.ModuleDict):  # the matrices of an adapter, which are loaded again during training
+            continue
         for name, layer in list(module.named_children()):
             replacement = convert(layer)
             if replacement is not None:

@@ -32,7 +32,19 @@ def add_adapter(backbone: Backbone, adapter: Adapter, seed: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = {name: layer for name, layer in backbone.model.named_modules() if isinstance(layer, nn.Linear | Conv1D)}
+    head = backbone.model.get_output_embeddings()
+    linear = {
+        name: layer
+        for name, layer in backbone.model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not head
+    }
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    unknown = sorted(set(adapter.targets or ()) - set(names))
+    if unknown:
+        raise ConfigError(
+            f"backbone.adapter.targets names {unknown[0]}, which is no adaptable layer of the language model; its layers are "
+            f"{', '.join(names)}"
+        )
     settings = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # any number works
@@ -41,16 +53,11 @@ def add_adapter(backbone: Backbone, adapter: Adapter, seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            inject_adapter_in_model(settings, backbone.model)
-        except ValueError as error:
-            words = " ".join(str(error).split())[:200]
-            names = sorted({name.rpartition(".")[2] for name in linear})
-            raise ConfigError(
-                f"backbone.adapter.targets does not fit the language model ({words}); its layers are {', '.join(names)}"
-            ) from None
+        inject_adapter_in_model(settings, backbone.model)
     for name, weight in backbone.named_parameters():
         weight.requires_grad_(is_adapter(name))
+        if is_adapter(name):
+            weight.data = weight.data.float()  # peft follows the precision of the frozen weights
 
 
 def adapter_weights(backbone: Backbone) -> dict[str, Tensor]:

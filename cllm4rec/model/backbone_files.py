@@ -53,10 +53,10 @@ def save_backbone(backbone: Backbone, directory: str) -> None:
 
 
 def save_reference(config: ModelConfig, directory: str) -> None:
-    """Write the name, the revision and the digests of the files of a stock model instead of its weights."""
+    """Write the name (or absolute folder), the commit and the digests of the files of a stock model instead of its weights."""
     assert isinstance(config.backbone, str)
-    digests = hub.weights_digests(config.backbone, config.revision)
-    reference = {"name": config.backbone, "revision": config.revision, "sha256": digests}
+    name, revision = hub.resolved(config.backbone, config.revision)
+    reference = {"name": name, "revision": revision, "sha256": hub.weights_digests(name, revision)}
     files.write_json(files.join(directory, _REFERENCE), reference)
 
 
@@ -96,15 +96,23 @@ def load_backbone(
 ) -> Backbone:
     """Load the backbone of a directory, in a precision (None: that of its files) and on a device.
 
-    merge: add an adapter to the weights, for scoring. Otherwise it can be trained.
+    merge: add an adapter to float32 weights, which is faster. Otherwise it stays beside them and can be trained. It always stays
+        beside bfloat16 weights: a sum would be rounded to them, and a small change of a weight would be lost.
     Raises ArtifactError if a file of a referenced backbone has changed, or if the adapter belongs to another one.
     """
     backbone = _load_base(directory, max_tokens, dtype, device)
-    if _ADAPTER in files.list_files(directory):
+    if has_adapter(directory):
         _load_adapter(backbone, directory)
-        if merge:
+        if merge and backbone.dtype == torch.float32:
             merge_adapter(backbone)
+        if merge:
+            backbone.requires_grad_(False)
     return backbone
+
+
+def has_adapter(directory: str) -> bool:
+    """Whether a directory holds an adapter, trained or not."""
+    return _ADAPTER in files.list_files(directory)
 
 
 def _load_adapter(backbone: Backbone, directory: str) -> None:

@@ -81,9 +81,9 @@ class CLLM4Rec(nn.Module):
         residual: queries are the sum of the items that were read, plus a projection of the hidden state and a bias, both of
             which start at zero (`queries`).
 
-        Both projections start as the same random orthonormal directions. They keep the lengths of rows, and the logits are
-        those of a tied head over the projected rows. Narrow rows are drawn √(K / D) times larger, to have the length of a
-        row of width K.
+        Without `residual`, both projections start as the same random orthonormal directions. They keep the lengths of rows, and
+        the logits are those of a tied head over the projected rows. Narrow rows are drawn √(K / D) times larger, to have the
+        length of a row of width K.
 
         z^l starts equal to z^c: with lambda_l = 0 this is the mode of the prior before any data is read (Eq. 3).
         """

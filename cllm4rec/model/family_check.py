@@ -158,8 +158,8 @@ def _small_config(config: Any) -> Any:
             "encoder_ffn_dim": _WIDEST,
             "decoder_ffn_dim": _WIDEST,
             "d_ff": _WIDEST,
-            "num_local_experts": 8,
-            "num_experts": 8,
+            "num_local_experts": max(8, getattr(part, "num_experts_per_tok", None) or 0),
+            "num_experts": max(8, getattr(part, "num_experts_per_tok", None) or 0),
         }.items():
             value = getattr(part, setting, None)
             if isinstance(value, int) and value > most:

@@ -41,7 +41,7 @@ USER_TABLES = (Table.COLLABORATIVE_USERS, Table.CONTENT_USERS)
 class Grid:
     """R × T slots. `segment_RT` numbers the documents of a row from 1 (0 is padding). `position_RT` restarts in each.
 
-    lookups: for each table, slots and the table rows that they read. Slots without a lookup hold the zero vector.
+    lookups: for each table, slots and the table rows that they read. Slots without a lookup are padding or unknown users.
     """
 
     segment_RT: Array

@@ -2,10 +2,10 @@
 
 pretrained/ and model/
   tables.safetensors             the four ID tables and the dense parameters beside them, float32
-  model.json                     sizes, longest prompt, kind of prompt, precision, temperature
+  model.json                     sizes, longest prompt, kind of prompt, precision, temperature, id_width, residual
   users.parquet, items.parquet   the Catalog
   tokenizer/, prompts.json       as in prepared/
-  backbone/                      reference.json (name, revision, digest), or the weights as safetensors
+  backbone/                      reference.json (name, commit, digests) or the weights, and an adapter (`backbone_files`)
   metrics.jsonl                  all steps and epochs of the training
 """
 

@@ -9,6 +9,7 @@ Code that comes with a model is never run, and weights are read from safetensors
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,6 +92,11 @@ def stock_config(name: str, revision: str | None) -> Any:
     folder = hub.config_folder(name, revision)
     with _one_sentence(name):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        raise ConfigError(
+            f"the backbone {name!r} has a PEFT adapter beside its weights (adapter_config.json); merge the two into one model first "
+            "(merge_and_unload of peft)"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(
             f"the backbone {name!r} is a quantized checkpoint, through which tables cannot be trained exactly; use the "

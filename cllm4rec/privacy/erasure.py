@@ -69,8 +69,8 @@ COMMIT_PROPERTIES = ("run_id", "run_date", "model_version", "schema_version", "u
 
 NOT_DONE = (
     "The raw source files were not changed; remove the users from those listed here.",
-    "No unlearning is claimed: item embeddings, other users' embeddings, the tokenizer's vocabulary and a backbone trained "
-    "here keep what they learned from these users. Run cllm4rec pipeline --force to train without them.",
+    "No unlearning is claimed: item embeddings, other users' embeddings, the tokenizer's vocabulary and a backbone or "
+    "adapter trained here keep what they learned from these users. Run cllm4rec pipeline --force to train without them.",
     "Counts were not changed: num_train in items.parquet, metrics.json and the report of the evaluation, and the reports of "
     "past nightly runs.",
     "Copies outside the output_dir (exports, backups, results of other readers) were not changed.",

@@ -10,11 +10,9 @@ network. Model code in a repository is never run.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from cllm4rec.storage.files import digest_of_file
 TIMEOUT_S = 10.0
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _WEIGHTS = "*.safetensors"
+INDEX = "model.safetensors.index.json"
 _OTHER_FILES = ("*/*", "consolidated*")
 """Copies of the weights for other programs, which some repositories hold beside those for transformers."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,17 +57,29 @@ def weights_digests(name: str, revision: str | None) -> dict[str, str]:
     if folder is not None:
         names = ["config.json", *_weight_files(name, folder)]
         return {file: _digest(os.path.join(folder, file)) for file in names}
-    small = tokenizer_folder(name, revision)
+    small = config_folder(name, revision)
     try:
         siblings: Any = _hub().model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT_S).siblings
     except Exception as error:
         raise ConfigError(_sentence(name, error)) from None
-    weights = {
-        file.rfilename: file.lfs.sha256 for file in siblings if file.lfs and _is_wanted(file.rfilename, (_WEIGHTS,))
-    }
-    if not weights:
+    stated = {file.rfilename: file.lfs.sha256 for file in siblings if file.lfs}
+    names = ["model.safetensors"]
+    if names[0] not in stated and os.path.exists(os.path.join(small, INDEX)):
+        names = _shards(name, small)
+    if not set(names) <= stated.keys():
         raise ConfigError(_no_safetensors(name))
+    weights = {file: stated[file] for file in names}
     return {"config.json": _digest(os.path.join(small, "config.json")), **weights}
+
+
+def resolved(name: str, revision: str | None) -> tuple[str, str | None]:
+    """The absolute path of a folder and None, or the name on a hub and the commit that a revision stands for now.
+
+    Raises ConfigError if the model cannot be found.
+    """
+    if os.path.isdir(name):
+        return os.path.abspath(name), None
+    return name, os.path.basename(config_folder(name, revision))
 
 
 def _folder(name: str, revision: str | None, patterns: tuple[str, ...]) -> str:
@@ -117,17 +128,33 @@ def _cached(name: str, revision: str | None, patterns: tuple[str, ...]) -> str |
 
 
 def _weight_files(name: str, folder: str) -> list[str]:
-    """The safetensors of a folder by its index, or the only one. Raises ConfigError if one is missing."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if os.path.exists(index):
-        shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-        missing = [shard for shard in shards if not os.path.exists(os.path.join(folder, shard))]
-        if missing:
-            raise ConfigError(f"the backbone {name!r} lacks {missing[0]}, which its index names; copy it again")
-        return shards
+    """The safetensors of a folder that transformers reads: the only one, or those of its index.
+
+    Raises ConfigError if one is missing, or if the index names anything but safetensors beside it.
+    """
     if os.path.exists(os.path.join(folder, "model.safetensors")):
         return ["model.safetensors"]
-    raise ConfigError(_no_safetensors(name))
+    if not os.path.exists(os.path.join(folder, INDEX)):
+        raise ConfigError(_no_safetensors(name))
+    shards = _shards(name, folder)
+    missing = [shard for shard in shards if not os.path.exists(os.path.join(folder, shard))]
+    if missing:
+        raise ConfigError(f"the backbone {name!r} lacks {missing[0]}, which its index names; copy it again")
+    return shards
+
+
+def _shards(name: str, folder: str) -> list[str]:
+    """The files that the index of a folder names."""
+    try:
+        shards = sorted({*json.loads(Path(folder, INDEX).read_text())["weight_map"].values()})
+        is_plain = all(os.path.basename(shard) == shard and shard.endswith(".safetensors") for shard in shards)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        shards, is_plain = [], False
+    if not is_plain:
+        raise ConfigError(
+            f"{INDEX} of the backbone {name!r} is damaged or names other files than safetensors beside it; copy the model again"
+        )
+    return shards
 
 
 def _no_safetensors(name: str) -> str:
@@ -140,12 +167,6 @@ def _no_safetensors(name: str) -> str:
 def _digest(path: str) -> str:
     blob = os.path.basename(os.path.realpath(path))
     return blob if os.path.islink(path) and _SHA256.fullmatch(blob) else digest_of_file(path)
-
-
-def _is_wanted(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns) and not any(
-        fnmatch.fnmatch(name, pattern) for pattern in _OTHER_FILES
-    )
 
 
 def _hub() -> Any:

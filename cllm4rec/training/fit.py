@@ -64,7 +64,8 @@ def finetune_inputs(config: Config) -> dict[str, str]:
 def _inputs(config: Config, stage: str, *kinds: str) -> dict[str, str]:
     """The digests of the directories that a stage reads, and of its settings."""
     directories = {kind: read_manifest(config.run.directory(kind), kind).digest for kind in kinds}
-    return directories | {"settings": settings_digest(scheduled(config), stage)}
+    adapter = {"adapter": "trained"} if stage != "backbone" and config.backbone.trains_adapter(stage) else {}
+    return directories | {"settings": settings_digest(scheduled(config), stage)} | adapter
 
 
 def train_backbone(config: Config, force: bool, *, trainer: Trainer) -> Manifest:

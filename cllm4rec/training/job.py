@@ -12,8 +12,9 @@ from torch import Tensor
 
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import load_token_space
+from cllm4rec.errors import ArtifactError
 from cllm4rec.model.adapter import add_adapter
-from cllm4rec.model.backbone_files import load_backbone, new_backbone
+from cllm4rec.model.backbone_files import has_adapter, load_backbone, new_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
 from cllm4rec.model.precision import precision_on
 from cllm4rec.model.saved_model import load_tables
@@ -76,6 +77,8 @@ class TrainJob:
         else:
             precision = precision_on(device, config.training.bf16)
             merge = not self.trains_adapter
+            if self.trains_adapter and not has_adapter(self.backbone_dir):
+                raise ArtifactError(f"{self.backbone_dir} has no adapter to train; run cllm4rec pretrain --force first")
             backbone = load_backbone(self.backbone_dir, config.model.max_tokens, precision, str(device), merge)
         model = new_model(config.model, backbone, token_space, config.seed)
         if self.start is not None:

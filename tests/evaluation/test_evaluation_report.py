@@ -47,6 +47,9 @@ class Oracle:
     def __init__(self, catalog: Catalog = CATALOG, score: float = 1.0) -> None:
         self.catalog, self.score, self.asked = catalog, score, []
 
+    def without_language_model(self) -> None:
+        return None
+
     def top_k(self, users: Any, histories: Ragged, k: int, rules: Any = None, exclude: Ragged | None = None) -> Any:
         assert exclude is not None
         self.asked += list(zip(users.tolist(), histories.tolist(), strict=True))

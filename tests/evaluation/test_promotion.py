@@ -58,6 +58,9 @@ class Skilled:
         self.catalog, self.skilled_for, self.model_version = catalog, set(skilled_for), "skilled"
         self.asked: dict[int, list[list[str]]] = {}
 
+    def without_language_model(self) -> None:
+        return None
+
     def top_k(self, users: Any, histories: Ragged, k: int, rules: Any = None, exclude: Ragged | None = None) -> Any:
         assert exclude is not None
         score_BJ = np.tile(np.arange(self.catalog.num_items, dtype=np.float32), (len(users), 1))

@@ -184,9 +184,20 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(tmp_path):
     assert "has no safetensors" in refusal(pickled)
 
     sharded = broken("sharded")
+    (sharded / "model.safetensors").unlink()
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "lacks model-00001-of-00002.safetensors" in refusal(sharded)
+
+    for shards in ('{"a": "../stock/model.safetensors"}', '{"a": "evil.bin"}', "[", "{}x"):
+        foreign = broken(f"foreign{len(shards)}")
+        (foreign / "model.safetensors").unlink()
+        (foreign / "model.safetensors.index.json").write_text(f'{{"weight_map": {shards}}}')
+        assert "is damaged or names other files than safetensors beside it" in refusal(foreign)
+
+    adapted = broken("adapted")
+    (adapted / "adapter_config.json").write_text("{}")
+    assert "has a PEFT adapter beside its weights" in refusal(adapted)
 
     quantized = broken("quantized")
     edit_config(quantized, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})

@@ -58,9 +58,10 @@ def test_an_evaluation_shows_what_the_language_model_adds(stock, tmp_path):
     evaluate(config)
     report = (output / "evaluation" / "report.md").read_text()
     assert "CLLM4Rec without its language model" in report
-    assert {"cllm4rec", "without_lm", "popularity"} <= set(
-        read_json(config.run.evaluation + "/metrics.json")["results"]
-    )
+    metrics = read_json(config.run.evaluation + "/metrics.json")
+    assert {"cllm4rec", "without_lm", "popularity"} <= set(metrics["results"])
+    assert metrics["comparison"]["baseline"] in ("popularity", "ease"), "a part of the model is no baseline"
+    assert "without_lm" in metrics["comparison"]["differences"]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -102,6 +103,15 @@ def test_an_adapter_is_trained_in_the_stages_that_the_config_names(stock, tmp_pa
     ]
     assert changes == [stage in stages for stage in ("backbone", "pretrain", "finetune")]
     assert all(weight.abs().max() > 0 for weight in load_file(stored[-1]).values())
+
+
+def test_training_the_adapter_in_another_stage_makes_that_stage_stale(stock, tmp_path):
+    adapter = {"rank": 2, "trained_in": ["backbone"]}
+    output = run(stock, tmp_path / "run", **{"backbone.adapter": adapter, "backbone.epochs": 1})
+    before = digest_of_file(str(output / "pretrained" / ADAPTER))
+    adapter["trained_in"].append("pretrain")
+    run(stock, tmp_path / "run", **{"backbone.adapter": adapter, "backbone.epochs": 1})
+    assert digest_of_file(str(output / "pretrained" / ADAPTER)) != before
 
 
 def test_a_stock_model_whose_weights_changed_is_refused(stock, tmp_path):
