@@ -61,7 +61,7 @@ def test_an_evaluation_shows_what_the_language_model_adds(stock, tmp_path):
     metrics = read_json(config.run.evaluation + "/metrics.json")
     assert {"cllm4rec", "without_lm", "popularity"} <= set(metrics["results"])
     assert metrics["comparison"]["baseline"] in ("popularity", "ease"), "a part of the model is no baseline"
-    assert "without_lm" in metrics["comparison"]["differences"]
+    assert "without_lm" in metrics["comparison"]["difference"]
 
 
 def digests(folder: Path) -> dict[str, str]:
