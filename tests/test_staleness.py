@@ -35,6 +35,7 @@ EXPECTED: dict[str, set[str]] = {
     "model.table_init": {"pretrain"},
     "model.temperature": {"pretrain", "finetune"},
     "backbone": {"backbone"},
+    "backbone.adapter": {"backbone", "pretrain"},  # `trained_in` of the changed value names pretrain
     "pretrain": {"pretrain"},
     "finetune": {"finetune"},
     "training": TRAINING,
