@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import hashlib
 from typing import Any
 
 import torch
@@ -122,14 +121,6 @@ class Backbone(nn.Module, abc.ABC):
         else:  # transformers before its renaming
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()  # a condition of transformers; there is no dropout
-
-    def digest(self) -> str:
-        """sha256 of the names, shapes and float32 bytes of all weights. Training with a frozen backbone keeps it."""
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            sha.update(f"{name}{tuple(tensor.shape)}".encode())
-            sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-        return sha.hexdigest()
 
     @torch.no_grad()
     def _unknown_user(self) -> Tensor:

@@ -66,7 +66,7 @@ def save_copy(config: ModelConfig, directory: str) -> None:
     folder = hub.weights_folder(config.backbone, config.revision)
     for name in hub.weights_digests(folder, None):
         files.copy_file(str(Path(folder) / name), files.join(directory, name))
-    index = Path(folder) / "model.safetensors.index.json"
+    index = Path(folder) / hub.INDEX
     if index.exists():
         files.copy_file(str(index), files.join(directory, index.name))
 
@@ -152,18 +152,22 @@ def _load_base(directory: str, max_tokens: int, dtype: torch.dtype | None, devic
         return pretrained_backbone(folder, None, max_tokens, dtype, device)
 
 
-def verify_backbone(written: str, used: str) -> None:
-    """Raise ArtifactError if a file of the backbone has changed since it was written. Holds no weights in memory.
+def verify_backbone(directory: str) -> None:
+    """Raise ArtifactError if a file of `backbone/` has changed since it was written. Holds no weights in memory."""
+    artifacts.verify_files(directory, artifacts.read_manifest(directory, "backbone"))
+    if _REFERENCE in files.list_files(directory):
+        _verified_reference(directory)
 
-    written: `backbone/`. used: that directory, or its copy in a model directory, whose adapter may be trained further.
+
+def check_same_base(used: str, written: str) -> None:
+    """Raise ArtifactError if the copy of a backbone in a model directory has other weights than `backbone/`.
+
+    Its adapter may differ: it may be trained further.
     """
-    artifacts.verify_files(written, artifacts.read_manifest(written, "backbone"))
-    if _base_digests(used) != _base_digests(written):
+    if used != written and _base_digests(used) != _base_digests(written):
         raise ArtifactError(
             f"the frozen backbone in {used} is not that of {written}; run the pretrain stage with --force"
         )
-    if _REFERENCE in files.list_files(used):
-        _verified_reference(used)
 
 
 def _verified_reference(directory: str) -> tuple[str, str | None]:

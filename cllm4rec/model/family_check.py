@@ -23,6 +23,7 @@ from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.errors import ConfigError
+from cllm4rec.model.accelerate import accelerate
 from cllm4rec.model.backbone import Backbone, wrap
 from cllm4rec.model.batch import TensorGrid, batch_to_device
 from cllm4rec.model.packing import Packer, PairPacker, Table
@@ -131,8 +132,6 @@ def _difference(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 def _prepare(backbone: Backbone) -> Backbone:
     """As in training, with all layers replaced that training replaces. Dropout that is left shows as a difference."""
-    from cllm4rec.model.accelerate import accelerate
-
     backbone.requires_grad_(False)
     accelerate(backbone, torch.float32)
     return backbone.train()

@@ -30,7 +30,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def tokenizer_folder(name: str, revision: str | None) -> str:
     """A local folder with the tokenizer of a model. Raises ConfigError if the model cannot be found."""
-    return _folder(name, revision, _SMALL_FILES)
+    return _folder(name, revision, with_weights=False)
 
 
 def config_folder(name: str, revision: str | None) -> str:
@@ -43,7 +43,7 @@ def config_folder(name: str, revision: str | None) -> str:
 
 def weights_folder(name: str, revision: str | None) -> str:
     """A local folder with the config and all weights of a model. Raises ConfigError if they cannot be had."""
-    return _folder(name, revision, (*_SMALL_FILES, _WEIGHTS))
+    return _folder(name, revision, with_weights=True)
 
 
 def weights_digests(name: str, revision: str | None) -> dict[str, str]:
@@ -52,8 +52,7 @@ def weights_digests(name: str, revision: str | None) -> dict[str, str]:
     Files in a cache are named by their sha256 and are not read. Of a model that only a hub has, the hub states them.
     Raises ConfigError if the model cannot be found or has no safetensors.
     """
-    patterns = (*_SMALL_FILES, _WEIGHTS)
-    folder = _folder(name, revision, patterns) if os.path.isdir(name) else _cached(name, revision, patterns)
+    folder = weights_folder(name, revision) if os.path.isdir(name) else _cached(name, revision, with_weights=True)
     if folder is not None:
         names = ["config.json", *_weight_files(name, folder)]
         return {file: _digest(os.path.join(folder, file)) for file in names}
@@ -82,14 +81,14 @@ def resolved(name: str, revision: str | None) -> tuple[str, str | None]:
     return name, os.path.basename(config_folder(name, revision))
 
 
-def _folder(name: str, revision: str | None, patterns: tuple[str, ...]) -> str:
+def _folder(name: str, revision: str | None, with_weights: bool) -> str:
     if os.path.isdir(name):
-        if _WEIGHTS in patterns:
+        if with_weights:
             _weight_files(name, name)
         return name
     if name.startswith(("/", ".", "~")):
         raise ConfigError(f"the folder {name} does not exist; correct model.backbone")
-    cached = _cached(name, revision, patterns)
+    cached = _cached(name, revision, with_weights)
     if cached is not None:
         return cached
     from huggingface_hub import snapshot_download
@@ -98,16 +97,19 @@ def _folder(name: str, revision: str | None, patterns: tuple[str, ...]) -> str:
         # Asked first, because a download would retry for a minute before it gives up.
         _hub().model_info(name, revision=revision, timeout=TIMEOUT_S)
         folder: str = snapshot_download(
-            name, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(_OTHER_FILES)
+            name,
+            revision=revision,
+            allow_patterns=[*_SMALL_FILES, *([_WEIGHTS] if with_weights else [])],
+            ignore_patterns=list(_OTHER_FILES),
         )
     except Exception as error:  # the types of errors depend on the HTTP library of the client
         raise ConfigError(_sentence(name, error)) from None
-    if _WEIGHTS in patterns:
+    if with_weights:
         _weight_files(name, folder)
     return folder
 
 
-def _cached(name: str, revision: str | None, patterns: tuple[str, ...]) -> str | None:
+def _cached(name: str, revision: str | None, with_weights: bool) -> str | None:
     """The folder of a model in the cache, or None if a file is missing there."""
     from huggingface_hub import snapshot_download
 
@@ -117,7 +119,7 @@ def _cached(name: str, revision: str | None, patterns: tuple[str, ...]) -> str |
         return None
     if not os.path.exists(os.path.join(folder, "config.json")):
         return None
-    if _WEIGHTS in patterns:
+    if with_weights:
         try:
             _weight_files(name, folder)
         except ConfigError:

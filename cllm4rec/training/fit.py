@@ -16,6 +16,7 @@ from cllm4rec.data.prepared import documents_by_bucket, load_token_space
 from cllm4rec.errors import ArtifactError
 from cllm4rec.model.adapter import is_adapter
 from cllm4rec.model.backbone_files import (
+    check_same_base,
     load_backbone,
     new_backbone,
     save_adapter,
@@ -64,6 +65,7 @@ def finetune_inputs(config: Config) -> dict[str, str]:
 def _inputs(config: Config, stage: str, *kinds: str) -> dict[str, str]:
     """The digests of the directories that a stage reads, and of its settings."""
     directories = {kind: read_manifest(config.run.directory(kind), kind).digest for kind in kinds}
+    # `backbone/` stays the same when a later stage begins to train its adapter.
     adapter = {"adapter": "trained"} if stage != "backbone" and config.backbone.trains_adapter(stage) else {}
     return directories | {"settings": settings_digest(scheduled(config), stage)} | adapter
 
@@ -169,19 +171,19 @@ def _train(
     if not any(phase.epochs for phase in phases):
         return {}
     if backbone_dir is not None:
-        verify_backbone(config.run.backbone, backbone_dir)
+        verify_backbone(config.run.backbone)
+        check_same_base(backbone_dir, config.run.backbone)
     job = TrainJob(
         config=config,
         phases=phases,
         prepared_dir=files.absolute(config.run.prepared),
         backbone_dir=None if backbone_dir is None else files.absolute(backbone_dir),
-        trains_adapter=config.backbone.trains_adapter(stage),
         start=start,
         fingerprint=digest_of(inputs),
     )
     weights = trainer(job, config.run.unfinished(stage))
     if backbone_dir is not None:
-        verify_backbone(config.run.backbone, config.run.backbone)
+        verify_backbone(config.run.backbone)
     return weights
 
 

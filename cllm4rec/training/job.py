@@ -44,7 +44,6 @@ class TrainJob:
     """Everything that a worker needs. Paths are absolute.
 
     backbone_dir: None for the untrained backbone that the config describes.
-    trains_adapter: whether the adapter of the backbone is trained, or merged with its weights.
     start: None to start from new tables.
     fingerprint: the digest of all inputs. A checkpoint with another fingerprint is not resumed.
     """
@@ -55,7 +54,11 @@ class TrainJob:
     backbone_dir: str | None
     start: Start | None
     fingerprint: str
-    trains_adapter: bool = False
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the adapter of the backbone is trained. Otherwise it may be merged with the weights."""
+        return any("adapter" in phase.trained for phase in self.phases)
 
     def check_memory(self, device: torch.device) -> None:
         """Raise ResourceError if a stock model will not fit into the memory of this worker. Loads nothing."""

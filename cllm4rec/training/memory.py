@@ -26,6 +26,7 @@ from cllm4rec.model.attention import DocumentLayout
 from cllm4rec.model.backbone import Backbone, wrap
 from cllm4rec.model.batch import TensorGrid
 from cllm4rec.model.built_backbone import build_backbone
+from cllm4rec.model.cpu.fused import FrozenLinear, can_prepack
 from cllm4rec.model.losses import LOGITS_BYTES
 from cllm4rec.model.precision import precision_on
 from cllm4rec.model.stock_backbone import empty_model, stock_config
@@ -61,7 +62,7 @@ class MemoryPlan:
 def training_memory(config: Config, sizes: Sizes, device: str) -> MemoryPlan:
     """The memory of a worker that pretrains, on its `device` ("cpu" or "cuda")."""
     training, workers = config.training, config.cluster.num_workers
-    backbone = meta_backbone(config, sizes, device)
+    backbone = _meta_backbone(config, sizes, device)
     stage = training.zero_stage if training.engine == "deepspeed" else 0
     width = config.model.id_width or backbone.width
     user_bytes, item_bytes = (2 * rows * width * _FLOAT32 for rows in (sizes.users, sizes.items))
@@ -70,18 +71,18 @@ def training_memory(config: Config, sizes: Sizes, device: str) -> MemoryPlan:
     }
     # Each worker steps the rows of its own users alone, unless something needs their whole gradients (`loop`).
     is_row_wise = stage < 3 and not config.pretrain.alternate and training.gradient_clipping is None
-    user_gradients, user_adam = (0, 2 * user_bytes // workers) if is_row_wise else (user_bytes, 2 * user_bytes)
+    if is_row_wise:
+        user_gradients, user_adam = 0, 2 * user_bytes // workers
+    else:
+        user_gradients, user_adam = user_bytes // divided_by["gradients"], 2 * user_bytes // divided_by["adam"]
     adapter_bytes = sum(_bytes(weight) for name, weight in backbone.named_parameters() if is_adapter(name))
     weights = sum(_bytes(weight) for name, weight in backbone.named_parameters() if not is_adapter(name))
-    if not is_row_wise:
-        user_gradients, user_adam = user_gradients // divided_by["gradients"], user_adam // divided_by["adam"]
     slots = training.micro_batch_tokens or MAX_BATCH_TOKENS
-    activations = activation_bytes(backbone, slots, training.gradient_checkpointing)
-    tables = (user_bytes + item_bytes) // divided_by["weights"]
+    activations = _activation_bytes(backbone, slots, training.gradient_checkpointing)
     parts = {
         "language model": weights // divided_by["weights"],
         "adapter, with gradients and Adam": 4 * adapter_bytes,
-        "ID tables": tables,
+        "ID tables": (user_bytes + item_bytes) // divided_by["weights"],
         "gradients of ID tables": item_bytes // divided_by["gradients"] + user_gradients,
         "Adam": 2 * item_bytes // divided_by["adam"] + user_adam,
         f"activations of {slots:,} tokens": activations,
@@ -98,7 +99,7 @@ def training_memory(config: Config, sizes: Sizes, device: str) -> MemoryPlan:
 
 def scoring_memory(config: Config, sizes: Sizes, device: str) -> MemoryPlan:
     """The memory of a scoring actor or of a replica of the endpoint."""
-    backbone = meta_backbone(config, sizes, device)
+    backbone = _meta_backbone(config, sizes, device)
     width = config.model.id_width or backbone.width
     parts = {
         "language model": sum(_bytes(weight) for name, weight in backbone.named_parameters() if not is_adapter(name)),
@@ -130,7 +131,7 @@ _REMEDIES = {
 }
 
 
-def meta_backbone(config: Config, sizes: Sizes, device: str) -> Backbone:
+def _meta_backbone(config: Config, sizes: Sizes, device: str) -> Backbone:
     """The backbone as a frozen model of the precision of a device, without memory for its weights."""
     model = config.model
     with torch.device("meta"):
@@ -147,7 +148,7 @@ def meta_backbone(config: Config, sizes: Sizes, device: str) -> Backbone:
     return backbone
 
 
-def activation_bytes(backbone: Backbone, slots: int, checkpointing: bool) -> int:
+def _activation_bytes(backbone: Backbone, slots: int, checkpointing: bool) -> int:
     """The memory that the forward pass of one micro-batch keeps for the backward pass."""
     if checkpointing:
         backbone.checkpoint_layers()
@@ -195,8 +196,6 @@ def _precision(device: str, bf16: bool) -> torch.dtype:
 
 def _packed_bytes(backbone: Backbone) -> int:
     """A CPU multiplies with a second, rearranged copy of each matrix (`cpu.fused`)."""
-    from cllm4rec.model.cpu.fused import FrozenLinear, can_prepack
-
     layers = [layer for layer in backbone.modules() if isinstance(layer, FrozenLinear)]
     return sum(_bytes(layer.weight) for layer in layers) if can_prepack(backbone.dtype) else 0
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.comparisons import NUM_WORDS, make_config
 from support.parity import MAX_TOKENS
+from support.weights import digest_of_weights
 
 from cllm4rec.data.documents import Documents
 from cllm4rec.errors import ConfigError
@@ -60,14 +61,14 @@ def test_a_variant_trains_what_its_name_says_and_nothing_else(split, data, name,
     trained, fresh = model_of(name, split, data)
     for table in CONTENT:
         assert torch.equal(getattr(trained, table), getattr(fresh, table)) != content_moves
-    assert (trained.backbone.digest() != fresh.backbone.digest()) == backbone_moves
+    assert (digest_of_weights(trained.backbone) != digest_of_weights(fresh.backbone)) == backbone_moves
     assert not torch.equal(trained.collaborative_items, fresh.collaborative_items)
 
 
 def test_from_scratch_means_without_the_trained_language_model(split, data):
     """cllm4rec starts from the language model trained on the texts, llm_scratch from random weights."""
     names = ("cllm4rec", "llm_cf", "llm_ftall", "llm_scratch")
-    begun = {name: starting_backbone(config_of(name, split, {}), NUM_WORDS).digest() for name in names}
+    begun = {name: digest_of_weights(starting_backbone(config_of(name, split, {}), NUM_WORDS)) for name in names}
     assert begun["cllm4rec"] == begun["llm_cf"] == begun["llm_ftall"]
     assert begun["llm_scratch"] != begun["cllm4rec"]
     assert MethodRun(split, "llm_scratch").backbone is None
