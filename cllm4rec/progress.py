@@ -42,10 +42,10 @@ def show_training(run_dir: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def show_count(count: Callable[[], int], total: int, unit: str) -> Iterator[None]:
+def show_count(count: Callable[[], int], total: int, unit: str, what: str = "score") -> Iterator[None]:
     """Show how many of `total` units are done until the block ends. `count` is called every few seconds."""
     done = threading.Event()
-    thread = threading.Thread(target=_show_count, args=(count, total, unit, done), daemon=True)
+    thread = threading.Thread(target=_show_count, args=(count, total, unit, what, done), daemon=True)
     thread.start()
     try:
         yield
@@ -54,9 +54,9 @@ def show_count(count: Callable[[], int], total: int, unit: str) -> Iterator[None
         thread.join()
 
 
-def _show_count(count: Callable[[], int], total: int, unit: str, done: threading.Event) -> None:
+def _show_count(count: Callable[[], int], total: int, unit: str, what: str, done: threading.Event) -> None:
     started, first, is_terminal = time.monotonic(), count(), sys.stdout.isatty()
-    with tqdm(total=total, initial=first, unit=unit, desc="  score", disable=not is_terminal) as bar:
+    with tqdm(total=total, initial=first, unit=unit, desc=f"  {what}", disable=not is_terminal) as bar:
         while not done.wait(_COUNT_S):
             number = count()
             bar.update(number - bar.n)

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "scoring": BASE | {"data", "model"},
     "evaluation": BASE | {"reporting", "staleness", "data", "metrics", "model", "scoring"},
     "nightly": BASE | {"cluster", "reporting", "staleness", "data", "metrics", "model", "scoring"},
+    "extension": BASE | {"data", "model"},
     "privacy": BASE | {"data", "nightly"},
     "stages": BASE | {"training"},
     "pipeline": BASE | {"cluster", "progress", "stages", "data", "training", "evaluation", "nightly"},
@@ -51,6 +52,7 @@ MAY_IMPORT = {
         "scoring",
         "evaluation",
         "nightly",
+        "extension",
     },
 }
 MAY_IMPORT["commands"] = {*MAY_IMPORT}

@@ -48,6 +48,7 @@ EXPECTED: dict[str, set[str]] = {
     "score.num_actors": set(),
     "score.batch_users": set(),
     "nightly": set(),  # settings of a nightly run, not of `score`
+    "extend": set(),
     "promote": set(),
     "serve": set(),
     "cluster": set(),
@@ -85,6 +86,9 @@ SPECIAL: dict[str, Any] = {
     "compare.sweeps": [{"name": "x", "settings": ["seed"], "values": [1, 2]}],
     "score.rules.max_per_category": None,
     "nightly.events": {"path": "interactions.jsonl"},
+    "extend.items": {"path": "items.jsonl", "columns": {"item": "i", "text": "t"}},
+    "extend.reader": "words",
+    "extend.layers": [1.0],
     "promote.metric": "ndcg@100",
     "serve.host": "0.0.0.0",
     "serve.min_replicas": 2,

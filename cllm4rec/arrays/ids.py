@@ -159,14 +159,13 @@ class Catalog:
 
     def save(self, directory: str) -> None:
         """Write `users.parquet` (index, id, text) and `items.parquet` (the same columns and num_train)."""
-        users = _table(self.user_ids, self.user_texts)
-        items = _table(self.item_ids, self.item_texts).append_column(
-            "num_train", pa.array(self.item_counts, pa.int64())
-        )
-        for name, table in (("users", users), ("items", items)):
-            fs, path = filesystem(join(directory, f"{name}.parquet"))
-            with fs.open(path, "wb") as stream:
-                pq.write_table(table, stream)
+        _write(_table(self.user_ids, self.user_texts), directory, "users")
+        self.save_items(directory)
+
+    def save_items(self, directory: str) -> None:
+        """Write `items.parquet`."""
+        counts = pa.array(self.item_counts, pa.int64())
+        _write(_table(self.item_ids, self.item_texts).append_column("num_train", counts), directory, "items")
 
     @classmethod
     def load(cls, directory: str) -> Catalog:
@@ -218,6 +217,12 @@ def _open(directory: str, name: str, read: Callable[[pq.ParquetFile], Any]) -> A
     except (OSError, pa.ArrowInvalid) as error:
         what = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         raise ArtifactError(f"{uri} is {what}; run the stage that writes it with --force") from None
+
+
+def _write(table: pa.Table, directory: str, name: str) -> None:
+    fs, path = filesystem(join(directory, f"{name}.parquet"))
+    with fs.open(path, "wb") as stream:
+        pq.write_table(table, stream)
 
 
 def _table(ids: Array, texts: list[str]) -> pa.Table:

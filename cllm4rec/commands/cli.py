@@ -42,6 +42,7 @@ COMMANDS = {
     "serve": "run the HTTP endpoint",
     "pipeline": "run all of the above in order and skip stages that are up to date",
     "nightly": "score with new events and rules, audit, measure drift → the next version of dump/",
+    "extend": "add new items to the current model by their texts",
     "promote": "make a new model current if it is at least as good",
     "dump": "list versions of the published table; compare, restore, export, look up, vacuum",
     "erase": "erase users from every directory",

@@ -552,6 +552,24 @@ class NightlyConfig(_Section):
     drift: DriftLimits = DriftLimits()
 
 
+class ExtendConfig(_Section):
+    """Prediction of the embeddings of new items from their texts (`cllm4rec extend`)."""
+
+    items: Source | None = Field(
+        None, description="Texts of the new items; items that the model knows are skipped. null: data.items."
+    )
+    reader: Literal["auto", "words", "language_model"] = Field(
+        "auto",
+        description="What is read of a text: its words (TF-IDF), the states of the language model, or auto: words, states or a "
+        "mixture, whichever predicts the embeddings of trained items best when they are left out.",
+    )
+    layers: tuple[Annotated[float, Field(gt=0.0, le=1.0)], ...] = Field(
+        (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        min_length=1,
+        description="The layers of the language model to compare, as fractions of its depth.",
+    )
+
+
 class PromoteConfig(_Section):
     """When a new model replaces the current one."""
 
@@ -645,6 +663,7 @@ class Config(_Section):
     compare: CompareConfig = CompareConfig()
     score: ScoreConfig = ScoreConfig()
     nightly: NightlyConfig = NightlyConfig()
+    extend: ExtendConfig = ExtendConfig()
     promote: PromoteConfig = PromoteConfig()
     serve: ServeConfig = ServeConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from cllm4rec.data.formats import Layout
 from cllm4rec.data.ray_data import Batch, Executor, Task
 from cllm4rec.data.records import Limits, parse_records, read_records
+from cllm4rec.errors import DataError
 from cllm4rec.storage.files import join, write_table
 from cllm4rec.typing import Array
 
@@ -197,3 +198,24 @@ def _with_names(refused: pa.Table, layouts: Sequence[Layout]) -> pa.Table:
         [pa.array(roles, pa.string()), pa.array(files, pa.string()), refused["line"], refused["reason"]],
         names=["source", "file", "line", "reason"],
     )
+
+
+def check_refused(refused: pa.Table, layout: Layout, rows_in: int, most: float) -> None:
+    """Raise DataError if a larger share of the rows of a source was refused than `most` (`data.max_bad_fraction`)."""
+    number = pc.sum(pc.equal(refused["source"], layout.role)).as_py() or 0
+    if number > most * rows_in:
+        raise DataError(
+            f"{number:,} of {rows_in:,} rows of data.{layout.role} were refused, more than data.max_bad_fraction "
+            f"{most} allows: {common_reasons(refused, layout)}; correct the files or the config"
+        )
+
+
+def common_reasons(refused: pa.Table, layout: Layout, most: int = 3) -> str:
+    """The most common reasons, how often each occurs, and the first line of each."""
+    mine = refused.filter(pc.equal(refused["source"], layout.role))
+    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(mine["reason"]).to_pylist()}
+    sentences = []
+    for reason in sorted(counts, key=lambda reason: (-counts[reason], reason))[:most]:
+        first = mine.slice(pc.index(mine["reason"], reason).as_py(), 1).to_pylist()[0]
+        sentences.append(f"{reason} ({counts[reason]:,} times, first in {first['file']} line {first['line']})")
+    return ", ".join(sentences)

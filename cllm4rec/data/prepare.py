@@ -27,7 +27,7 @@ from cllm4rec.config import BackboneSize, Config, DataConfig, Source
 from cllm4rec.data.document_files import LEAKS, Interactions, PrepareContext, read_texts, tokenize, write_buckets
 from cllm4rec.data.documents import Kind
 from cllm4rec.data.formats import ROLES, Layout, Role
-from cllm4rec.data.ingest import Ingested, ingest
+from cllm4rec.data.ingest import Ingested, check_refused, common_reasons, ingest
 from cllm4rec.data.prepared import PromptTokens, num_buckets
 from cllm4rec.data.ray_data import Executor, RayExecutor
 from cllm4rec.data.records import Limits
@@ -129,24 +129,9 @@ def _quarantine(ingested: Ingested, layouts: list[Layout], data: DataConfig, dra
         refused = rows_in - len(rows)
         draft.counts["rows"][layout.role] = {"in": rows_in, "good": len(rows), "quarantined": refused}
         logger.info(f"{layout.role}: {rows_in:,} rows in, {len(rows):,} good, {refused:,} quarantined")
-        if refused > data.max_bad_fraction * rows_in:
-            raise DataError(
-                f"{refused:,} of {rows_in:,} rows of data.{layout.role} were refused, more than data.max_bad_fraction "
-                f"{data.max_bad_fraction} allows: {_common_reasons(ingested.refused, layout)}; correct the files or the config"
-            )
+        check_refused(ingested.refused, layout, rows_in, data.max_bad_fraction)
         if refused:
-            logger.info(f"  quarantined because: {_common_reasons(ingested.refused, layout)}")
-
-
-def _common_reasons(refused: pa.Table, layout: Layout, most: int = 3) -> str:
-    """The most common reasons, how often each occurs, and the first line of each."""
-    mine = refused.filter(pc.equal(refused["source"], layout.role))
-    counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(mine["reason"]).to_pylist()}
-    sentences = []
-    for reason in sorted(counts, key=lambda reason: (-counts[reason], reason))[:most]:
-        first = mine.slice(pc.index(mine["reason"], reason).as_py(), 1).to_pylist()[0]
-        sentences.append(f"{reason} ({counts[reason]:,} times, first in {first['file']} line {first['line']})")
-    return ", ".join(sentences)
+            logger.info(f"  quarantined because: {common_reasons(ingested.refused, layout)}")
 
 
 def _without_erased(ingested: Ingested, tombstones: Tombstones, counts: dict[str, Any]) -> Ingested:

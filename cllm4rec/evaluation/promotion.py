@@ -32,7 +32,7 @@ from cllm4rec.metrics.protocol import HeldOut
 from cllm4rec.metrics.ranking import compute
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.storage import artifacts, files
-from cllm4rec.storage.artifacts import read_manifest
+from cllm4rec.storage.artifacts import EXTENDED_FROM, read_manifest
 from cllm4rec.storage.files import read_tables
 from cllm4rec.storage.lease import hold
 from cllm4rec.storage.registry import Pointer, current_model, promote_directory, read_pointer, rollback
@@ -100,7 +100,7 @@ def promote(config: Config) -> dict[str, Any]:
     with hold(config.run.models, "a promotion"):
         digest = read_manifest(config.run.model, "model").digest
         before = read_pointer(config.output_dir)
-        if before is not None and read_manifest(current_model(config.output_dir), "model").digest == digest:
+        if before is not None and _trained_digest(current_model(config.output_dir)) == digest:
             return {"promoted": False, "already_current": True, "from": before.current, "to": before.current}
         verdict, warnings = measure(config, before)
         for warning in warnings:
@@ -120,6 +120,12 @@ def promote(config: Config) -> dict[str, Any]:
             sentence = f"the model is not promoted: by {verdict.metric}, {' and '.join(verdict.reasons)}"
             raise PromotionError(f"{sentence}; see {result['report']}", result)
         return result
+
+
+def _trained_digest(model_dir: str) -> str:
+    """The digest of a model as it was trained, without the items that were added since (`cllm4rec extend`)."""
+    manifest = read_manifest(model_dir, "model")
+    return manifest.inputs.get(EXTENDED_FROM, manifest.digest)
 
 
 def roll_back(config: Config) -> dict[str, Any]:

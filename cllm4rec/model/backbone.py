@@ -69,6 +69,11 @@ class Backbone(nn.Module, abc.ABC):
         return int(self.word_embeddings.shape[1])
 
     @property
+    def num_layers(self) -> int:
+        """The number of layers that `layer_states` runs through."""
+        return int(self.text_config.num_hidden_layers)
+
+    @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
@@ -114,6 +119,13 @@ class Backbone(nn.Module, abc.ABC):
     def forward(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> Tensor:
         """Map the embeddings of each grid, (R, T, K), to the hidden states of the last grid, (R, T, K), in `dtype`."""
 
+    @abc.abstractmethod
+    def layer_states(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> tuple[Tensor, ...]:
+        """The states of the first grid before the first layer and after each layer, (R, T, K) each.
+
+        An encoder-decoder gives those of its encoder. The layers must be transformers' own (not `accelerate`).
+        """
+
     def checkpoint_layers(self) -> None:
         """Keep only the inputs of each layer for the backward pass, and compute the rest again there."""
         if hasattr(self.model, "activation_checkpointing_enable"):
@@ -158,18 +170,24 @@ class Decoder(Backbone):
         return getattr(base, "language_model", base)
 
     def forward(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> Tensor:
+        hidden: Tensor = self._run(embeddings, grids).last_hidden_state
+        return hidden
+
+    def layer_states(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> tuple[Tensor, ...]:
+        return tuple(self._run(embeddings, grids, output_hidden_states=True).hidden_states)
+
+    def _run(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...], **options: bool) -> Any:
         (vectors,), (grid,) = embeddings, grids
         # transformers passes a mask of four dimensions on unchanged. Without one it would derive documents from positions.
         unused_mask = vectors.new_empty(0, 0, 0, 0)
-        output = self.layers(
+        return self.layers(
             inputs_embeds=vectors,
             position_ids=grid.position_RT,
             attention_mask=unused_mask,
             use_cache=False,
             layout=grid.layout,
+            **options,
         )
-        hidden: Tensor = output.last_hidden_state
-        return hidden
 
 
 class EncoderDecoder(Backbone):
@@ -193,6 +211,11 @@ class EncoderDecoder(Backbone):
             use_cache=False,
         ).last_hidden_state
         return hidden * self.width**-0.5 if _scales_outputs(self.model.config) else hidden
+
+    def layer_states(self, embeddings: tuple[Tensor, ...], grids: tuple[TensorGrid, ...]) -> tuple[Tensor, ...]:
+        mask = grids[0].is_token()
+        output = self.model.get_encoder()(inputs_embeds=embeddings[0], attention_mask=mask, output_hidden_states=True)
+        return tuple(output.hidden_states)
 
 
 def wrap(model: Any, max_tokens: int) -> Backbone:

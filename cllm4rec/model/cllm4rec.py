@@ -186,13 +186,23 @@ class CLLM4Rec(nn.Module):
         """The hidden states of all slots of the last grid, (S, K), in the precision of the backbone."""
         return self._hidden_states(batch, self._user_rows(batch))
 
+    def layer_states(self, batch: TensorBatch) -> tuple[Tensor, ...]:
+        """The states of all slots of the first grid before the first layer and after each layer, (S, K) each
+        (`Backbone.layer_states`)."""
+        users = self._user_rows(batch)
+        embeddings = tuple(self._embed(grid, users) for grid in batch.grids)
+        with self._autocast(embeddings[0].device.type):
+            return tuple(states.flatten(0, 1) for states in self.backbone.layer_states(embeddings, batch.grids))
+
     def _hidden_states(self, batch: TensorBatch, users: Mapping[str, Tensor]) -> Tensor:
         embeddings = tuple(self._embed(grid, users) for grid in batch.grids)
-        is_converted = self.precision == self.backbone.dtype
-        device = embeddings[0].device.type
-        with contextlib.nullcontext() if is_converted else torch.autocast(device, dtype=self.precision):
+        with self._autocast(embeddings[0].device.type):
             hidden_RTK: Tensor = self.backbone(embeddings, batch.grids)
         return hidden_RTK.flatten(0, 1)
+
+    def _autocast(self, device: str) -> contextlib.AbstractContextManager[object]:
+        is_converted = self.precision == self.backbone.dtype
+        return contextlib.nullcontext() if is_converted else torch.autocast(device, dtype=self.precision)
 
     def queries(self, hidden_PK: Tensor, read: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The vectors that the item head multiplies with its table, (P, D): hidden states, projected to the width of the

@@ -62,9 +62,9 @@ class ModelMetadata:
                 f"{directory}/model.json has other fields than this version writes; train again"
             ) from None
 
-    def save(self, draft: Draft) -> None:
+    def save(self, directory: str) -> None:
         known = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        files.write_json(draft.path("model.json"), known)
+        files.write_json(files.join(directory, "model.json"), known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ def save_pretrained(
     tables: `CLLM4Rec.own_parameters`: the four tables and the dense parameters beside them.
     """
     save_tensors(tables, draft.path("tables.safetensors"))
-    metadata.save(draft)
+    metadata.save(draft.uri)
     shared = [name for name in files.list_files(prepared_dir) if name.startswith("tokenizer/")]
     for name in ["users.parquet", "items.parquet", "prompts.json", *shared]:
         files.copy_file(files.join(prepared_dir, name), draft.path(name))

@@ -40,6 +40,8 @@ _COMMANDS = {"prepared": "prepare", "backbone": "backbone", "pretrained": "pretr
 }  # fmt: skip
 """Kind → the command that writes it, for messages."""
 MANIFEST = "manifest.json"
+EXTENDED_FROM = "extended_from"
+"""In the inputs of a model to which items were added after training: the digest of the model that was trained."""
 
 
 @dataclasses.dataclass(frozen=True)

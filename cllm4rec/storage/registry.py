@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 
 from fsspec.implementations.local import LocalFileSystem
@@ -76,20 +76,30 @@ def promoted_directories(output_dir: str) -> list[str]:
 
 
 def promote_directory(output_dir: str, digest: str, why: str, keep: int) -> Pointer:
-    """Copy `model/` to `models/`, verify the copy, move the pointer, remove all but the newest `keep` models.
+    """Copy `model/` to `models/` and make the copy current, as `make_current` does.
 
-    digest: of the model that was evaluated. If this is interrupted, the current model stays current and complete; the
-    next promotion removes an unfinished copy. Raises ArtifactError if `model/` is missing, damaged or another one by now.
+    digest: of the model that was evaluated. Raises ArtifactError if `model/` is missing, damaged or another one by now.
     """
     source = files.join(output_dir, "model")
     manifest = artifacts.read_manifest(source, "model")
     if manifest.digest != digest:
         raise ArtifactError(f"{source} was replaced meanwhile; run cllm4rec evaluate and cllm4rec promote again")
+    return make_current(output_dir, digest, why, keep, lambda target: _copy_verified(source, target, manifest))
+
+
+def make_current(output_dir: str, digest: str, why: str, keep: int, write: Callable[[str], None]) -> Pointer:
+    """Write a model directory below `models/`, move the pointer to it, remove all but the newest `keep` models.
+
+    digest: becomes a part of the name. write: writes the directory at the URI that it gets, whole or not at all. If this is
+    interrupted, the current model stays current and complete; the next call removes an unfinished directory.
+    """
     before = read_pointer(output_dir)
     _remove_all_but(output_dir, before.names if before else ())
     now = datetime.now(UTC)
     name = f"{now:%Y%m%dT%H%M%SZ}-{digest[:12]}"
-    _copy_verified(source, _directory(output_dir, name), manifest)
+    write(_directory(output_dir, name))
+    if isinstance(files.filesystem(output_dir)[0], LocalFileSystem):
+        os.sync()  # the pointer is written to the disk at once, so its target must be there before
     previous = before.names[: keep - 1] if before else ()
     pointer = _point(output_dir, Pointer(name, previous, now.isoformat(timespec="seconds"), why))
     _remove_all_but(output_dir, pointer.names)
@@ -162,8 +172,6 @@ def _copy_verified(source: str, target: str, manifest: Manifest) -> None:
     except Exception:
         files.remove_directory(target)
         raise
-    if isinstance(files.filesystem(target)[0], LocalFileSystem):
-        os.sync()  # the pointer is written to the disk at once, so its target must be there before
 
 
 def _point(output_dir: str, pointer: Pointer) -> Pointer:

@@ -1,0 +1,1 @@
+"""Adds new items to a trained model: their rows are predicted from their texts."""
