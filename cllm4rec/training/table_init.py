@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from scipy import sparse
-from scipy.sparse.linalg import svds
+from scipy import linalg, sparse
+from scipy.sparse.linalg import aslinearoperator, eigsh
 from torch import Tensor
 
 from cllm4rec.arrays.ids import TokenSpace
@@ -89,9 +89,24 @@ def text_components(count_JN: sparse.csr_array, width: int, seed: int) -> Float3
     if rank < 1 or not np.abs(weight_JN.data).sum():
         return rows_JK
     rng = np.random.default_rng(seed)
-    _, _, direction_RN = svds(weight_JN, k=rank, v0=rng.standard_normal(min(weight_JN.shape)).astype(np.float32))
+    start = rng.standard_normal(min(weight_JN.shape)).astype(np.float32)
+    direction_RN = _directions(weight_JN, rank, start, seed)
     rotation_KK = np.linalg.qr(rng.standard_normal((width, width)))[0]
     component_JR = weight_JN @ direction_RN.T
     component_JR -= component_JR[has_text_J].mean(axis=0)
     rows_JK[has_text_J] = (component_JR @ rotation_KK[:rank])[has_text_J]
     return rows_JK
+
+
+def _directions(weight_JN: sparse.csr_array, rank: int, start: Float32Array, seed: int) -> Float32Array:
+    """R × N: the leading right singular vectors, the bits of scipy's `svds(weight_JN, rank, v0=start)`.
+
+    `svds` restarts its iterations from an unseeded generator (scipy 1.17), so texts of fewer kinds than R have other
+    directions in each process.
+    """
+    is_tall = weight_JN.shape[0] >= weight_JN.shape[1]
+    matrix = aslinearoperator(weight_JN if is_tall else weight_JN.T)
+    _, basis = eigsh(matrix.H @ matrix, k=rank, v0=start, rng=np.random.default_rng(seed))
+    basis = np.linalg.qr(basis)[0]
+    left, _, right = linalg.svd(matrix.matmat(basis), full_matrices=False)
+    return np.asarray((right @ basis.T if is_tall else left.T)[::-1], np.float32)

@@ -75,6 +75,13 @@ def test_all_dimensions_have_similar_variance():
     assert spread.max() < 1.5 * spread.min()
 
 
+def test_texts_of_few_kinds_give_the_same_components_again():
+    kinds = texts({item: WOOD if item % 2 else TIN for item in range(20)})
+    first = components([kinds], 20)
+    for _ in range(5):
+        np.testing.assert_array_equal(components([kinds], 20), first)
+
+
 def make_model() -> CLLM4Rec:
     size = BackboneSize(layers=1, width=WIDTH, heads=2, vocab_size=300)
     return CLLM4Rec(build_backbone(size, 300, 32, 0), TokenSpace(300, 4, NUM_ITEMS), std=0.3, seed=0)
