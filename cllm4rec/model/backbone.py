@@ -74,6 +74,11 @@ class Backbone(nn.Module, abc.ABC):
         return int(self.text_config.num_hidden_layers)
 
     @property
+    def layer_width(self) -> int:
+        """The size of the states between layers: `width`, but in models such as OPT-350M, which project narrower words."""
+        return int(self.text_config.hidden_size)
+
+    @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype

@@ -26,7 +26,8 @@ _SLOTS = 2048
 def mean_states(
     words: Ragged, backbone: Backbone, layers: Sequence[int], progress: Callable[[int], object] = lambda num: None
 ) -> Float32Array:
-    """The mean hidden state of each text in each of `layers`, (L, D, K); zeros for a text without words.
+    """The mean hidden state of each text in each of `layers`, (L, D, K); zeros for a text without words. K is the width of the
+    layers, and states that are narrower end in zeros: OPT-350M projects what its last layer returns.
 
     words: the tokens of each text. A decoder reads the embedding of an unknown user before them: its start token, on which
     pretrained models park attention. It is not part of the mean. Texts longer than the model's positions are an error.
@@ -36,7 +37,7 @@ def mean_states(
     model = CLLM4Rec(backbone, TokenSpace(len(backbone.word_embeddings), 0, 0), std=0.0).eval()
     model.precision = backbone.dtype
     device = backbone.word_embeddings.device
-    states_LDK = np.zeros((len(layers), len(words), backbone.width), np.float32)
+    states_LDK = np.zeros((len(layers), len(words), backbone.layer_width), np.float32)
     order = np.argsort(words.lengths, kind="stable")
     order = order[words.lengths[order] > 0]
     groups, _ = first_fit(words.lengths[order] + 1, max(_SLOTS, int(words.lengths.max(initial=0)) + 1))
@@ -48,9 +49,9 @@ def mean_states(
         where = torch.from_numpy(slots).to(device)
         length = torch.from_numpy(words.lengths[rows]).to(device)[:, None]
         for number, layer in enumerate(layers):
-            total_DK = torch.zeros(len(rows), backbone.width, device=device)
-            total_DK.index_add_(0, owner, read[layer].index_select(0, where).float())
-            states_LDK[number, rows] = (total_DK / length).cpu().numpy()
+            state_SK = read[layer].index_select(0, where).float()
+            total_DK = torch.zeros(len(rows), state_SK.shape[1], device=device).index_add_(0, owner, state_SK)
+            states_LDK[number, rows, : total_DK.shape[1]] = (total_DK / length).cpu().numpy()
         progress(len(rows))
     return states_LDK
 

@@ -93,9 +93,12 @@ def test_new_items_reach_the_users_who_like_their_kind(run: Path, capsys: pytest
     assert outcome.result["new_items"] == 2
     assert outcome.result["r2"] > 0.5
     after = Recommender.from_pretrained(run)
-    for user, liked, other in (("u00", "sea", "city"), ("u01", "city", "sea")):
-        ranks = {item.item_id: rank for rank, item in enumerate(after.recommend(user_id=user, k=50))}
-        assert ranks[liked] < 13 <= ranks[other], "13 items of a kind are new to a user"
+    is_right = []
+    for user in range(NUM_USERS):
+        liked, other = ("city", "sea") if user % 2 else ("sea", "city")
+        ranks = {item.item_id: rank for rank, item in enumerate(after.recommend(user_id=f"u{user:02d}", k=50))}
+        is_right.append(ranks[liked] < ranks[other])
+    assert np.mean(is_right) > 0.9
     kept = [item for item in after.recommend(user_id="u00", k=50) if item.item_id not in ("sea", "city")]
     assert [(item.item_id, item.text) for item in kept] == [(item.item_id, item.text) for item in before]
     np.testing.assert_allclose([item.score for item in kept], [item.score for item in before], rtol=1e-5)
