@@ -24,6 +24,7 @@ class Stream(IntEnum):
     SAMPLE = 4
     SHUFFLE = 5
     DRAW = 6
+    COLD = 7
 
 
 def hash_uniform(seed: int, epoch: int, stream: int, *keys: Array) -> FloatArray:

@@ -47,6 +47,7 @@ COMMANDS = {
     "dump": "list versions of the published table; compare, restore, export, look up, vacuum",
     "erase": "erase users from every directory",
     "compare": "compare methods on the same splits with the same tuning budget",
+    "coldstart": "measure how well new items are recommended by their texts",
     "plan": "print the memory that training and scoring need",
     "benchmark": "measure the speed of this machine and its utilization",
     "weights": "fetch a small pretrained language model",

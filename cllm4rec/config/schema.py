@@ -477,6 +477,17 @@ class CompareConfig(_Section):
         return self.seeds[:1] if self.sweep_seeds is None else self.sweep_seeds
 
 
+class ColdStartConfig(_Section):
+    """An experiment on items that training never saw (`cllm4rec coldstart`)."""
+
+    seeds: tuple[int, ...] = Field(
+        (0, 1, 2, 3, 4), min_length=1, description="One split for each: other items are taken out of training."
+    )
+    fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = Field(
+        0.1, description="Share of the items that are taken out of training."
+    )
+
+
 class RulesConfig(_Section):
     """What may be recommended, in the table and by the endpoint. Files are CSV, Parquet or YAML, local or at an fsspec URI."""
 
@@ -661,6 +672,7 @@ class Config(_Section):
     training: TrainingConfig = TrainingConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     compare: CompareConfig = CompareConfig()
+    coldstart: ColdStartConfig = ColdStartConfig()
     score: ScoreConfig = ScoreConfig()
     nightly: NightlyConfig = NightlyConfig()
     extend: ExtendConfig = ExtendConfig()

@@ -33,6 +33,7 @@ NAMES = {
     "llm_ftall": "LLM-FtAll",
     "llm_fixord": "LLM-FixOrd",
     "llm_prerec": "LLM-PreRec",
+    "no_lm": "No language model",
     "popularity": "Popularity",
     "item_knn": "ItemKNN",
     "ease": "EASE",

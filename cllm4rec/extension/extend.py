@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from cllm4rec.data.item_texts import read_item_texts
 from cllm4rec.data.tokenizer import Encoder
 from cllm4rec.errors import ConfigError, DataError
 from cllm4rec.extension.text_kernels import Texts
+from cllm4rec.extension.text_reader import ShowCount, layers_of, read_texts
 from cllm4rec.extension.text_regression import MAX_FITTED, TextRegression, fit, readings
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.backbone_files import load_backbone
@@ -33,7 +32,6 @@ from cllm4rec.model.cllm4rec import TABLES
 from cllm4rec.model.packing import Table
 from cllm4rec.model.precision import precision_on
 from cllm4rec.model.saved_model import ModelMetadata
-from cllm4rec.model.text_states import mean_states
 from cllm4rec.storage import artifacts, files
 from cllm4rec.storage.artifacts import EXTENDED_FROM, Manifest, read_manifest, write_directory
 from cllm4rec.storage.files import digest_of, join
@@ -46,9 +44,6 @@ logger = logging.getLogger(__name__)
 MIN_TRAINED = 20
 """Fewer trained items with a text say too little about how texts and rows belong together."""
 _ITEM_TABLES = (TABLES[Table.COLLABORATIVE_ITEMS], TABLES[Table.CONTENT_ITEMS])
-
-ShowCount = Callable[[Callable[[], int], int, str, str], AbstractContextManager[None]]
-"""`cllm4rec.progress.show_count`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +111,6 @@ def extend(config: Config, force: bool, show_count: ShowCount) -> Extension:
         )
 
 
-def layers_of(fractions: Sequence[float], num_layers: int) -> tuple[int, ...]:
-    """The layers at these fractions of a model's depth, ascending, each once; 1 is the first layer."""
-    return tuple(sorted({max(1, round(fraction * num_layers)) for fraction in fractions}))
-
-
 def _num_trained(manifest: Manifest) -> int:
     return int(manifest.counts.get("trained_items", manifest.counts["items"]))
 
@@ -180,15 +170,7 @@ class _Reader:
             return Texts(texts)
         backbone = self._loaded()
         layers = layers_of(self._config.extend.layers, backbone.num_layers) if layers is None else layers
-        words = self._encoder.encode(texts, self._config.data.max_text_tokens)
-        num_read = 0
-
-        def count(number: int) -> None:
-            nonlocal num_read
-            num_read += number
-
-        with self._show_count(lambda: num_read, len(texts), "texts", "read"):
-            return Texts(texts, layers, mean_states(words, backbone, layers, count))
+        return read_texts(texts, self._encoder, self._config.data.max_text_tokens, backbone, layers, self._show_count)
 
     def _loaded(self) -> Backbone:
         if self._backbone is None:

@@ -57,6 +57,17 @@ def pretrained_backbone(
     return wrap(model, max_tokens)
 
 
+def random_backbone(
+    name: str, revision: str | None, max_tokens: int, seed: int, dtype: torch.dtype = torch.float32
+) -> Backbone:
+    """A model of the same architecture with random weights, as transformers initializes it: a control for what was pretrained."""
+    config = stock_config(hub.config_folder(name, revision), None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _auto(config).from_config(config, dtype=dtype, trust_remote_code=False)
+    return wrap(model, max_tokens)
+
+
 def check_stock_backbone(model: ModelConfig, num_words: int | None = None) -> None:
     """Raise ConfigError if `model.backbone` names a model that cannot be used. Reads its config and not its weights.
 

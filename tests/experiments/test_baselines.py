@@ -18,6 +18,12 @@ from cllm4rec.experiments.baselines.registry import BASELINES, make
 from cllm4rec.metrics.protocol import rank_with
 
 READ_ITEM_TEXT = ["ease_text", "md_cvae", "s3rec", "two_tower", "m6_retrieval", "cllm4rec_emb"]
+UNTAUGHT: dict[str, dict[str, object]] = {
+    "bert4rec": {"pretrain_epochs": 0},
+    "s3rec": {"pretrain_epochs": 0},
+    "no_lm": {"init": "noise"},
+}
+"""Settings with which a baseline starts without what pretraining or texts tell it."""
 FIND_COLD_ITEMS = ["ease_text", "md_cvae", "two_tower", "m6_retrieval", "cllm4rec_emb"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +40,7 @@ def test_popularity_finds_the_hidden_item_by_chance_only() -> None:
 @pytest.mark.parametrize("name", NEURAL)
 def test_a_neural_baseline_knows_nothing_before_it_is_trained(name: str) -> None:
     untrained = dataclasses.replace(parity_training(), budget=Budget(0, 60.0))
-    params = {"pretrain_epochs": 0} if name in ("bert4rec", "s3rec") else {}
+    params = UNTAUGHT.get(name, {})
     assert recall(make(name, **params).fit(untrained), worlds.parity_world().histories, 20, 1) < 0.9
 
 

@@ -19,7 +19,7 @@ from cllm4rec.metrics.protocol import HeldOut, Recommender, Validation, rank_wit
 from cllm4rec.metrics.ranking import compute
 
 LEARNED = [name for name in BASELINES if name != "popularity"]
-NEURAL = ["multi_vae", "md_cvae", "bert4rec", "s3rec", "sasrec", "two_tower", "m6_retrieval", "cllm4rec_emb"]
+NEURAL = ["no_lm", "multi_vae", "md_cvae", "bert4rec", "s3rec", "sasrec", "two_tower", "m6_retrieval", "cllm4rec_emb"]
 
 
 def training_of(histories: Histories, num_items: int, **changes: object) -> TrainingData:

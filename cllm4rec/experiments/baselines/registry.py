@@ -26,6 +26,7 @@ from cllm4rec.experiments.baselines.m6_retrieval import M6Retrieval
 from cllm4rec.experiments.baselines.md_cvae import MDCVAE
 from cllm4rec.experiments.baselines.multi_vae import MultiVAE
 from cllm4rec.experiments.baselines.neural import Neural
+from cllm4rec.experiments.baselines.no_lm import NoLM
 from cllm4rec.experiments.baselines.s3rec import S3Rec
 from cllm4rec.experiments.baselines.sasrec import SASRec
 from cllm4rec.experiments.baselines.two_tower import CLLM4RecEmb, TwoTower
@@ -36,6 +37,7 @@ BASELINES: dict[str, Callable[..., Baseline]] = {
     "ease": EASE,
     "ease_text": EASEText,
     "ials": IALS,
+    "no_lm": functools.partial(Neural, NoLM),
     "multi_vae": functools.partial(Neural, MultiVAE),
     "md_cvae": functools.partial(Neural, MDCVAE),
     "bert4rec": functools.partial(Neural, BERT4Rec),
@@ -64,6 +66,12 @@ GRID: dict[str, Mapping[str, tuple[Any, ...]]] = {
         "factors": (64, 128),
         "regularization": (30.0, 100.0, 300.0),
         "alpha": (20.0, 50.0),
+    },
+    "no_lm": {
+        "learning_rate": (1e-3, 3e-3),
+        "width": (64, 128),
+        "temperature": (0.5, 1.0, 2.0),
+        "init": ("texts", "noise"),
     },
     "multi_vae": _VAE,
     "md_cvae": {**_VAE, "tie": (0.1, 1.0, 10.0, 100.0)},
