@@ -25,7 +25,8 @@ _TRAINING = {"training.checkpoint_every_epochs", "training.tensorboard", "traini
 EXCLUDED = {
     "prepare": {"data.expected"},  # verified, not written; a separate input
     "backbone": _TRAINING
-    | {"model.history", "model.table_std", "model.table_init", "model.temperature", "model.id_width"},
+    | {"model.history", "model.table_std", "model.table_init", "model.temperature", "model.id_width"}
+    | {"training.validate_every_epochs"},
     # The digest of backbone/ covers the settings of the backbone.
     "pretrain": _TRAINING | {"model.backbone", "model.revision", "model.store_backbone"},
     "finetune": _TRAINING

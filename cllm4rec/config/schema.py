@@ -289,10 +289,11 @@ class PretrainConfig(_Section):
         description="Probability that an interaction document hides its user, which teaches the model to answer from the "
         "history.",
     )
-    text_fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+    text_fraction: Fraction | None = Field(
         None,
-        description="Share of the text documents that an epoch reads. Less is faster. null: three tokens of texts for each "
-        "token of a history. The paper reads all.",
+        description="Share of the text documents that an epoch reads. Less is faster. 0: none, and no warm-up; texts then only "
+        "initialize the item embeddings (model.table_init). null: three tokens of texts for each token of a history. The "
+        "paper reads all.",
     )
     patience: Positive = Field(
         6, description="Pretraining ends after this many epochs without a better validation NDCG@100."
@@ -375,6 +376,11 @@ class TrainingConfig(_Section):
     )
     gradient_clipping: float | None = Field(None, gt=0, description="Largest norm of the gradient. null: no clipping.")
     checkpoint_every_epochs: Positive = Field(1, description="Epochs between two checkpoints.")
+    validate_every_epochs: Positive | None = Field(
+        None,
+        description="Epochs between two validations, which choose the epoch that is kept; the last epoch of a phase is always "
+        "validated. More saves time with a large language model. null: each epoch is validated.",
+    )
     tensorboard: bool = Field(False, description="Write event files to runs/tensorboard/ below output_dir.")
 
 

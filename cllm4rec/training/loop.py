@@ -136,11 +136,14 @@ def train_phase(run: PhaseRun, number: int, checkpoint: Checkpoint, save: Callab
         engine.sync_lazy_rows()
         if ranking_model is not model:
             load_parameters(ranking_model, engine.weights())
-        ranker = Ranker(ranking_model, run.prompts, config.model.max_tokens, phase.validate)
-        metrics = _validate(ranker, run.shard, engine)
+        is_due = (epoch + 1) % (config.training.validate_every_epochs or 1) == 0 or epoch + 1 == phase.epochs
+        metrics: dict[str, float] = {}
+        if is_due or phase.validate is None:
+            ranker = Ranker(ranking_model, run.prompts, config.model.max_tokens, phase.validate)
+            metrics = _validate(ranker, run.shard, engine)
         metric = metrics.get(VALIDATION_METRIC)
         progress.epoch = epoch + 1
-        if metric is None or progress.best_metric is None or metric > progress.best_metric:
+        if is_due and (metric is None or progress.best_metric is None or metric > progress.best_metric):
             progress.best_metric, progress.best_epoch = metric, epoch + 1
             best = {**previous, **engine.weights()}
         is_stopped = metric is not None and epoch + 1 - progress.best_epoch >= phase.patience

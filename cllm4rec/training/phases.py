@@ -110,7 +110,7 @@ def pretrain_phases(config: Config) -> list[Phase]:
             "warmup",
             CONTENT,
             ("texts",),
-            phase.warmup_epochs,
+            phase.warmup_epochs if fixed(phase.text_fraction) else 0,
             phase.learning_rate,
             text_fraction=fixed(phase.text_fraction),
         ),

@@ -18,7 +18,7 @@ from cllm4rec.training.checkpoints import Checkpoint, Progress, newest_valid, re
 from cllm4rec.training.engine import RowWiseEngine, TorchEngine, make_engine
 from cllm4rec.training.epochs import EpochBuilder
 from cllm4rec.training.loop import Shard, load_parameters
-from cllm4rec.training.phases import COLLABORATIVE, CONTENT, Phase
+from cllm4rec.training.phases import COLLABORATIVE, CONTENT, Phase, pretrain_phases
 
 
 def copied(checkpoint: Checkpoint) -> Checkpoint:
@@ -90,6 +90,28 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_phase():
     two_epochs = dataclasses.replace(phase, epochs=2)
     second, _ = train([two_epochs], shard=Shard(parity().documents, FixedValidation(0.1, 0.5)))
     assert torch.equal(weights["collaborative_items"], second["collaborative_items"])
+
+
+def test_only_every_nth_epoch_and_the_last_are_validated_and_kept():
+    phase = dataclasses.replace(phases()[2], epochs=5, patience=9)
+    shard = Shard(parity().documents, FixedValidation(0.5, 0.1, 0.2))
+    weights, log = train([phase], shard=shard, validate_every_epochs=2)
+    epochs = [entry for entry in log if entry["event"] == "epoch"]
+    assert [entry.get("validation_ndcg@100") for entry in epochs] == [None, 0.5, None, 0.1, 0.2]
+    assert epochs[-1]["best_epoch"] == 2
+    second, _ = train(
+        [dataclasses.replace(phase, epochs=2)], shard=Shard(parity().documents, FixedValidation(0.1, 0.5))
+    )
+    assert torch.equal(weights["collaborative_items"], second["collaborative_items"])
+
+
+def test_without_texts_there_is_no_warmup_and_only_histories_are_read():
+    pretrain = settings().pretrain.model_copy(update={"warmup_epochs": 1, "epochs": 1, "text_fraction": 0.0})
+    weights, log = train(pretrain_phases(settings().model_copy(update={"pretrain": pretrain})))
+    (epoch,) = [entry for entry in log if entry["event"] == "epoch"]
+    assert epoch["phase"] == "pretrain"
+    assert sum(entry["documents"] for entry in log if entry["event"] == "step") == 40, "a history of each user"
+    assert torch.isfinite(weights["content_items"]).all()
 
 
 def test_warmup_moves_content_tables_only_and_finetuning_collaborative_ones_only():
