@@ -18,6 +18,8 @@ NAMES = {
     "random_lm_words": "random weights and words",
 }
 
+_READ_NOTHING = ("mean_row", "noise")
+
 
 def markdown(metrics: Mapping[str, Any]) -> str:
     """The table of readers, what they add to words, what the new items take from the others, and the readings chosen."""
@@ -37,7 +39,11 @@ def markdown(metrics: Mapping[str, Any]) -> str:
         "Chosen by leave-one-out on the trained items; r2 is the predicted share of the variance of a left-out row.",
         markdown_table(
             ["reader", *(f"split {seed}" for seed in metrics["seeds"])],
-            [[NAMES[name], *metrics["chosen"][name]] for name in NAMES if name in metrics["chosen"]],
+            [
+                [NAMES[name], *metrics["chosen"][name]]
+                for name in NAMES
+                if name in metrics["chosen"] and name not in _READ_NOTHING
+            ],
         ),
         "## Recall@10 by split",
         markdown_table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from cllm4rec.config import BackboneSize, Config, parse_config
 from cllm4rec.errors import ConfigError
@@ -19,7 +19,9 @@ MODEL = "cllm4rec"
 class Variant:
     """`settings` replace those of the configuration.
 
-    reads_texts: False is the paper's LLM-CF: no text documents, no content tables, no regularization towards them.
+    texts: "none" is the paper's LLM-CF: no text documents, no content tables, no regularization towards them. "shuffled" gives
+    each text to another item (`controls.shuffled_texts`).
+    randomizes_backbone: random weights in the place of a pretrained language model's.
     trains_backbone: the weights of the language model are trained in all phases, together with the tables.
     starts_from_trained: training starts from a language model that was trained on the texts. If `backbone.epochs` is 0, it is
     trained for `compare.backbone_epochs`.
@@ -27,7 +29,8 @@ class Variant:
 
     description: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    reads_texts: bool = True
+    texts: Literal["own", "shuffled", "none"] = "own"
+    randomizes_backbone: bool = False
     trains_backbone: bool = False
     starts_from_trained: bool = False
 
@@ -42,10 +45,14 @@ VARIANTS: dict[str, Variant] = {
     "llm_scratch": Variant(
         "backbone with random weights, all weights trained", {"backbone.epochs": 0}, trains_backbone=True
     ),
-    "llm_cf": Variant("no content model, interactions only", {"model.table_init": "noise"}, reads_texts=False),
+    "llm_cf": Variant("no content model, interactions only", {"model.table_init": "noise"}, texts="none"),
     "llm_ftall": Variant("pretrained backbone, all weights trained", trains_backbone=True, starts_from_trained=True),
     "llm_fixord": Variant("items in a fixed order", {"pretrain.reorder_items": False}),
     "llm_prerec": Variant("pretrained only, no finetuning", {"finetune.epochs": 0}),
+    "shuffled_texts": Variant("texts shuffled among each reviewer's items", texts="shuffled"),
+    "texts_at_start": Variant("texts only initialize the item embeddings", {"pretrain.text_fraction": 0.0}),
+    "noise_at_start": Variant("item embeddings start from noise", {"model.table_init": "noise"}),
+    "random_lm": Variant("the pretrained architecture with random weights", randomizes_backbone=True),
 }
 
 GRID: Mapping[str, tuple[Any, ...]] = {
@@ -62,7 +69,7 @@ FULL_TRAINING_GRID: Mapping[str, tuple[Any, ...]] = {
 }
 """The grid of variants that also train the backbone, which needs lower learning rates."""
 
-MAIN = (MODEL, "llm_cf", "llm_ftall", "multi_vae", "sasrec", "ease", "ials", "popularity")
+MAIN = (MODEL, "llm_cf", "llm_ftall", "no_lm", "multi_vae", "sasrec", "ease", "ials", "popularity")
 ALL = (*VARIANTS, *BASELINES)
 
 START_FROM_TRAINED = ("m6_retrieval", *(name for name, variant in VARIANTS.items() if variant.starts_from_trained))
@@ -135,7 +142,7 @@ def phases_of(name: str, config: Config) -> list[Phase]:
     """The training phases of a variant; `config` is the result of `config_of`."""
     variant = VARIANTS[name]
     phases = [*pretrain_phases(config), *finetune_phases(config)]
-    if not variant.reads_texts:
+    if variant.texts == "none":
         phases = [_without_content(phase) for phase in phases if phase.reads != ("texts",)]
     if variant.trains_backbone:
         phases = [dataclasses.replace(phase, trained=(*phase.trained, "backbone")) for phase in phases]

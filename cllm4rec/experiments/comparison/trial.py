@@ -38,10 +38,12 @@ from cllm4rec.errors import DataError, TrainingError
 from cllm4rec.evaluation.baseline import Budget, TrainingData, item_texts_with_reviews
 from cllm4rec.evaluation.stage import rank_with_scorer
 from cllm4rec.experiments.baselines.registry import make
+from cllm4rec.experiments.comparison.controls import random_weights, shuffled_texts
 from cllm4rec.experiments.comparison.language import backbone_directory, starting_backbone, text_vectors
 from cllm4rec.experiments.comparison.methods import DEPENDS_ON, MODEL, VARIANTS, config_of, grid_points_of, phases_of
 from cllm4rec.metrics.protocol import HeldOut, Validation, rank_with
 from cllm4rec.metrics.ranking import compute, depth
+from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.backbone_files import load_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
 from cllm4rec.model.ranker import Ranker
@@ -267,16 +269,21 @@ def training_data_of(name: str, data: Data, config: Config) -> TrainingData:
 
 def fit_variant(name: str, config: Config, data: Data) -> Fitted:
     """CLLM4Rec with the settings of a variant, trained by the common training loop on plain torch."""
-    token_space = data.catalog.token_space(data.prompt_tokens.num_words)
-    documents = data.documents if VARIANTS[name].reads_texts else data.documents.of_kinds([Kind.INTERACTIONS])
+    variant, token_space = VARIANTS[name], data.catalog.token_space(data.prompt_tokens.num_words)
+    documents = shuffled_texts(data.documents, config.seed) if variant.texts == "shuffled" else data.documents
     curve: list[dict[str, Any]] = []
 
-    start = initial_tables(
-        config, starting_backbone(config, data.prompt_tokens.num_words), token_space, lambda: [data.documents]
-    )
+    def make_backbone() -> Backbone:
+        if variant.randomizes_backbone:
+            return random_weights(config)
+        return starting_backbone(config, data.prompt_tokens.num_words)
+
+    start = initial_tables(config, make_backbone(), token_space, lambda: [documents])
+    if variant.texts == "none":
+        documents = documents.of_kinds([Kind.INTERACTIONS])
 
     def make_model() -> CLLM4Rec:
-        backbone = starting_backbone(config, data.prompt_tokens.num_words)
+        backbone = make_backbone()
         model = new_model(config.model, backbone, token_space, config.seed)
         load_parameters(model, start)
         return model
