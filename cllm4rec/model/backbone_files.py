@@ -9,10 +9,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from cllm4rec.errors import ArtifactError
 from cllm4rec.model.adapter import add_adapter, load_adapter_weights, merge_adapter
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.built_backbone import build_backbone
-from cllm4rec.model.stock_backbone import check_vocabulary, pretrained_backbone
+from cllm4rec.model.stock_backbone import check_vocabulary, pretrained_backbone, quiet_transformers
 from cllm4rec.storage import artifacts, files, hub
 from cllm4rec.storage.tensors import map_tensors, save_tensors
 
@@ -46,7 +45,7 @@ def new_backbone(config: ModelConfig, num_words: int, seed: int) -> Backbone:
 
 def save_backbone(backbone: Backbone, directory: str) -> None:
     """Write the safetensors and the config of a backbone that this package built or trained."""
-    with tempfile.TemporaryDirectory() as folder, _no_progress_bars():
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         backbone.model.save_pretrained(folder)
         for file in sorted(Path(folder).iterdir()):
             files.copy_file(str(file), files.join(directory, file.name))
@@ -148,7 +147,7 @@ def _load_base(directory: str, max_tokens: int, dtype: torch.dtype | None, devic
     if _REFERENCE in files.list_files(directory):
         name, revision = _verified_reference(directory)
         return pretrained_backbone(name, revision, max_tokens, dtype, device)
-    with local_copy(directory) as folder, _no_progress_bars():
+    with local_copy(directory) as folder:
         return pretrained_backbone(folder, None, max_tokens, dtype, device)
 
 
@@ -186,20 +185,6 @@ def _verified_reference(directory: str) -> tuple[str, str | None]:
                 "restore the former one or train again"
             )
     return name, revision
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar per file, even for a model that loads in a millisecond."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 class local_copy:  # noqa: N801 - reads as a verb in a with statement

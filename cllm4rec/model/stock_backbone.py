@@ -37,24 +37,38 @@ def pretrained_backbone(
     config = stock_config(folder, None)
     if not hasattr(config, "final_norm"):  # otherwise this package built the model
         check_family(config, name, max_tokens)
-    with _one_sentence(name):
+    model = _from_pretrained(name, folder, config, dtype, None if device == "cpu" else device)
+    return wrap(model, max_tokens)
+
+
+def _from_pretrained(name: str, folder: str, config: Any, dtype: torch.dtype | None, device: str | None) -> Any:
+    """The model of a folder, with every weight of its config. Raises ConfigError if one is missing or has another shape."""
+    with _one_sentence(name), quiet_transformers():
         model, info = _auto(config).from_pretrained(
             folder,
             config=config,
             dtype="auto" if dtype is None else dtype,
-            device_map=None if device == "cpu" else device,
+            device_map=device,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in one sentence
         )
-    missing = sorted(info["missing_keys"])
+    # transformers would fill each of these with new random numbers.
+    missing, reshaped = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
         raise ConfigError(
             f"the backbone {name!r} lacks {len(missing)} of the weights that its config describes, such as {missing[0]}; copy "
-            "the model again"
+            "the model again, or correct its config.json"
         )
-    return wrap(model, max_tokens)
+    if reshaped:
+        weight, found, expected = reshaped[0]
+        raise ConfigError(
+            f"the backbone {name!r} has {len(reshaped)} weights of other shapes than its config describes, such as {weight} "
+            f"with {tuple(found)} instead of {tuple(expected)}; copy its config.json and its weights from the same model"
+        )
+    return model
 
 
 def random_backbone(
@@ -69,8 +83,9 @@ def random_backbone(
 
 
 def check_stock_backbone(model: ModelConfig, num_words: int | None = None) -> None:
-    """Raise ConfigError if `model.backbone` names a model that cannot be used. Reads its config and not its weights.
+    """Raise ConfigError if `model.backbone` names a model that cannot be used.
 
+    Of the weights only the headers are read, if the files are on this machine: each weight must be there, in its shape.
     num_words: the number of tokens of the tokenizer, if it is known.
     """
     if not isinstance(model.backbone, str):
@@ -82,6 +97,9 @@ def check_stock_backbone(model: ModelConfig, num_words: int | None = None) -> No
     check_id_width(model.id_width, width)
     if num_words is not None:
         check_vocabulary(name, num_embeddings, num_words)
+    folder = hub.local_weights_folder(name, model.revision)
+    if folder is not None:
+        _from_pretrained(name, folder, config, None, "meta")
 
 
 def check_vocabulary(name: str, num_embeddings: int, num_words: int) -> None:
@@ -132,6 +150,22 @@ def _auto(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar per file, even of a model that loads in a millisecond, and no report of what errors say already."""
+    from transformers.utils import logging
+
+    was_enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

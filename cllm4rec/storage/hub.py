@@ -46,13 +46,21 @@ def weights_folder(name: str, revision: str | None) -> str:
     return _folder(name, revision, with_weights=True)
 
 
+def local_weights_folder(name: str, revision: str | None) -> str | None:
+    """A folder with all weights of a model that this machine has, or None if they would have to be downloaded.
+
+    Raises ConfigError if a folder lacks some.
+    """
+    return weights_folder(name, revision) if os.path.isdir(name) else _cached(name, revision, with_weights=True)
+
+
 def weights_digests(name: str, revision: str | None) -> dict[str, str]:
     """The sha256 of config.json and of each file of weights, by name.
 
     Files in a cache are named by their sha256 and are not read. Of a model that only a hub has, the hub states them.
     Raises ConfigError if the model cannot be found or has no safetensors.
     """
-    folder = weights_folder(name, revision) if os.path.isdir(name) else _cached(name, revision, with_weights=True)
+    folder = local_weights_folder(name, revision)
     if folder is not None:
         names = ["config.json", *_weight_files(name, folder)]
         return {file: _digest(os.path.join(folder, file)) for file in names}

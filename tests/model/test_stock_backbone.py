@@ -147,13 +147,14 @@ def test_dropout_of_a_stock_model_is_off(tmp_path):
 
 
 def refusal(folder: Path, num_words: int | None = None) -> str:
-    def check_and_load() -> None:
-        check_stock_backbone(ModelConfig(backbone=str(folder), max_tokens=MAX_TOKENS), num_words)
-        pretrained_backbone(str(folder), None, MAX_TOKENS)
-
+    """The sentence of the check before a run. Loading without it gives the same one, except about the tokenizer."""
     with pytest.raises(ConfigError) as refused:
-        check_and_load()
+        check_stock_backbone(ModelConfig(backbone=str(folder), max_tokens=MAX_TOKENS), num_words)
     assert "\n" not in str(refused.value)
+    if num_words is None:
+        with pytest.raises(ConfigError) as refused_later:
+            pretrained_backbone(str(folder), None, MAX_TOKENS)
+        assert str(refused_later.value) == str(refused.value)
     return str(refused.value)
 
 
@@ -177,6 +178,14 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(tmp_path):
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, incomplete / "model.safetensors", {"format": "pt"})
     assert "lacks 1 of the weights" in refusal(incomplete)
+
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 32)
+    save_file(weights, incomplete / "model.safetensors", {"format": "pt"})
+    assert "model.layers.1.mlp.up_proj.weight with (3, 32) instead of (64, 32)" in refusal(incomplete)
+
+    deeper = broken("deeper")
+    edit_config(deeper, num_hidden_layers=3)
+    assert "lacks 9 of the weights" in refusal(deeper)
 
     pickled = broken("pickled")
     (pickled / "model.safetensors").unlink()
