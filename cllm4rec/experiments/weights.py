@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from cllm4rec.errors import ArtifactError, ConfigError, DataError, ResourceError, is_full_disk
 from cllm4rec.model.gguf import import_gguf, write_llama
@@ -34,14 +35,17 @@ def fetch_smollm2(output: str, *, force: bool = False, package: str = PACKAGE, s
     The folder is complete or absent: it is written beside `output` and renamed at the end. force: write it again.
     package, sha256: a requirement for pip, and the digest that its only GGUF file must have.
     Raises ConfigError if the package gguf is missing or `output` cannot be written, ArtifactError if `output` is another
-    folder, ResourceError if pip cannot install the package, and DataError if its file is not the expected one.
+    folder or has lost or changed files, ResourceError if pip cannot install the package, and DataError if its file is not the
+    expected one.
     """
     if "://" in output:
         raise ConfigError(f"--output {output} is a URI; give a local folder, and copy it from there")
+    provenance = _provenance(output)
     is_present = os.path.lexists(output)
-    if is_present and _digest_of_source(output) != sha256:
+    if is_present and provenance.get("sha256") != sha256:
         raise ArtifactError(f"{output} exists and is not this model; remove it, or give another folder to --output")
     if is_present and not force:
+        _check_files(output, provenance)
         return False
     import_gguf()
     try:
@@ -53,9 +57,23 @@ def fetch_smollm2(output: str, *, force: bool = False, package: str = PACKAGE, s
     return True
 
 
-def _digest_of_source(folder: str) -> str | None:
+def _provenance(folder: str) -> dict[str, Any]:
+    """The content of provenance.json; empty if there is none."""
     path = os.path.join(folder, PROVENANCE)
-    return files.read_json(path).get("sha256") if os.path.isfile(path) else None
+    found = files.read_json(path) if os.path.isfile(path) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_files(folder: str, provenance: dict[str, Any]) -> None:
+    """Raise ArtifactError unless a folder has the files that were written to it."""
+    written: dict[str, str] = provenance.get("files", {})
+    for name in sorted(written) or ["config.json"]:
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path) or files.digest_of_file(path) != written.get(name):
+            raise ArtifactError(
+                f"{folder} holds this model, but {name} is missing or is not as it was written; run the same command with "
+                "--force to write it again"
+            )
 
 
 def _write(output: Path, package: str, sha256: str) -> None:
@@ -72,6 +90,7 @@ def _write(output: Path, package: str, sha256: str) -> None:
             "source": f"{os.path.basename(gguf_file)} in {package} on the Python package index",
             "sha256": sha256,
             "changes": "dequantized from Q4_1 (word embeddings: Q8_0) to bfloat16; bos_token is <|endoftext|>",
+            "files": {path.name: files.digest_of_file(str(path)) for path in sorted(draft.iterdir())},
         }
         files.write_json(str(draft / PROVENANCE), provenance)
         if output.exists():

