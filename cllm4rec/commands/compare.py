@@ -21,7 +21,6 @@ from cllm4rec.commands.console import say
 from cllm4rec.config import Config
 from cllm4rec.data.prepare import check_sources, prepare, prepare_inputs
 from cllm4rec.data.ray_data import ray_map
-from cllm4rec.errors import ConfigError
 from cllm4rec.experiments.comparison.examples import examples
 from cllm4rec.experiments.comparison.language import backbone_inputs, run_backbone
 from cllm4rec.experiments.comparison.methods import DEPENDS_ON, chosen_methods
@@ -67,8 +66,6 @@ def compare(config: Config, parallel_map: Map, force: bool = False) -> dict[str,
 
 
 def _check(config: Config) -> None:
-    if config.backbone.adapter is not None:
-        raise ConfigError("compare does not train adapters; set backbone.adapter to null")
     chosen_methods(config)
     sweep_runs(config)
     check_sources(config)

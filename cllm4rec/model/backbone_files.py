@@ -17,12 +17,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cllm4rec.config import Adapter, BackboneSize, ModelConfig
+from cllm4rec.config import Adapter, BackboneSize, Config, ModelConfig
 from cllm4rec.errors import ArtifactError
 from cllm4rec.model.adapter import add_adapter, load_adapter_weights, merge_adapter
-from cllm4rec.model.backbone import Backbone
+from cllm4rec.model.backbone import Backbone, wrap
 from cllm4rec.model.built_backbone import build_backbone
-from cllm4rec.model.stock_backbone import check_vocabulary, pretrained_backbone, quiet_transformers
+from cllm4rec.model.stock_backbone import (
+    check_vocabulary,
+    empty_model,
+    pretrained_backbone,
+    quiet_transformers,
+    stock_config,
+)
 from cllm4rec.storage import artifacts, files, hub
 from cllm4rec.storage.tensors import map_tensors, save_tensors
 
@@ -41,6 +47,14 @@ def new_backbone(config: ModelConfig, num_words: int, seed: int) -> Backbone:
     backbone = pretrained_backbone(config.backbone, config.revision, config.max_tokens)
     check_vocabulary(config.backbone, len(backbone.word_embeddings), num_words)
     return backbone
+
+
+def empty_backbone(config: ModelConfig, num_words: int) -> Backbone:
+    """The backbone that `model.backbone` describes without memory for its weights, on torch's meta device."""
+    with torch.device("meta"):
+        if isinstance(config.backbone, BackboneSize):
+            return build_backbone(config.backbone, num_words, config.max_tokens, 0)
+        return wrap(empty_model(stock_config(config.backbone, config.revision)), config.max_tokens)
 
 
 def save_backbone(backbone: Backbone, directory: str) -> None:
@@ -68,6 +82,24 @@ def save_copy(config: ModelConfig, directory: str) -> None:
     index = Path(folder) / hub.INDEX
     if index.exists():
         files.copy_file(str(index), files.join(directory, index.name))
+
+
+def save_trained(config: Config, num_words: int, trained: Mapping[str, Tensor], directory: str) -> None:
+    """Write the backbone of a config as its training on texts leaves it: stock weights are stored as `model.store_backbone` says.
+
+    num_words: of the tokenizer. trained: the trained weights, or the matrices of the adapter, by name; empty for none.
+    """
+    model, adapter = config.model, config.backbone.adapter
+    if isinstance(model.backbone, str) and (adapter or not trained):
+        save = save_copy if model.store_backbone == "copy" else save_reference
+        save(model, directory)
+    else:
+        backbone = new_backbone(model, num_words, config.seed)
+        # strict=False: tied heads, buffers and matrices of an adapter are not among the parameters.
+        backbone.load_state_dict(dict(trained), strict=False)
+        save_backbone(backbone, directory)
+    if adapter:
+        save_adapter(adapter, config.seed, trained, directory)
 
 
 def save_adapter(adapter: Adapter, seed: int, weights: Mapping[str, Tensor], directory: str) -> None:

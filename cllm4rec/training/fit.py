@@ -17,17 +17,14 @@ from cllm4rec.errors import ArtifactError
 from cllm4rec.model.adapter import is_adapter
 from cllm4rec.model.backbone_files import (
     check_same_base,
+    empty_backbone,
     load_backbone,
-    new_backbone,
-    save_adapter,
     save_adapter_weights,
-    save_backbone,
-    save_copy,
-    save_reference,
+    save_trained,
     verify_backbone,
 )
 from cllm4rec.model.saved_model import ModelMetadata, Prompt, save_pretrained
-from cllm4rec.model.stock_backbone import check_stock_backbone, empty_model, stock_config
+from cllm4rec.model.stock_backbone import check_stock_backbone
 from cllm4rec.staleness import settings_digest
 from cllm4rec.storage import files
 from cllm4rec.storage.artifacts import Manifest, read_manifest, write_directory
@@ -83,19 +80,8 @@ def train_backbone(config: Config, force: bool, *, trainer: Trainer) -> Manifest
     weights = _train(config, "backbone", backbone_phases(config), inputs, trainer)
     with write_directory(directory, kind="backbone", inputs=inputs, config=config.model_dump()) as draft:
         trained = {name.removeprefix("backbone."): value for name, value in weights.items()}
-        if isinstance(model.backbone, str) and (config.backbone.adapter or not trained):
-            save = save_copy if model.store_backbone == "copy" else save_reference
-            save(model, draft.uri)
-            parameters = empty_model(stock_config(model.backbone, model.revision)).parameters()
-        else:
-            backbone = new_backbone(model, num_words, config.seed)
-            parameters = backbone.parameters()
-            # strict=False: tied heads, buffers and matrices of an adapter are not among the parameters.
-            backbone.load_state_dict(trained, strict=False)
-            save_backbone(backbone, draft.uri)
-        if config.backbone.adapter:
-            save_adapter(config.backbone.adapter, config.seed, trained, draft.uri)
-        draft.counts["parameters"] = sum(weight.numel() for weight in parameters)
+        save_trained(config, num_words, trained, draft.uri)
+        draft.counts["parameters"] = sum(weight.numel() for weight in empty_backbone(model, num_words).parameters())
         _copy_metrics(config, "backbone", draft.uri)
     files.remove_directory(config.run.unfinished("backbone"))
     return read_manifest(directory, "backbone")

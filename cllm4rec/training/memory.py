@@ -18,18 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cllm4rec.config import BackboneSize, Config
+from cllm4rec.config import Config
 from cllm4rec.errors import ResourceError
 from cllm4rec.model.accelerate import accelerate
 from cllm4rec.model.adapter import add_adapter, is_adapter
 from cllm4rec.model.attention import DocumentLayout
-from cllm4rec.model.backbone import Backbone, wrap
+from cllm4rec.model.backbone import Backbone
+from cllm4rec.model.backbone_files import empty_backbone
 from cllm4rec.model.batch import TensorGrid
-from cllm4rec.model.built_backbone import build_backbone
 from cllm4rec.model.cpu.fused import FrozenLinear, can_prepack
 from cllm4rec.model.losses import LOGITS_BYTES
 from cllm4rec.model.precision import precision_on
-from cllm4rec.model.stock_backbone import empty_model, stock_config
 from cllm4rec.training.schedule import MAX_BATCH_TOKENS
 
 _FLOAT32 = 4
@@ -133,17 +132,12 @@ _REMEDIES = {
 
 def _meta_backbone(config: Config, sizes: Sizes, device: str) -> Backbone:
     """The backbone as a frozen model of the precision of a device, without memory for its weights."""
-    model = config.model
-    with torch.device("meta"):
-        backbone = (
-            build_backbone(model.backbone, sizes.words, model.max_tokens, 0)
-            if isinstance(model.backbone, BackboneSize)
-            else wrap(empty_model(stock_config(model.backbone, model.revision)), model.max_tokens)
-        )
-        if config.backbone.trains_adapter("pretrain") and config.backbone.adapter is not None:
+    backbone = empty_backbone(config.model, sizes.words)
+    if config.backbone.trains_adapter("pretrain") and config.backbone.adapter is not None:
+        with torch.device("meta"):
             add_adapter(backbone, config.backbone.adapter, 0)
-        else:
-            backbone.requires_grad_(False)
+    else:
+        backbone.requires_grad_(False)
     accelerate(backbone, _precision(device, config.training.bf16))
     return backbone
 

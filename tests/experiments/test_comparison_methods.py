@@ -27,6 +27,8 @@ from cllm4rec.experiments.comparison.methods import (
 )
 from cllm4rec.experiments.comparison.trial import Data, MethodRun, fit, fit_variant, of_split
 from cllm4rec.metrics.protocol import HeldOut
+from cllm4rec.model.adapter import adapter_weights, merge_adapter
+from cllm4rec.model.backbone_files import load_backbone, new_backbone
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.training.epochs import EpochBuilder
 from cllm4rec.training.local_trainer import single_process
@@ -72,6 +74,28 @@ def test_from_scratch_means_without_the_trained_language_model(split, data):
     assert begun["cllm4rec"] == begun["llm_cf"] == begun["llm_ftall"]
     assert begun["llm_scratch"] != begun["cllm4rec"]
     assert MethodRun(split, "llm_scratch").backbone is None
+
+
+@pytest.mark.parametrize("stages", [["backbone"], ["pretrain", "finetune"]])
+def test_an_adapter_is_trained_where_the_config_says_so_beside_frozen_weights(split, data, stages):
+    epochs = int("backbone" in stages)
+    adapter = {"rank": 2, "trained_in": stages}
+    config = with_settings(split, {"backbone.adapter": adapter, "backbone.epochs": epochs}, "this test")
+    plain = new_backbone(split.model, NUM_WORDS, split.seed)
+    if epochs:
+        directory = run_backbone(config)
+        trained = load_backbone(directory, MAX_TOKENS, merge=False)
+    else:
+        trained = model_of("cllm4rec", config, data)[0].backbone
+    assert all(weight.abs().max() > 0 for weight in adapter_weights(trained).values()), "B starts at zero"
+    merge_adapter(trained)
+    assert digest_of_weights(trained) != digest_of_weights(plain)
+    begun = starting_backbone(config, NUM_WORDS)
+    assert bool(adapter_weights(begun)) == (epochs == 0), "what no later stage trains is merged"
+    assert MethodRun(config, "cllm4rec").inputs() != MethodRun(split, "cllm4rec").inputs()
+    for name in ("llm_ftall", "llm_scratch"):
+        assert config_of(name, config, {}).backbone.adapter is None, "all weights are trained"
+    assert config_of("m6_retrieval", config, {}).backbone.epochs, "its texts are read by a trained model"
 
 
 @pytest.mark.parametrize(("name", "is_fixed"), [("llm_fixord", True), ("cllm4rec", False)])

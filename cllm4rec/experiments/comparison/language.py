@@ -19,8 +19,9 @@ from cllm4rec.arrays.ragged import Ragged, chunks
 from cllm4rec.config import BackboneSize, Config
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.prepared import load_documents, load_token_space
+from cllm4rec.model.adapter import add_adapter
 from cllm4rec.model.backbone import Backbone
-from cllm4rec.model.backbone_files import load_backbone, new_backbone, save_backbone, save_reference
+from cllm4rec.model.backbone_files import load_backbone, new_backbone, save_trained
 from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Packer
@@ -28,7 +29,7 @@ from cllm4rec.staleness import settings_digest
 from cllm4rec.storage.artifacts import read_manifest, write_directory
 from cllm4rec.storage.files import digest_of, join, read_bytes
 from cllm4rec.training.local_trainer import single_process
-from cllm4rec.training.loop import Shard, load_parameters, train
+from cllm4rec.training.loop import Shard, train
 from cllm4rec.training.phases import backbone_phases
 
 _TEXTS_AT_ONCE = 32
@@ -50,10 +51,23 @@ def _backbone_settings(config: Config) -> dict[str, Any]:
 
 
 def starting_backbone(config: Config, num_words: int) -> Backbone:
-    """The language model that training of the tables starts from: trained on texts if `backbone.epochs` > 0, else as built."""
-    if not config.backbone.epochs:
-        return new_backbone(config.model, num_words, config.seed)
-    return load_backbone(backbone_directory(config), config.model.max_tokens)
+    """The language model that training of the tables starts from: trained on texts if `backbone.epochs` > 0, else as built.
+
+    An adapter stays beside the weights if later stages train it.
+    """
+    adapter = config.backbone.adapter
+    if config.backbone.epochs:
+        is_final = adapter is None or set(adapter.trained_in) == {"backbone"}
+        return load_backbone(backbone_directory(config), config.model.max_tokens, merge=is_final)
+    return _new_backbone(config, num_words)
+
+
+def _new_backbone(config: Config, num_words: int) -> Backbone:
+    """The untrained language model, with its untrained adapter if the config has one."""
+    backbone = new_backbone(config.model, num_words, config.seed)
+    if config.backbone.adapter is not None:
+        add_adapter(backbone, config.backbone.adapter, config.seed)
+    return backbone
 
 
 def backbone_inputs(config: Config) -> dict[str, str]:
@@ -66,24 +80,19 @@ def run_backbone(config: Config) -> str:
     torch.set_num_threads(1)
     inputs, prepared_dir, started = backbone_inputs(config), config.run.prepared, time.monotonic()
     prompt_tokens, token_space = load_token_space(prepared_dir)
-    backbone = new_backbone(config.model, prompt_tokens.num_words, config.seed)
-    model = CLLM4Rec(backbone, token_space, std=0.0)
     shard = Shard(load_documents(prepared_dir), None)
     weights = train(
-        lambda: model,
+        lambda: CLLM4Rec(_new_backbone(config, prompt_tokens.num_words), token_space, std=0.0),
         prompt_tokens.prompts,
         backbone_phases(config),
         shard,
         single_process(config),
         log=lambda entry: None,
     )
-    load_parameters(model, weights)
     directory = backbone_directory(config)
     with write_directory(directory, kind="backbone", inputs=inputs, config=config.model_dump(mode="json")) as draft:
-        if isinstance(config.model.backbone, str) and not weights:
-            save_reference(config.model, draft.uri)
-        else:
-            save_backbone(backbone, draft.uri)
+        trained = {name.removeprefix("backbone."): weight for name, weight in weights.items()}
+        save_trained(config, prompt_tokens.num_words, trained, draft.uri)
         draft.counts["seconds"] = time.monotonic() - started
     return directory
 

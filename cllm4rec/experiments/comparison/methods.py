@@ -109,12 +109,20 @@ def config_of(name: str, config: Config, params: Mapping[str, Any]) -> Config:
     if name == "llm_scratch" and isinstance(config.model.backbone, str):
         raise ConfigError(f"{name} starts from random weights, so model.backbone must be a size to build, not a name")
     settings: dict[str, Any] = dict(VARIANTS[name].settings) if name in VARIANTS else {}
-    if name in VARIANTS and VARIANTS[name].trains_backbone:
+    if _trains_all(name):
         settings |= {key: min(setting(config, key), most) for key, most in _RATES.items()}
+    adapter = config.backbone.adapter
+    if adapter is not None and (_trains_all(name) or (name == "m6_retrieval" and "backbone" not in adapter.trained_in)):
+        settings["backbone.adapter"] = None
     if name in START_FROM_TRAINED and isinstance(config.model.backbone, BackboneSize) and not config.backbone.epochs:
         settings["backbone.epochs"] = config.compare.backbone_epochs
     settings.update(params)
     return with_settings(config, settings, name) if settings else config
+
+
+def _trains_all(name: str) -> bool:
+    """Whether a method trains all weights of the language model, so that it has no adapter."""
+    return name in VARIANTS and VARIANTS[name].trains_backbone
 
 
 def setting(config: Config, key: str) -> Any:

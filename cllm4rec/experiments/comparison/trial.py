@@ -126,6 +126,8 @@ class MethodRun:
         if self.name in VARIANTS:
             sections = ("model", "pretrain", "finetune", "training")
             settings |= {section: getattr(self.varied, section).model_dump() for section in sections}
+            if self.varied.backbone.adapter is not None:
+                settings["adapter"] = self.varied.backbone.adapter.model_dump()
         if self.backbone is not None:
             inputs["backbone"] = read_manifest(self.backbone, "backbone").digest
         if self.name in DEPENDS_ON:
