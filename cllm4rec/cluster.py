@@ -28,6 +28,8 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray Data would start 32 processes to read the footers of a few hundred Parquet files.
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+    # Serve's proxies refuse what replicas cannot answer in time.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cllm4rec.serving.gate:middlewares",
     # Output that is of no use to the reader of a job's log.
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started|ServeController.graceful_shutdown failed",

@@ -618,11 +618,16 @@ class ServeConfig(_Section):
     batch_wait_timeout_s: Annotated[float, Field(ge=0)] = Field(
         0.005, description="Seconds that a batch with free places waits for more requests."
     )
+    max_wait_s: Annotated[float, Field(gt=0)] = Field(
+        1.0,
+        description="Seconds that a request may wait in a replica for its batch, or until the running batch ends if that is "
+        "longer. Requests that find no place are answered with status 429.",
+    )
     max_queued_requests: Positive = Field(
-        256, description="Requests that may wait at each proxy. Further ones are answered with status 429."
+        256, description="Requests that may wait in a replica. Further ones are answered with status 429."
     )
     request_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        10.0, description="Seconds after which a request is given up."
+        5.0, description="Seconds after which a request that no replica answered gets status 503."
     )
 
     @model_validator(mode="after")

@@ -3,8 +3,8 @@
     serve run cluster/serve.yaml                  # or, with the config of a run: cllm4rec serve --config FILE
     curl localhost:8000/v1/recommend -H 'content-type: application/json' -d '{"user_id": "A2IBPI20UZIR0U", "k": 10}'
 
-Overload: a replica accepts requests for two batches, `max_queued_requests` wait at each proxy, and all others get 429 with
-Retry-After.
+Overload: a replica sheds requests that waited for `max_wait_s`, with 429 and Retry-After. The proxies learn from it how many
+requests to let through, and refuse the others at once (see gate.py).
 Models: with an output_dir, replicas serve the current model of that run and load the next one a few seconds after
 `cllm4rec promote`. With a model_dir and a prepared_dir, they keep these until `serve deploy` deploys a `user_config` that
 names others (see cluster/serve.yaml). Requests are answered during a swap.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import logging.handlers
+import math
 import os
 import time
 from typing import Any, Self
@@ -44,6 +45,11 @@ WATCH_S = 2.0
 """How often a replica checks whether another model was promoted."""
 RETRY_S = 60.0
 """How long a replica waits before it tries again to load a promoted model that it could not load."""
+
+
+_NO_LIMIT = 100_000
+"""Requests that Serve may send to a replica, which sheds by itself. At a limit that is reached, Serve's router asks replicas
+again and again while their batches starve, and fewer requests are answered the more arrive."""
 
 
 class ModelLocation(BaseModel):
@@ -108,6 +114,8 @@ class RecommendReplica:
         batch_wait_timeout_s: float,
         require_api_keys: bool,
         num_threads: int | None = None,
+        max_wait_s: float = math.inf,
+        max_queued_requests: float = math.inf,
     ) -> None:
         if num_threads is not None:
             torch.set_num_threads(num_threads)
@@ -118,7 +126,7 @@ class RecommendReplica:
         self._swapping = asyncio.Lock()
         self._swap: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
-        self._recommend = Batcher(self._answer, max_batch_size, batch_wait_timeout_s)
+        self._recommend = Batcher(self._answer, max_batch_size, batch_wait_timeout_s, max_wait_s, max_queued_requests)
         log.info("Keys are required: %s", "yes" if self._api_keys else f"no ({API_KEYS_VARIABLE} is not set)")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -209,9 +217,8 @@ def build(args: dict[str, Any]) -> Any:
         ray_serve.ingress()(RecommendReplica),
         name="Recommend",
         ray_actor_options={"num_cpus": settings.cpus_per_replica, "num_gpus": int(settings.use_gpu)},
-        # One batch is scored while the next one fills; with fewer, batches would never fill.
-        max_ongoing_requests=2 * settings.max_batch_size,
-        max_queued_requests=settings.max_queued_requests,
+        max_ongoing_requests=_NO_LIMIT,
+        max_queued_requests=settings.max_queued_requests,  # while no replica is there
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         user_config=_user_config(settings),
         # When replicas are replaced, the old ones answer until the new ones are ready.
@@ -225,6 +232,8 @@ def build(args: dict[str, Any]) -> Any:
         # Keys that are set here and missing on a replica's node would silently open the endpoint.
         settings.require_api_keys or API_KEYS_VARIABLE in os.environ,
         settings.threads_per_replica,
+        settings.max_wait_s,
+        settings.max_queued_requests,
     )
 
 

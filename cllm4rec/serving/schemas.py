@@ -25,7 +25,6 @@ from cllm4rec.scoring.recommender import MAX_K, Answer, Query
 MAX_HISTORY = 10_000
 MAX_ID_CHARS = 256
 MAX_TEXT_CHARS = 1000
-MAX_BODY_BYTES = 1_000_000
 
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
 Ids = Annotated[list[Id], Field(fail_fast=True)]

@@ -24,8 +24,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import cllm4rec
 from cllm4rec.errors import ConfigError
 from cllm4rec.scoring.recommender import Recommender
+from cllm4rec.serving.batching import OverloadError
+from cllm4rec.serving.bodies import BODY_TIMEOUT_S, MAX_BODY_BYTES, TOO_MANY, ReadBody
 from cllm4rec.serving.schemas import (
-    MAX_BODY_BYTES,
     Alive,
     FieldProblems,
     Problem,
@@ -57,14 +58,14 @@ def create_app(recommend: Recommend, ready: Callable[[], Ready | None], api_keys
         version=cllm4rec.__version__,
         docs_url=None,
         redoc_url=None,
-        max_body_size=MAX_BODY_BYTES,
-        exception_handlers={RequestValidationError: _refuse},
+        exception_handlers={RequestValidationError: _refuse, OverloadError: _refuse_for_now},
     )
+    app.add_middleware(ReadBody)
     if api_keys:
         app.add_middleware(RequireApiKey, keys=api_keys)
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
-    @app.post("/v1/recommend", responses=_refusals(400, 401, 413, 422, 429, 503))
+    @app.post("/v1/recommend", responses=_refusals(400, 401, 408, 413, 422, 429, 503))
     async def recommend_items(request: RecommendRequest) -> RecommendResponse:
         """The best items for a user, a history or both. Cold-start users get the popular items."""
         return await recommend(request)
@@ -77,7 +78,7 @@ def create_app(recommend: Recommend, ready: Callable[[], Ready | None], api_keys
     async def readyz() -> Ready:
         state = ready()
         if state is None:
-            raise HTTPException(503, "no model is loaded yet")
+            raise HTTPException(503, "no model is loaded yet", {"Retry-After": "1"})
         return state
 
     @app.get("/", include_in_schema=False)
@@ -141,20 +142,21 @@ async def _refuse(request: Request, error: Exception) -> Response:
     return Response(json.dumps({"detail": problems}), status_code=422, media_type="application/json")
 
 
-# 413 and 429 may come from outside this application (the body limit, Serve's proxy), as plain text.
-_REFUSALS: dict[int, tuple[type | None, str]] = {
+async def _refuse_for_now(request: Request, error: Exception) -> Response:
+    return JSONResponse({"detail": TOO_MANY}, status_code=429, headers={"Retry-After": "1"})
+
+
+_REFUSALS: dict[int, tuple[type, str]] = {
     400: (Problem, "the body is not UTF-8 JSON"),
     401: (Problem, "a key is required, and the request has none or a wrong one"),
-    413: (None, f"the body is larger than {MAX_BODY_BYTES} bytes"),
+    408: (Problem, f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds"),
+    413: (Problem, f"the body is larger than {MAX_BODY_BYTES} bytes"),
     422: (FieldProblems, "a field is missing, unknown or out of its bounds"),
-    429: (None, "too many requests wait; try again after Retry-After seconds"),
-    503: (Problem, "no model is loaded yet"),
+    429: (Problem, "too many requests wait; try again after Retry-After seconds"),
+    503: (Problem, "no replica or no model is ready; try again after Retry-After seconds"),
 }
 
 
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     chosen = {status: _REFUSALS[status] for status in statuses}
-    return {
-        status: {"description": reason} | ({"model": model} if model else {})
-        for status, (model, reason) in chosen.items()
-    }
+    return {status: {"description": reason, "model": model} for status, (model, reason) in chosen.items()}

@@ -6,12 +6,15 @@ import logging
 
 import pytest
 import schemathesis
+from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, settings
 from support.serving import FakeScorer, ask, client, post, recommender
 
 from cllm4rec.errors import ConfigError
-from cllm4rec.serving.schemas import MAX_BODY_BYTES, MAX_TEXT_CHARS
-from cllm4rec.serving.web import api_keys_of
+from cllm4rec.serving.batching import OverloadError
+from cllm4rec.serving.bodies import MAX_BODY_BYTES
+from cllm4rec.serving.schemas import MAX_TEXT_CHARS
+from cllm4rec.serving.web import api_keys_of, create_app
 
 
 def test_answer_over_http_is_the_recommenders_answer_with_texts_cut():
@@ -105,6 +108,16 @@ def test_body_over_the_limit_is_refused_with_or_without_a_declared_length():
     pieces = (too_long[start : start + 10_000] for start in range(0, len(too_long), 10_000))
     assert post(pieces).status_code == 413  # chunked: no Content-Length to believe
     assert post(b'{"user_id": "u"%s}' % (b" " * (MAX_BODY_BYTES // 2))).status_code == 200
+
+
+def test_overload_is_refused_with_the_time_to_come_again():
+    async def sheds(request):
+        raise OverloadError
+
+    app = create_app(sheds, lambda: None)
+    response = post(b'{"user_id": "u"}', TestClient(app, raise_server_exceptions=False))
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    assert response.json() == {"detail": "too many requests wait; try again after Retry-After seconds"}
 
 
 def test_health_tells_alive_from_ready():
