@@ -13,6 +13,7 @@ names others (see cluster/serve.yaml). Requests are answered during a swap.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import logging.handlers
 import math
@@ -24,10 +25,11 @@ import torch
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ray import serve as ray_serve
+from ray.serve import metrics
 from ray.serve.config import BackpressureConfig
 
 from cllm4rec.config import Positive, RulesConfig, ServeConfig
-from cllm4rec.errors import Cllm4RecError, ConfigError
+from cllm4rec.errors import ArtifactError, Cllm4RecError, ConfigError
 from cllm4rec.run import Run
 from cllm4rec.scoring.recommender import Recommender
 from cllm4rec.scoring.rule_files import FILES
@@ -36,7 +38,7 @@ from cllm4rec.serving.schemas import Ready, RecommendRequest, RecommendResponse
 from cllm4rec.serving.web import API_KEYS_VARIABLE, api_keys_of, create_app, respond
 from cllm4rec.storage.artifacts import read_manifest
 from cllm4rec.storage.files import absolute
-from cllm4rec.storage.registry import current_model
+from cllm4rec.storage.registry import serving_order
 
 # Serve's own logger, which writes to the replica's log file. Log directories and versions only, never a request.
 log = logging.getLogger("ray.serve")
@@ -68,13 +70,16 @@ class ModelLocation(BaseModel):
             raise ValueError("give either output_dir, or model_dir and prepared_dir")
         return self
 
-    def directories(self) -> tuple[str, str]:
-        """Model directory and prepared directory at this moment. Raises ArtifactError if the run's pointer is damaged."""
+    def directories(self) -> tuple[list[str], str]:
+        """Model directories, the wanted one first and then those to fall back to, and the prepared directory.
+
+        Raises ArtifactError if the run's pointer is damaged.
+        """
         if self.output_dir is not None:
-            return current_model(self.output_dir), Run(self.output_dir).prepared
+            return serving_order(self.output_dir), Run(self.output_dir).prepared
         assert self.model_dir is not None
         assert self.prepared_dir is not None
-        return self.model_dir, self.prepared_dir
+        return [self.model_dir], self.prepared_dir
 
 
 class UserConfig(ModelLocation):
@@ -84,13 +89,15 @@ class UserConfig(ModelLocation):
 
     rules: RulesConfig = RulesConfig()
 
-    def resolved(self) -> Self:
-        """The same with the two directories in place of an output_dir. Raises like `directories`."""
-        model_dir, prepared_dir = self.directories()
-        return self.model_copy(update={"output_dir": None, "model_dir": model_dir, "prepared_dir": prepared_dir})
+    def resolved(self) -> list[Self]:
+        """The same with two directories in place of an output_dir, for each of `directories`. Raises like it."""
+        model_dirs, prepared_dir = self.directories()
+        fixed = {"output_dir": None, "prepared_dir": prepared_dir}
+        return [self.model_copy(update={**fixed, "model_dir": model_dir}) for model_dir in model_dirs]
 
     def load(self) -> Recommender:
-        return Recommender.from_pretrained(*self.directories(), rules=self.rules)
+        assert self.model_dir is not None
+        return Recommender.from_pretrained(self.model_dir, self.prepared_dir, rules=self.rules)
 
 
 class ServeArgs(ServeConfig, ModelLocation):
@@ -123,6 +130,9 @@ class RecommendReplica:
         self._api_keys = api_keys_of(os.environ, required=require_api_keys)
         self._recommender: Recommender | None = None
         self._model_dir, self._tried, self._last_reason = "", ("", 0.0), ""
+        self._serves_wanted_model = metrics.Gauge(
+            "cllm4rec_serves_wanted_model", "1; 0 while the wanted model cannot be loaded and an older one answers"
+        )
         self._swapping = asyncio.Lock()
         self._swap: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
@@ -143,7 +153,7 @@ class RecommendReplica:
         if self._following is not None:
             self._following.cancel()
         if self._recommender is None:
-            await self._take(await asyncio.to_thread(wanted.resolved))
+            await self._take_the_first_that_loads(await asyncio.to_thread(wanted.resolved))
         else:
             self._swap = asyncio.create_task(self._swap_to(wanted))
         if wanted.output_dir is not None:
@@ -157,7 +167,7 @@ class RecommendReplica:
         async with self._swapping:  # in the order of the calls, so the last one requested stays
             self._last_reason = ""
             try:
-                await self._take(await asyncio.to_thread(user_config.resolved))
+                await self._take((await asyncio.to_thread(user_config.resolved))[0])
             except Exception as error:
                 self._keep_old_model(error)
 
@@ -167,16 +177,35 @@ class RecommendReplica:
             await asyncio.sleep(WATCH_S)
             async with self._swapping:
                 try:
-                    wanted = await asyncio.to_thread(user_config.resolved)
-                    if self._is_due(wanted):
+                    wanted, *_ = await asyncio.to_thread(user_config.resolved)
+                    if wanted.model_dir == self._model_dir:
+                        self._last_reason = ""
+                        self._serves_wanted_model.set(1)
+                    elif self._is_due(wanted):
                         await self._take(wanted)
                 except Exception as error:
                     self._keep_old_model(error)
 
     def _is_due(self, wanted: UserConfig) -> bool:
         tried, at = self._tried
-        must_wait = wanted.model_dir == tried and time.monotonic() - at < RETRY_S
-        return wanted.model_dir != self._model_dir and not must_wait
+        return wanted.model_dir != tried or time.monotonic() - at >= RETRY_S
+
+    async def _take_the_first_that_loads(self, candidates: list[UserConfig]) -> None:
+        """Start with the wanted model or, if it is damaged, with the newest whole one that was promoted before it.
+
+        Raises the error of the wanted one if none loads.
+        """
+        wanted, *older = candidates
+        try:
+            return await self._take(wanted)
+        except ArtifactError as error:
+            reason = error
+        for candidate in older:
+            with contextlib.suppress(ArtifactError):
+                await self._take(candidate)
+                self._tried = (wanted.model_dir or "", time.monotonic())
+                return self._keep_old_model(reason)
+        raise reason
 
     async def _take(self, user_config: UserConfig) -> None:
         """Load the model, then swap. Until then the old model answers."""
@@ -184,17 +213,24 @@ class RecommendReplica:
         recommender = await asyncio.to_thread(user_config.load)
         verb = "Serving" if self._recommender is None else "Swapped to"
         self._recommender, self._model_dir, self._last_reason = recommender, user_config.model_dir or "", ""
+        self._serves_wanted_model.set(1)
         log.info("%s model %s from %s", verb, recommender.model_version, user_config.model_dir)
 
     def _keep_old_model(self, error: Exception) -> None:
         """Log the error once, however often the load is tried. Raised to Serve, it would stop a replica that works."""
         reason = str(error) if isinstance(error, Cllm4RecError) else repr(error)
         if reason != self._last_reason:
-            log.error("The new model cannot be loaded; the old one stays: %s", reason)
+            log.error(
+                "The new model cannot be loaded; an old one answers, %s from %s: %s",
+                self._recommender and self._recommender.model_version, self._model_dir, reason,
+            )  # fmt: skip
         self._last_reason = reason
+        self._serves_wanted_model.set(0)
 
     def _ready(self) -> Ready | None:
-        return None if self._recommender is None else Ready(model_version=self._recommender.model_version)
+        if self._recommender is None:
+            return None
+        return Ready(model_version=self._recommender.model_version, is_wanted_model=not self._last_reason)
 
     def _answer(self, requests: list[RecommendRequest]) -> list[RecommendResponse]:
         recommender = self._recommender  # one model for the whole batch, even if a swap happens meanwhile
@@ -210,9 +246,7 @@ def build(args: dict[str, Any]) -> Any:
     `http_options(...)` to `ray.serve.start`, or write `http_options` in the Serve YAML.
     """
     settings = _parse(args)
-    model_dir, prepared_dir = settings.directories()
-    read_manifest(model_dir, "model")
-    read_manifest(prepared_dir, "prepared")
+    _check_that_a_model_is_there(*settings.directories())
     deployment = ray_serve.deployment(
         ray_serve.ingress()(RecommendReplica),
         name="Recommend",
@@ -235,6 +269,18 @@ def build(args: dict[str, Any]) -> Any:
         settings.max_wait_s,
         settings.max_queued_requests,
     )
+
+
+def _check_that_a_model_is_there(model_dirs: list[str], prepared_dir: str) -> None:
+    if not any(_is_finished(model_dir) for model_dir in model_dirs):
+        read_manifest(model_dirs[0], "model")
+    read_manifest(prepared_dir, "prepared")
+
+
+def _is_finished(model_dir: str) -> bool:
+    with contextlib.suppress(ArtifactError):
+        return bool(read_manifest(model_dir, "model"))
+    return False
 
 
 def http_options(settings: ServeConfig) -> dict[str, Any]:

@@ -121,6 +121,10 @@ class Ready(BaseModel):
 
     status: Literal["ready"] = "ready"
     model_version: str
+    is_wanted_model: bool = Field(
+        True,
+        description="false: the promoted model cannot be loaded (the replica's log says why), and an older one answers",
+    )
 
 
 class Problem(BaseModel):

@@ -53,6 +53,18 @@ def current_model(output_dir: str) -> str:
     return files.join(output_dir, "model") if pointer is None else _finished(output_dir, pointer.current)
 
 
+def serving_order(output_dir: str) -> list[str]:
+    """URIs of the models to serve: the current one, then those before it, newest first, for a replica that starts while the
+    current one is damaged; or `model/` if no model was promoted yet. Whether they exist is not checked.
+
+    Raises ArtifactError if `current.json` is damaged: only the pointer tells a promoted model from one that was rolled back.
+    """
+    pointer = read_pointer(output_dir)
+    if pointer is None:
+        return [files.join(output_dir, "model")]
+    return [_directory(output_dir, name) for name in pointer.names]
+
+
 def read_pointer(output_dir: str) -> Pointer | None:
     """None if no model was promoted yet. Raises ArtifactError if the file is damaged."""
     uri = _pointer_uri(output_dir)

@@ -21,6 +21,7 @@ from cllm4rec.scoring.recommender import Recommender
 from cllm4rec.serving.app import RecommendReplica, ServeArgs, UserConfig, build, http_options
 from cllm4rec.serving.batching import Batcher, OverloadError
 from cllm4rec.serving.schemas import Ready, RecommendRequest
+from cllm4rec.storage import files
 from cllm4rec.storage.artifacts import read_manifest, verify_files, write_directory
 from cllm4rec.storage.files import read_bytes, write_bytes
 from cllm4rec.storage.registry import promote_directory, rollback
@@ -462,7 +463,61 @@ def test_bad_promotion_is_not_taken_is_logged_once_and_the_next_good_one_is_take
         await until("third")
 
     assert follow(run, monkeypatch, steps) == ["candidate", "first", "third"]
-    assert sum("cannot be loaded; the old one stays" in record.getMessage() for record in caplog.records) == 1
+    assert sum("cannot be loaded; an old one answers" in record.getMessage() for record in caplog.records) == 1
+
+
+def damage(run: Config, name: str) -> None:
+    write_bytes(f"{run.run.models}/{name}/version", b"DAMAGED")
+
+
+def test_replica_that_starts_on_a_damaged_model_serves_the_newest_whole_one_and_says_so(run, monkeypatch, caplog):
+    names = [
+        promote_directory(run.output_dir, train(run, version), "a test", keep=4).current
+        for version in ("first", "second", "third", "fourth")
+    ]
+    damage(run, names[3])
+    files.remove_directory(f"{run.run.models}/{names[2]}")
+    monkeypatch.setattr("cllm4rec.serving.app.RETRY_S", 0.02)
+    with write_directory(run.run.prepared, kind="prepared", inputs={}, config={}):
+        pass
+    build({"output_dir": run.output_dir})  # a restart of the cluster gets through it as well
+
+    async def steps(replica, until) -> None:
+        await until("second")
+        assert replica._ready() == Ready(model_version="second", is_wanted_model=False)
+        write_bytes(f"{run.run.models}/{names[3]}/version", b"fourth")
+        await until("fourth")
+        assert replica._ready() == Ready(model_version="fourth", is_wanted_model=True)
+
+    assert follow(run, monkeypatch, steps) == ["second", "fourth"]
+    assert sum("an old one answers, second from" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_rollback_from_a_damaged_model_to_the_one_that_answers_ends_the_alarm(run, monkeypatch):
+    for version in ("first", "second"):
+        pointer = promote_directory(run.output_dir, train(run, version), "a test", keep=2)
+    damage(run, pointer.current)
+
+    async def steps(replica, until) -> None:
+        await until("first")
+        assert not replica._ready().is_wanted_model
+        rollback(run.output_dir)
+        for _ in range(100):
+            await asyncio.sleep(0.01)
+            if replica._ready().is_wanted_model:
+                return
+        raise AssertionError("the alarm stays")
+
+    assert follow(run, monkeypatch, steps) == ["first"]
+
+
+def test_replica_does_not_start_if_every_model_is_damaged_and_names_the_current_one(run, monkeypatch):
+    names = [promote_directory(run.output_dir, train(run, version), "a test", keep=2).current for version in "ab"]
+    for name in names:
+        damage(run, name)
+    models(monkeypatch, load_versions)
+    with pytest.raises(ArtifactError, match=names[1]):
+        asyncio.run(RecommendReplica(4, 0.0, False).reconfigure({"output_dir": run.output_dir}))
 
 
 def test_replica_that_is_given_directories_follows_no_longer(run, monkeypatch, tmp_path):

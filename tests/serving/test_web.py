@@ -123,7 +123,7 @@ def test_overload_is_refused_with_the_time_to_come_again():
 def test_health_tells_alive_from_ready():
     waiting, serving = client(loaded=False), client()
     assert (waiting.get("/healthz").status_code, waiting.get("/readyz").status_code) == (200, 503)
-    assert serving.get("/readyz").json() == {"status": "ready", "model_version": "fake-1"}
+    assert serving.get("/readyz").json() == {"status": "ready", "model_version": "fake-1", "is_wanted_model": True}
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
