@@ -12,6 +12,7 @@ Lengths: E interactions dataset.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import logging
 import os
 from collections import Counter
@@ -24,6 +25,7 @@ import pyarrow.compute as pc
 from cllm4rec.arrays.histories import SPLITS
 from cllm4rec.arrays.ids import Catalog, TokenSpace
 from cllm4rec.config import BackboneSize, Config, DataConfig, Source
+from cllm4rec.data.coverage import EXAMPLES, report_coverage
 from cllm4rec.data.document_files import LEAKS, Interactions, PrepareContext, read_texts, tokenize, write_buckets
 from cllm4rec.data.documents import Kind
 from cllm4rec.data.formats import ROLES, Layout, Role
@@ -72,9 +74,11 @@ def prepare(config: Config, executor: Executor | None = None) -> Manifest:
         ingested = _without_erased(ingested, Tombstones.load(config.output_dir), draft.counts)
         dataset = _build_dataset(ingested, config.data, draft.counts)
         selected, text_files = _select_texts(dataset, ingested, layouts, draft.counts), ingested.text_files
+        strangers = _strangers(dataset, ingested, layouts)
         del ingested  # its rows are most of the memory used so far
         logger.info(f"tokenizing {len(selected):,} texts")
-        _write_catalog(dataset, selected, text_files, staging, draft)
+        catalog = _write_catalog(dataset, selected, text_files, staging, draft)
+        _report_coverage(catalog, strangers, draft.counts)
         context = _make_context(config, dataset, selected, text_files, staging, draft)
         spelled = tokenize(context, selected, executor)
         _audit(write_buckets(context, dataset.user_ids, dataset.interactions, executor), spelled, draft)
@@ -272,6 +276,23 @@ def _select_texts(dataset: _Dataset, ingested: Ingested, layouts: list[Layout], 
     return pa.concat_tables(tables) if tables else _text_table(Kind.REVIEW, *[np.empty(0, np.int64)] * 4)
 
 
+def _strangers(dataset: _Dataset, ingested: Ingested, layouts: list[Layout]) -> dict[Role, list[str]]:
+    """For each source of items or users, the first ids in order that belong to none that is kept."""
+    found: dict[Role, list[str]] = {}
+    for layout, rows in zip(layouts, ingested.rows, strict=True):
+        if layout.role != "interactions":
+            is_item = layout.role == "items"
+            code, index = (rows.item, dataset.item_of_code) if is_item else (rows.user, dataset.user_of_code)
+            ids = (ingested.item_ids if is_item else ingested.user_ids)[np.unique(code[index[code] < 0])]
+            found[layout.role] = heapq.nsmallest(EXAMPLES, ids.tolist())
+    return found
+
+
+def _report_coverage(catalog: Catalog, strangers: dict[Role, list[str]], counts: dict[str, Any]) -> None:
+    sides = {"items": (catalog.item_ids, catalog.item_texts), "users": (catalog.user_ids, catalog.user_texts)}
+    counts["texts"] = {role: report_coverage(role, *sides[role], strangers[role]) for role in strangers}
+
+
 def _text_table(kind: Kind, user: Array, item: Array, text_file: Array, text_row: Array) -> pa.Table:
     columns = {"text_file": text_file, "text_row": text_row, "user": user, "item": item}
     return pa.table(
@@ -286,7 +307,7 @@ def _last_occurrences(index: Array) -> Array:
     return np.sort(len(index) - 1 - from_end[found >= 0])
 
 
-def _write_catalog(dataset: _Dataset, selected: pa.Table, text_files: list[str], staging: str, draft: Draft) -> None:
+def _write_catalog(dataset: _Dataset, selected: pa.Table, text_files: list[str], staging: str, draft: Draft) -> Catalog:
     user_texts, item_texts = [""] * len(dataset.user_ids), [""] * len(dataset.item_ids)
     described = selected.filter(pc.not_equal(selected["kind"], int(Kind.REVIEW)))
     for rows, texts in read_texts(staging, text_files, described):
@@ -297,7 +318,9 @@ def _write_catalog(dataset: _Dataset, selected: pa.Table, text_files: list[str],
                 item_texts[item] = text
     trained = dataset.interactions.item[dataset.interactions.split == TRAIN]
     num_train = np.bincount(trained, minlength=len(dataset.item_ids)).tolist()
-    Catalog(dataset.user_ids.tolist(), dataset.item_ids.tolist(), user_texts, item_texts, num_train).save(draft.uri)
+    catalog = Catalog(dataset.user_ids.tolist(), dataset.item_ids.tolist(), user_texts, item_texts, num_train)
+    catalog.save(draft.uri)
+    return catalog
 
 
 def _make_context(
