@@ -60,6 +60,8 @@ SPECIAL: dict[str, Any] = {
     "data.interactions.path": ["more.jsonl", "interactions.jsonl"],
     "data.interactions.format": "amazon2014",
     "data.interactions.columns.text": "review",
+    "data.interactions.time_unit": "ms",
+    "data.interactions.time_format": "%d/%m/%Y",
     "data.items": {"path": "items.jsonl", "columns": {"item": "i", "text": "t"}},
     "data.users": {"path": "items.jsonl", "columns": {"user": "i", "text": "t"}},
     "data.expected": {"users": 3, "items": 3, "interactions": 9},

@@ -39,7 +39,7 @@ class Columns(_Section):
     )
     timestamp: str | None = Field(
         None,
-        description="Column of the time: Unix seconds or an ISO date. null: the format's own, or no times.",
+        description="Column of the time: a number or a date. null: the format's own, or no times.",
     )
 
 
@@ -61,6 +61,15 @@ class Source(_Section):
         "theirs.",
     )
     columns: Columns = Columns()
+    time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
+        None,
+        description="Unit of times that are numbers since 1970. null: the format's own (ms for amazon2023, else s).",
+    )
+    time_format: str | None = Field(
+        None,
+        description="How times are written, as a format of strptime such as %d/%m/%Y. null: numbers, ISO 8601 and other dates "
+        "that can mean one day only.",
+    )
 
 
 class Split(_Section):

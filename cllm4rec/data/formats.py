@@ -7,6 +7,7 @@ import posixpath
 from typing import Literal
 
 from cllm4rec.config import Columns
+from cllm4rec.data.times import IN_SECONDS, Clock, TimeUnit
 
 Role = Literal["interactions", "items", "users"]
 ROLES: tuple[Role, ...] = ("interactions", "items", "users")
@@ -23,7 +24,7 @@ class Format:
     items: Columns = _NONE
     users: Columns = _NONE
     delimiter: str = ""
-    ticks_per_second: int = 1
+    time_unit: TimeUnit = "s"
 
 
 _AMAZON_REVIEWS = Columns(
@@ -42,7 +43,7 @@ FORMATS: dict[str, Format] = {
         "json",
         Columns(user="user_id", item="parent_asin", rating="rating", text="text", timestamp="timestamp"),
         Columns(item="parent_asin", text=["title", "features", "description"]),
-        ticks_per_second=1000,
+        time_unit="ms",
     ),
     "yelp": Format(
         "json",
@@ -89,6 +90,8 @@ class Layout:
     delimiter: str = ""
     names: tuple[str, ...] = ()
     """The names of all columns in file order, for formats whose records do not contain them."""
+    clock: Clock = IN_SECONDS
+    """How times are written."""
 
     @property
     def shape(self) -> str:

@@ -35,6 +35,7 @@ from cllm4rec.data.ray_data import Executor, RayExecutor
 from cllm4rec.data.records import Limits
 from cllm4rec.data.sources import fingerprint, inspect, source_files
 from cllm4rec.data.split import TEST, TRAIN, hash_ids, k_core, last_of_pairs, shuffle_keys, split_rows
+from cllm4rec.data.times import report_times
 from cllm4rec.data.tokenizer import Encoder, save_tokenizer, tokenize_prompts
 from cllm4rec.errors import DataError
 from cllm4rec.staleness import settings_digest
@@ -134,6 +135,8 @@ def _quarantine(ingested: Ingested, layouts: list[Layout], data: DataConfig, dra
         draft.counts["rows"][layout.role] = {"in": rows_in, "good": len(rows), "quarantined": refused}
         logger.info(f"{layout.role}: {rows_in:,} rows in, {len(rows):,} good, {refused:,} quarantined")
         check_refused(ingested.refused, layout, rows_in, data.max_bad_fraction)
+        if layout.columns.timestamp:
+            draft.counts["times"] = report_times(layout.role, layout.clock.unit, rows.time)
         if refused:
             logger.info(f"  quarantined because: {common_reasons(ingested.refused, layout)}")
 

@@ -13,40 +13,44 @@ import codecs
 import csv
 import dataclasses
 import gzip
-import itertools
 import json
-import math
 import posixpath
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, date, datetime
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cllm4rec.config import DataConfig
-from cllm4rec.data.formats import FORMATS, Layout, named_columns
+from cllm4rec.data.formats import Layout, named_columns
+from cllm4rec.data.times import NO_TIME, of_arrow
+from cllm4rec.data.values import (
+    BAD_RATING,
+    LONG_ITEM,
+    LONG_USER,
+    NO_ITEM,
+    NO_USER,
+    NOT_UTF8,
+    NUL,
+    Refused,
+    as_id,
+    as_number,
+    as_text,
+    clean,
+)
 from cllm4rec.errors import DataError
 from cllm4rec.storage.files import filesystem
 
 CHUNK_BYTES = 1 << 20
 PARQUET_ROWS = 1024
-MAX_TEXT_DEPTH = 8
 
 TOO_LONG = "line is longer than data.max_line_bytes"
-NOT_UTF8 = "not UTF-8"
-NUL = "NUL character"
-BAD_UNICODE = "text is not valid Unicode"
 NOT_JSON = "not a JSON object"
 COLUMN_COUNT = "number of columns differs from the header's"
 NOT_CSV = "quotes are not those of a CSV file"
+UNREADABLE = "a value cannot be read"
 DAMAGED_GZIP = "the gzip file is damaged or cut short from here on"
-NO_USER, NO_ITEM = "user id is missing or not a string", "item id is missing or not a string"
-LONG_USER, LONG_ITEM = "user id is longer than data.max_id_chars", "item id is longer than data.max_id_chars"
-BAD_RATING = "rating is not a finite number"
-BAD_TIME = "timestamp is not a time"
-TOO_DEEP = "text is nested too deeply"
 
 RECORDS = pa.schema([("line", pa.int64()), ("record", pa.large_binary()), ("reason", pa.string())])
 """What `read_records` yields: the bytes of a record, or null and the reason why it was refused."""
@@ -63,10 +67,6 @@ ROWS = pa.schema(
     ]
 )
 """What `parse_records` returns. `time` is in Unix seconds. A refused row has only `line` and `reason`."""
-
-
-class Refused(Exception):  # noqa: N818 - describes a row, not an error of the program
-    """A record is refused; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,16 @@ def require(names: Iterable[str], found: Sequence[str], layout: Layout) -> None:
             f"column '{missing[0]}' not found in {layout.file_labels[0]}; it has: {', '.join(found)}; "
             f"correct data.{layout.role}.columns or data.{layout.role}.format{advice}"
         )
+
+
+def require_once(names: Iterable[str], found: Sequence[str], layout: Layout) -> None:
+    """Raise DataError for the first of `names` that `found` holds twice: either column could be meant."""
+    for name in names:
+        if found.count(name) > 1:
+            raise DataError(
+                f"column '{name}' stands {found.count(name)} times in {layout.file_labels[0]} (data.{layout.role}); rename or "
+                "remove all but one"
+            )
 
 
 def open_file(file: str, layout: Layout) -> Any:
@@ -246,7 +256,9 @@ def _parquet_records(file: str, layout: Layout) -> Iterator[pa.Table]:
     """Blocks of rows as Arrow IPC streams, which fit in the same column as lines of text."""
     parquet = open_parquet(file, layout)
     names = named_columns(layout.columns)
-    require(names, parquet.schema_arrow.names, dataclasses.replace(layout, files=(file,)))
+    here = dataclasses.replace(layout, files=(file,))
+    require(names, parquet.schema_arrow.names, here)
+    require_once(names, parquet.schema_arrow.names, here)
     row = 1
     for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=names):
         sink = pa.BufferOutputStream()
@@ -280,10 +292,37 @@ def _fields_of(records: pa.Table, layout: Layout) -> Iterator[tuple[int, Mapping
         if reason is not None:
             yield line, Refused(reason)
         elif layout.shape == "parquet":
-            fields = pa.ipc.open_stream(record).read_all().to_pylist()
-            yield from zip(itertools.count(line), fields)
+            table = pa.ipc.open_stream(record).read_all()
+            columns = [_cells(table[name], name == layout.columns.timestamp) for name in table.column_names]
+            for row, cells in enumerate(zip(*columns, strict=True), start=line):
+                yield row, _row(table.column_names, cells)
         else:
             yield line, _text_fields(record, layout)
+
+
+def _cells(column: pa.ChunkedArray, is_time: bool) -> list[Any]:
+    """The values of a Parquet column; `Refused` in place of each that Python cannot hold."""
+    times = of_arrow(column) if is_time else None
+    if times is not None:
+        return times
+    try:
+        return list(column.to_pylist())
+    except (ValueError, OverflowError):
+        return [_cell(scalar) for scalar in column]
+
+
+def _cell(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return Refused(NOT_UTF8)
+    except (ValueError, OverflowError):
+        return Refused(UNREADABLE)
+
+
+def _row(names: list[str], cells: tuple[Any, ...]) -> Mapping[str, Any] | Refused:
+    refused = next((cell for cell in cells if isinstance(cell, Refused)), None)
+    return refused or dict(zip(names, cells, strict=True))
 
 
 def _text_fields(record: bytes, layout: Layout) -> Mapping[str, Any] | Refused:
@@ -346,78 +385,13 @@ def _validated(
     if isinstance(fields, Refused):
         raise fields
     columns = layout.columns
-    user = _identifier(fields.get(columns.user), NO_USER, LONG_USER, limits) if columns.user else None
-    item = _identifier(fields.get(columns.item), NO_ITEM, LONG_ITEM, limits) if columns.item else None
-    rating = _number(fields.get(columns.rating), BAD_RATING) if columns.rating else None
-    time = _seconds(fields.get(columns.timestamp), layout) if columns.timestamp else 0
-    words = (_words(fields.get(name)) for name in layout.text_columns)
-    text = _clean(" ".join(part for part in words if part))
+    longest = limits.max_id_chars
+    user = as_id(fields.get(columns.user), NO_USER, LONG_USER, longest) if columns.user else None
+    item = as_id(fields.get(columns.item), NO_ITEM, LONG_ITEM, longest) if columns.item else None
+    rating = as_number(fields.get(columns.rating), BAD_RATING) if columns.rating else None
+    time = layout.clock.seconds(fields.get(columns.timestamp)) if columns.timestamp else NO_TIME
+    parts = (as_text(fields.get(name)) for name in layout.text_columns)
+    text = clean(" ".join(part for part in parts if part))
     if len(text) > limits.max_line_bytes:
         raise Refused(TOO_LONG)
     return user, item, rating, time, text
-
-
-def _identifier(value: Any, missing: str, too_long: str, limits: Limits) -> str:
-    """An id as a string. Whole numbers are ids too."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str) or not value.strip():
-        raise Refused(missing)
-    if len(value) > limits.max_id_chars:
-        raise Refused(too_long)
-    return _clean(value)
-
-
-def _clean(text: str) -> str:
-    """Stripped text that Arrow can store. Raises Refused for NUL and lone surrogates, which JSON escapes can contain."""
-    if "\0" in text:
-        raise Refused(NUL)
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise Refused(BAD_UNICODE) from None
-    return text.strip()
-
-
-def _number(value: Any, reason: str) -> float:
-    """A finite number, or a string with one (CSV has only strings)."""
-    if value is None or isinstance(value, bool) or (isinstance(value, str) and "_" in value):
-        raise Refused(reason)
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise Refused(reason) from None
-    if not math.isfinite(number):
-        raise Refused(reason)
-    return number
-
-
-def _seconds(value: Any, layout: Layout) -> int:
-    """Unix seconds from a number, a string with one, an ISO date (UTC) or a time of a Parquet file."""
-    if isinstance(value, str) and "-" in value[1:]:
-        try:
-            value = datetime.fromisoformat(value.strip())
-        except ValueError:
-            raise Refused(BAD_TIME) from None
-    if isinstance(value, datetime):
-        return math.floor((value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp())
-    if isinstance(value, date):
-        return math.floor(datetime(value.year, value.month, value.day, tzinfo=UTC).timestamp())
-    number = _number(value, BAD_TIME)
-    if abs(number) > 2**53:  # above it, floats cannot distinguish neighboring seconds
-        raise Refused(BAD_TIME)
-    return math.floor(number / FORMATS[layout.format].ticks_per_second)
-
-
-def _words(value: Any, depth: int = 0) -> str:
-    """A value as text: lists and dictionaries are joined, missing values are empty."""
-    if isinstance(value, str):
-        return value.strip()
-    if depth > MAX_TEXT_DEPTH:
-        raise Refused(TOO_DEEP)
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return " ".join(part for part in (_words(inner, depth + 1) for inner in value) if part)
-    return "" if value is None or value != value else str(value)

@@ -17,7 +17,6 @@ from cllm4rec.config import Columns, Source
 from cllm4rec.data.formats import FORMATS, MOVIELENS_NAMES, Layout, Role, named_columns
 from cllm4rec.data.records import (
     CHUNK_BYTES,
-    Refused,
     decoded,
     header_of,
     json_fields,
@@ -25,7 +24,10 @@ from cllm4rec.data.records import (
     open_file,
     open_parquet,
     require,
+    require_once,
 )
+from cllm4rec.data.times import Clock
+from cllm4rec.data.values import Refused
 from cllm4rec.errors import ConfigError, DataError
 from cllm4rec.storage.files import absolute, digest_of_file, filesystem, join
 from cllm4rec.storage.table import delta_files
@@ -44,10 +46,13 @@ def inspect(source: Source, role: Role, min_rating: float | None) -> Layout:
     """
     wanted = _wanted_columns(source, role, min_rating)
     files = tuple(source_files(source, role))
-    layout = Layout(role, files, source.format, wanted, FORMATS[source.format].delimiter)
+    own = FORMATS[source.format]
+    clock = Clock(source.time_unit or own.time_unit, source.time_format)
+    layout = Layout(role, files, source.format, wanted, own.delimiter, clock=clock)
     found, layout = _columns_found(layout)
     optional = _optional(source, role, wanted)
     require([name for name in named_columns(wanted) if name not in optional], found, layout)
+    require_once(named_columns(wanted), found, layout)
     text = [name for name in layout.text_columns if name in found]
     if role != "interactions" and not text:
         require(layout.text_columns, found, layout)

@@ -3,6 +3,8 @@
 import gzip
 import json
 import tracemalloc
+import uuid
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cllm4rec.config import Columns, Source
-from cllm4rec.data import records as reasons
+from cllm4rec.data import records, times, values
 from cllm4rec.data.formats import Layout, Role
 from cllm4rec.data.records import Limits, parse_records, read_records
 from cllm4rec.data.sources import inspect
 from cllm4rec.errors import ConfigError, DataError
 
-LIMITS = Limits(max_line_bytes=1000, max_id_chars=20)
+LIMITS = Limits(max_line_bytes=1000, max_id_chars=36)
 OWN_COLUMNS = Columns(user="reader", item="book", rating="stars", text="note", timestamp="when")
 FACTS = [("anna", "b1", 5.0, 1000, "so good"), ("ben", "b2", 2.0, 2000, "not, for me")]
 
@@ -100,6 +102,91 @@ def test_parquet_gives_the_same_rows_with_row_numbers(tmp_path: Path) -> None:
     assert [row["line"] for row in rows] == list(range(1, 3001))
 
 
+def parquet_rows(path: Path, **changed: Any) -> list[dict[str, Any]]:
+    """What is read from a Parquet file of two rows with other columns."""
+    columns = {"reader": ["anna", "ben"], "book": ["b1", "b2"], "stars": [5.0, 2.0], "when": [1000, 2000]}
+    pq.write_table(pa.table(columns | changed), path / "a.parquet")
+    return read(path / "a.parquet", "parquet", OWN_COLUMNS.model_copy(update={"text": None}))
+
+
+UUIDS = [f"{number:08d}-0000-0000-0000-000000000000" for number in (1, 2)]
+UUID_BYTES = pa.array([uuid.UUID(text).bytes for text in UUIDS], pa.binary(16))
+
+
+@pytest.mark.parametrize(
+    ("column", "ids"),
+    [
+        (pa.array([1.0, 2.0]), ["1", "2"]),
+        (pa.array([Decimal("1.00"), Decimal("20.00")]), ["1", "20"]),
+        (pa.array([b"anna", "zoë".encode()]), ["anna", "zoë"]),
+        (pa.array([" anna", "ben\t"]), ["anna", "ben"]),
+        (pa.array(["anna", "anna"]).dictionary_encode(), ["anna", "anna"]),
+        (pa.ExtensionArray.from_storage(pa.uuid(), UUID_BYTES), UUIDS),
+    ],
+)
+def test_ids_of_parquet_may_have_any_type_that_names_something(tmp_path: Path, column: Any, ids: list[str]) -> None:
+    rows = parquet_rows(tmp_path, reader=column)
+    assert [row["user"] for row in rows] == ids
+    assert [row["reason"] for row in rows] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"),
+    [
+        (pa.array([1.5, 2.0]), values.NO_USER),
+        (pa.array([float("nan"), 2.0]), values.NO_USER),
+        (pa.array([2.0**60, 2.0]), values.NO_USER),
+        (pa.array([None, 2.0]), values.NO_USER),
+        (pa.array([b"\xff", b"2"]), values.NOT_UTF8),
+        (pa.array([b"\xff", b"2"]).view(pa.string()), values.NOT_UTF8),
+        (pa.array([["a"], ["b"]]).slice(0, 1), values.NO_USER),
+    ],
+)
+def test_ids_of_parquet_that_name_nothing_are_refused_row_by_row(tmp_path: Path, column: Any, reason: str) -> None:
+    column = column if len(column) == 2 else pa.concat_arrays([column, pa.nulls(1, column.type)])
+    rows = parquet_rows(tmp_path, reader=column)
+    assert rows[0]["reason"] == reason
+
+
+def test_a_time_of_parquet_that_no_calendar_has_costs_its_own_row(tmp_path: Path) -> None:
+    for kind in (pa.timestamp("ms"), pa.date64()):
+        far, good = parquet_rows(
+            tmp_path, when=pa.array([10**17 // 86_400_000 * 86_400_000, 86_400_000], pa.int64()).cast(kind)
+        )
+        assert (far["reason"], good["time"]) == (times.FAR_TIME, 86_400)
+    far, good = parquet_rows(tmp_path, when=pa.array([10**8, 1], pa.int32()).view(pa.date32()))
+    assert (far["reason"], good["time"]) == (times.FAR_TIME, 86_400)
+
+
+def test_a_value_of_parquet_that_python_cannot_hold_costs_its_own_row(tmp_path: Path) -> None:
+    seen = pa.array([10**17, 0], pa.timestamp("ms"))
+    pq.write_table(pa.table({"book": ["b1", "b2"], "seen": seen}), tmp_path / "a.parquet")
+    bad, good = read(tmp_path / "a.parquet", "parquet", Columns(item="book", text="seen"), "items")
+    assert (bad["reason"], good["text"]) == (records.UNREADABLE, "1970-01-01 00:00:00")
+
+
+def test_a_row_without_a_time_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("reader,book,stars,note,when\nanna,b1,5,so good,\nben,b2,2,bad,7\n")
+    assert [(row["time"], row["reason"]) for row in read(tmp_path / "a.csv", "csv")] == [(0, None), (7, None)]
+    (tmp_path / "a.jsonl").write_text(
+        '{"reader": "anna", "book": "b1", "stars": 5}\n{"reader": "ben", "when": null, "note": ""}\n'
+    )
+    assert [row["time"] for row in read(tmp_path / "a.jsonl")] == [0, None]
+
+
+def test_the_unit_and_format_of_times_are_settings_of_the_source(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("reader,book,when\nanna,b1,1580461507000\n")
+    columns = OWN_COLUMNS.model_copy(update={"text": None, "rating": None})
+    source = Source(path=str(tmp_path / "a.csv"), format="csv", columns=columns)
+    (row,) = rows_of(inspect(source, "interactions", None))
+    assert row["reason"] == times.FAR_TIME
+    (row,) = rows_of(inspect(source.model_copy(update={"time_unit": "ms"}), "interactions", None))
+    assert row["time"] == 1580461507
+    (tmp_path / "a.csv").write_text("reader,book,when\nanna,b1,01/02/2020\n")
+    (row,) = rows_of(inspect(source.model_copy(update={"time_format": "%d/%m/%Y"}), "interactions", None))
+    assert row["time"] == 1580515200
+
+
 @pytest.mark.parametrize("content", ["196\t242\t3\t881250949\n", "196::242::3::881250949\n"])
 def test_movielens_needs_no_header_and_has_two_delimiters(tmp_path: Path, content: str) -> None:
     (tmp_path / "u.data").write_text(content)
@@ -116,7 +203,7 @@ def test_amazon_metadata_of_2014_are_python_dictionaries(tmp_path: Path) -> None
     (tmp_path / "meta.json").write_text("{'asin': '0001', 'title': \"Player's\", 'description': 'x'}\n{'asin': [[[\n")
     good, bad = read(tmp_path / "meta.json", "amazon2014", Columns(), "items")
     assert (good["item"], good["text"]) == ("0001", "Player's x")
-    assert bad["reason"] == reasons.NOT_JSON
+    assert bad["reason"] == records.NOT_JSON
 
 
 def test_several_text_columns_are_joined_in_order_lists_and_gaps_included(tmp_path: Path) -> None:
@@ -139,42 +226,42 @@ def test_ratings_are_not_looked_at_where_there_is_no_threshold(tmp_path: Path) -
 
 GOOD = {"reader": "anna", "book": "b1", "stars": 5, "note": "fine", "when": 3}
 ZOO: list[tuple[bytes, str]] = [
-    (b'{"reader": "anna", ', reasons.NOT_JSON),
-    (b"[1, 2]", reasons.NOT_JSON),
-    (b'{"a": ' * 5000 + b"1" + b"}" * 5000, reasons.TOO_LONG),
-    (b"[" * 900, reasons.NOT_JSON),
-    (b'{"reader": "\xff\xfe"}', reasons.NOT_UTF8),
-    (b'{"reader": "a\x00b"}', reasons.NUL),
-    (b'{"reader": "a\\u0000b", "book": "b1", "stars": 5, "when": 3}', reasons.NUL),
-    (b'{"reader": "anna", "book": "b1", "stars": 5, "when": 3, "note": "\\ud800"}', reasons.BAD_UNICODE),
+    (b'{"reader": "anna", ', records.NOT_JSON),
+    (b"[1, 2]", records.NOT_JSON),
+    (b'{"a": ' * 5000 + b"1" + b"}" * 5000, records.TOO_LONG),
+    (b"[" * 900, records.NOT_JSON),
+    (b'{"reader": "\xff\xfe"}', values.NOT_UTF8),
+    (b'{"reader": "a\x00b"}', values.NUL),
+    (b'{"reader": "a\\u0000b", "book": "b1", "stars": 5, "when": 3}', values.NUL),
+    (b'{"reader": "anna", "book": "b1", "stars": 5, "when": 3, "note": "\\ud800"}', values.BAD_UNICODE),
     (
         b'{"reader": "anna", "book": "b1", "stars": 5, "when": 3, "note": ' + b"[" * 50 + b"]" * 50 + b"}",
-        reasons.TOO_DEEP,
+        values.TOO_DEEP,
     ),
 ]
 ZOO += [
     (json.dumps(GOOD | change).encode(), reason)
     for change, reason in [
-        ({"reader": ""}, reasons.NO_USER),
-        ({"reader": "  "}, reasons.NO_USER),
-        ({"reader": None}, reasons.NO_USER),
-        ({"reader": True}, reasons.NO_USER),
-        ({"reader": 1.5}, reasons.NO_USER),
-        ({"reader": "u" * 21}, reasons.LONG_USER),
-        ({"book": ["b1"]}, reasons.NO_ITEM),
-        ({"book": 10**30}, reasons.LONG_ITEM),
-        ({"stars": "five"}, reasons.BAD_RATING),
-        ({"stars": None}, reasons.BAD_RATING),
-        ({"stars": float("nan")}, reasons.BAD_RATING),
-        ({"stars": float("inf")}, reasons.BAD_RATING),
-        ({"stars": "1_0"}, reasons.BAD_RATING),
-        ({"stars": True}, reasons.BAD_RATING),
-        ({"stars": 10**400}, reasons.BAD_RATING),
-        ({"when": "yesterday"}, reasons.BAD_TIME),
-        ({"when": "2020-13-01"}, reasons.BAD_TIME),
-        ({"when": None}, reasons.BAD_TIME),
-        ({"when": 1e300}, reasons.BAD_TIME),
-        ({"note": "x" * 2000}, reasons.TOO_LONG),
+        ({"reader": ""}, values.NO_USER),
+        ({"reader": "  "}, values.NO_USER),
+        ({"reader": None}, values.NO_USER),
+        ({"reader": True}, values.NO_USER),
+        ({"reader": 1.5}, values.NO_USER),
+        ({"reader": "u" * 37}, values.LONG_USER),
+        ({"book": ["b1"]}, values.NO_ITEM),
+        ({"book": 10**40}, values.LONG_ITEM),
+        ({"stars": "five"}, values.BAD_RATING),
+        ({"stars": None}, values.BAD_RATING),
+        ({"stars": float("nan")}, values.BAD_RATING),
+        ({"stars": float("inf")}, values.BAD_RATING),
+        ({"stars": "1_0"}, values.BAD_RATING),
+        ({"stars": True}, values.BAD_RATING),
+        ({"stars": 10**400}, values.BAD_RATING),
+        ({"when": "yesterday"}, times.BAD_TIME),
+        ({"when": "2020-13-01"}, times.BAD_TIME),
+        ({"when": True}, times.BAD_TIME),
+        ({"when": 1e300}, times.FAR_TIME),
+        ({"note": "x" * 2000}, records.TOO_LONG),
     ]
 ]
 
@@ -216,7 +303,7 @@ def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
     rows = rows_of(layout)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert [row["reason"] for row in rows] == [None, reasons.TOO_LONG, None]
+    assert [row["reason"] for row in rows] == [None, records.TOO_LONG, None]
     assert peak < 20 << 20
 
 
@@ -227,7 +314,7 @@ def test_a_gzip_file_cut_short_keeps_its_whole_lines_and_says_so(tmp_path: Path)
     rows = read(tmp_path / "a.jsonl.gz")
     assert [row["reason"] for row in rows[:-1]] == [None] * (len(rows) - 1)
     assert len(rows) > 1000
-    assert (rows[-1]["line"], rows[-1]["reason"]) == (len(rows), reasons.DAMAGED_GZIP)
+    assert (rows[-1]["line"], rows[-1]["reason"]) == (len(rows), records.DAMAGED_GZIP)
 
 
 def test_a_quoted_field_may_go_over_lines_and_hold_quotes_and_delimiters(tmp_path: Path) -> None:
@@ -248,7 +335,7 @@ def test_a_quote_that_is_never_closed_costs_its_own_lines_one_by_one(tmp_path: P
     rows = read(tmp_path / "a.csv", "csv")
     assert len(rows) == 201
     refused = [row for row in rows if row["reason"]]
-    assert {row["reason"] for row in refused} == {reasons.NOT_CSV}
+    assert {row["reason"] for row in refused} == {records.NOT_CSV}
     assert sum(len(f"user{number},b1,4,3,fine") for number in range(len(refused))) < LIMITS.max_line_bytes + 50
 
 
@@ -259,7 +346,7 @@ def test_byte_order_mark_and_windows_line_ends_are_no_part_of_the_data(tmp_path:
 
 def test_a_short_row_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("reader,book,stars,when,note\nanna,b1,5\n")
-    assert read(tmp_path / "a.csv", "csv")[0]["reason"] == reasons.COLUMN_COUNT
+    assert read(tmp_path / "a.csv", "csv")[0]["reason"] == records.COLUMN_COUNT
 
 
 def test_globs_and_lists_name_every_file_once_in_order(tmp_path: Path) -> None:
@@ -305,6 +392,18 @@ def test_each_thing_that_does_not_fit_is_named_in_one_sentence(tmp_path: Path) -
         tmp_path, "{}\n", columns=Columns()
     )
     assert "set data.min_rating to null" in complaint(tmp_path, "{}\n", columns=Columns(user="reader", item="book"))
+
+
+def test_a_column_that_stands_twice_is_refused_if_it_is_read(tmp_path: Path) -> None:
+    header = "reader,book,stars,stars,note,when"
+    said = complaint(tmp_path, f"{header}\n1,2,3,4,x,5\n", "twice.csv", format="csv")
+    assert "column 'stars' stands 2 times in twice.csv (data.interactions)" in said
+    said = complaint(tmp_path, f"{header}\n1,2,3,4,x,5\n".replace(",", "\t"), "twice.tsv", format="tsv")
+    assert "column 'stars' stands 2 times" in said
+    pq.write_table(pa.table([[1], [2], [3], [4], [5], [6]], names=header.split(",")), tmp_path / "twice.parquet")
+    assert "column 'stars' stands 2 times" in complaint(tmp_path, None, "twice.parquet", format="parquet")
+    (tmp_path / "a.csv").write_text("reader,book,stars,note,when,,\n1,2,3,x,5,,\n")
+    assert facts_of(read(tmp_path / "a.csv", "csv")) == [("1", "2", 3.0, 5, "x")]
 
 
 def test_files_of_one_source_must_have_one_header(tmp_path: Path) -> None:
