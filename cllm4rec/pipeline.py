@@ -7,7 +7,7 @@ from typing import Any
 from cllm4rec.cluster import processes, wait_for_resources
 from cllm4rec.config import Config
 from cllm4rec.data.prepare import prepare, prepare_inputs
-from cllm4rec.evaluation.stage import evaluate, evaluate_inputs
+from cllm4rec.evaluation.stage import evaluate, evaluate_inputs, reason_not_to_evaluate
 from cllm4rec.nightly.plan import ScorePlan, is_published, plan_score
 from cllm4rec.nightly.ray_job import forget_staged, score
 from cllm4rec.nightly.report import NightReport
@@ -33,7 +33,9 @@ def _score(config: Config, force: bool) -> dict[str, Any]:
 
 
 PREPARE = artifact_stage("prepare", "prepared", prepare_inputs, lambda config, _: prepare(config))
-EVALUATE = artifact_stage("evaluate", "evaluation", evaluate_inputs, lambda config, _: evaluate(config), "report.md")
+EVALUATE = artifact_stage(
+    "evaluate", "evaluation", evaluate_inputs, lambda config, _: evaluate(config), "report.md", reason_not_to_evaluate
+)
 SCORE = Stage("score", "dump", is_published, _score)
 
 PIPELINE = (PREPARE, *training_stages(train_on_ray), EVALUATE, SCORE)

@@ -34,6 +34,7 @@ class Stage:
     run: writes the directory; returns its manifest or counts. Its second argument is `force`: do not resume an
     interrupted run.
     report: a file in the directory for people to read.
+    reason_to_skip: why the config asks for no such directory, or None if it does.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Stage:
     is_done: Callable[[Config], bool]
     run: Callable[[Config, bool], Manifest | dict[str, Any]]
     report: str | None = None
+    reason_to_skip: Callable[[Config], str | None] = lambda config: None
 
 
 def artifact_stage(
@@ -49,13 +51,14 @@ def artifact_stage(
     inputs: Callable[[Config], dict[str, str]],
     run: Callable[[Config, bool], Manifest],
     report: str | None = None,
+    reason_to_skip: Callable[[Config], str | None] = lambda config: None,
 ) -> Stage:
     """A stage whose directory has a manifest, by which `is_done` compares the digests of its inputs."""
 
     def is_done(config: Config) -> bool:
         return is_current(config.run.directory(directory), directory, inputs(config))
 
-    return Stage(name, directory, is_done, run, report)
+    return Stage(name, directory, is_done, run, report, reason_to_skip)
 
 
 def training_stages(trainer: Trainer) -> tuple[Stage, Stage, Stage]:
@@ -71,6 +74,10 @@ def training_stages(trainer: Trainer) -> tuple[Stage, Stage, Stage]:
 def run_stage(stage: Stage, config: Config, force: bool) -> dict[str, Any]:
     """Run a stage unless its output is up to date. Returns its entry in `run.json`."""
     directory = config.run.directory(stage.directory)
+    reason = stage.reason_to_skip(config)
+    if reason is not None:
+        logger.warning("%s: skipped: %s", stage.name, reason)
+        return {"directory": directory, "report": None, "skipped": True, "reason": reason}
     result = {"directory": directory, "report": join(directory, stage.report) if stage.report else None}
     if not force and stage.is_done(config):
         logger.info("%s: up to date, skipped (%s); use --force to run it", stage.name, directory)

@@ -21,7 +21,10 @@ from cllm4rec.data.prepared import load_histories
 from cllm4rec.data.ray_data import LocalExecutor
 from cllm4rec.data.world import parity_world
 from cllm4rec.errors import ConfigError, DataError
+from cllm4rec.evaluation.promotion import promote
+from cllm4rec.pipeline import EVALUATE
 from cllm4rec.python_api import prepare
+from cllm4rec.stages import run_stage
 from cllm4rec.storage.artifacts import is_current, read_manifest
 from cllm4rec.storage.files import digest_of_file
 
@@ -203,6 +206,28 @@ def test_frames_become_a_recommender_and_what_is_up_to_date_is_not_trained_again
     assert again.recommend(user_id=user_id, k=3) == found
 
 
+def test_a_model_may_be_trained_on_everything_and_is_then_not_evaluated(tmp_path, caplog):
+    caplog.set_level("INFO", logger="cllm4rec")
+    interactions, items = parity_frames()
+    everything = SMALL | {"data.split.test": 0, "data.split.validation": 0}
+    config = cllm4rec.prepare(interactions, items, output_dir=tmp_path / "run", settings=everything)
+    recommender = cllm4rec.train(config)
+    user_id = interactions["user"].iloc[0]
+    assert len(recommender.recommend(user_id=user_id, k=3)) == 3
+    assert caplog.text.count("no item is held out for validation (data.split.validation), so all 2 epochs run") == 2
+    counts = read_manifest(config.run.prepared, "prepared").counts
+    assert counts["by_split"] == {"train": counts["interactions"], "validation": 0, "test": 0}
+    for force in (False, True):
+        caplog.clear()
+        result = run_stage(EVALUATE, config, force)
+        assert result["skipped"]
+        assert result["report"] is None
+        assert "evaluate: skipped: data.split.test is 0" in caplog.text
+    assert not Path(config.run.evaluation).exists()
+    with pytest.raises(ConfigError, match=r"cannot be compared: data\.split\.test is 0.* score and serve use model/"):
+        promote(config)
+
+
 def test_training_a_name_instead_of_a_config_is_refused():
     with pytest.raises(ConfigError, match=r"train takes a config and got 'demo'; pass .* cllm4rec\.load_config"):
         cllm4rec.train("demo")
@@ -213,7 +238,6 @@ def test_training_a_name_instead_of_a_config_is_refused():
 def test_training_in_this_process_gives_the_bits_of_a_worker_of_ray(tmp_path, monkeypatch):
     """Plain torch here against DeepSpeed in a worker of Ray Train."""
     from cllm4rec.pipeline import STAGES
-    from cllm4rec.stages import run_stage
 
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     interactions, items = parity_frames()

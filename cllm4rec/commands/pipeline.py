@@ -34,7 +34,7 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     say("serve: starting the endpoint")
     checked = serve.check(config)
     result |= {"serve": checked.summary, "report": result["evaluate"]["report"]}
-    _show_results(config, checked)
+    _show_results(config, checked, is_evaluated=result["evaluate"]["report"] is not None)
     say(f"pipeline: done in {time.monotonic() - started:.0f} s")
     if args.serve:
         args.check = False
@@ -42,15 +42,15 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def _show_results(config: Config, checked: serve.Check) -> None:
+def _show_results(config: Config, checked: serve.Check, is_evaluated: bool) -> None:
     say("")
-    say(table(EvaluationReport.load(config.run.evaluation)))
-    say("")
-    for name, content in (
-        ("model", "the trained model"),
-        ("evaluation", "report.md, plots, per-user values"),
-        ("dump", "the Delta table with a list for every user"),
-    ):
+    directories = {"model": "the trained model"}
+    if is_evaluated:
+        say(table(EvaluationReport.load(config.run.evaluation)))
+        say("")
+        directories["evaluation"] = "report.md, plots, per-user values"
+    directories["dump"] = "the Delta table with a list for every user"
+    for name, content in directories.items():
         say(f"{config.run.directory(name):<32} {content}")
     say("")
     checked.show()

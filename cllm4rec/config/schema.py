@@ -82,10 +82,13 @@ class Split(_Section):
     )
     validation: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.1,
-        description="Share of each user's items for validation, at least one item; 0: none. Not used by leave_one_out.",
+        description="Share of each user's items for validation, at least one item; 0: none, and training runs all its epochs. "
+        "Not used by leave_one_out.",
     )
     test: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.1, description="Share of each user's items for test, at least one item; 0: none. Not used by leave_one_out."
+        0.1,
+        description="Share of each user's items for test, at least one item; 0: none, and evaluate is skipped. Not used by "
+        "leave_one_out.",
     )
     seed: int = Field(0, description="Seed of the random split.")
 
@@ -97,6 +100,16 @@ class Split(_Section):
                 "make them sum to less than 1"
             )
         return self
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether anything is held out to choose the best epoch by."""
+        return self.kind == "leave_one_out" or self.validation > 0.0
+
+    @property
+    def has_test(self) -> bool:
+        """Whether anything is held out to evaluate on. A production model may train on everything."""
+        return self.kind == "leave_one_out" or self.test > 0.0
 
 
 class ExpectedCounts(_Section):

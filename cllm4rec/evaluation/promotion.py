@@ -25,8 +25,8 @@ import pyarrow.compute as pc
 from cllm4rec.arrays.ids import Catalog, remap_items
 from cllm4rec.config import Config
 from cllm4rec.data.prepared import load_histories
-from cllm4rec.errors import ArtifactError, PromotionError
-from cllm4rec.evaluation.stage import MODEL, evaluate_inputs, rank_with_scorer
+from cllm4rec.errors import ArtifactError, ConfigError, PromotionError
+from cllm4rec.evaluation.stage import MODEL, evaluate_inputs, rank_with_scorer, reason_not_to_evaluate
 from cllm4rec.metrics.intervals import interval
 from cllm4rec.metrics.protocol import HeldOut
 from cllm4rec.metrics.ranking import compute
@@ -95,7 +95,8 @@ def promote(config: Config) -> dict[str, Any]:
     """Make `model/` current if it passes the gate; returns the result, which is also written to `models/report-*.json`.
 
     Does nothing if this model is current already. Raises PromotionError if the model does not pass (nothing changes),
-    ArtifactError if `evaluation/` belongs to another model or other data, ResourceError if another process promotes.
+    ArtifactError if `evaluation/` belongs to another model or other data, ConfigError if nothing is held out, ResourceError
+    if another process promotes.
     """
     with hold(config.run.models, "a promotion"):
         digest = read_manifest(config.run.model, "model").digest
@@ -137,6 +138,12 @@ def roll_back(config: Config) -> dict[str, Any]:
 
 def measure(config: Config, before: Pointer | None) -> tuple[Verdict, list[str]]:
     """The verdict on `model/`, and warnings about how to read it."""
+    reason = reason_not_to_evaluate(config)
+    if reason is not None:
+        raise ConfigError(
+            f"the model cannot be compared: {reason}; without promoted models in {config.run.models}, score and serve use "
+            "model/ as it is"
+        )
     if not artifacts.is_current(config.run.evaluation, "evaluation", evaluate_inputs(config)):
         raise ArtifactError(
             f"{config.run.evaluation} belongs to another model, other data or settings; run cllm4rec evaluate first"

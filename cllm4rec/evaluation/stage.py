@@ -99,6 +99,11 @@ def evaluate(config: Config) -> Manifest:
     return read_manifest(uri, "evaluation")
 
 
+def reason_not_to_evaluate(config: Config) -> str | None:
+    """Why the config leaves nothing to evaluate on, or None."""
+    return None if config.data.split.has_test else "data.split.test is 0, so no item is held out to measure with"
+
+
 def evaluate_methods(histories: Histories, catalog: Catalog, scorer: Scorer, config: Config) -> Evaluation:
     """Rank with every method and measure, without files. Raises DataError if no user has a test item."""
     held_out = HeldOut.test(histories, config.evaluate.read, config.evaluate.mask)

@@ -7,6 +7,7 @@ itself writes its directory. `trainer` runs the loop: `ray_trainer.train_on_ray`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from torch import Tensor
@@ -34,6 +35,8 @@ from cllm4rec.training.job import METRICS, Start, TrainJob
 from cllm4rec.training.phases import Phase, backbone_phases, finetune_phases, pretrain_phases
 from cllm4rec.training.schedule import resolved
 from cllm4rec.training.table_init import initial_tables
+
+logger = logging.getLogger(__name__)
 
 Trainer = Callable[[TrainJob, str], dict[str, Tensor]]
 """Trains a job. The second argument is the directory for metrics and checkpoints. Returns the weights of the best epochs."""
@@ -156,6 +159,12 @@ def _train(
     """backbone_dir: the frozen backbone. None: the untrained one that the config describes."""
     if not any(phase.epochs for phase in phases):
         return {}
+    validated = [phase for phase in phases if phase.validate and phase.epochs]
+    if validated and not config.data.split.has_validation:
+        logger.warning(
+            f"{stage}: no item is held out for validation (data.split.validation), so all {validated[-1].epochs} epochs run and "
+            f"the last one is kept; set {stage}.epochs to the best epoch of a run with validation"
+        )
     if backbone_dir is not None:
         verify_backbone(config.run.backbone)
         check_same_base(backbone_dir, config.run.backbone)
