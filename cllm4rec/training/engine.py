@@ -112,6 +112,14 @@ class TorchEngine(Engine):
         _load_adam(self.optimizer, self.trained, state)
 
 
+def bucket_elements(num_trained: int) -> int:
+    """The size of DeepSpeed's buffer of gradients that are sent together. Larger parameters are sent alone."""
+    return max(1, min(num_trained, _MAX_BUCKET))
+
+
+_MAX_BUCKET = 50_000_000
+
+
 class DeepSpeedEngine(Engine):
     """DeepSpeed in a Ray Train worker: ZeRO stages 0 to 3, accumulation and clipping, with float32 tables.
 
@@ -219,7 +227,11 @@ class DeepSpeedEngine(Engine):
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": self.training.gradient_clipping or 0.0,
-            "zero_optimization": {"stage": self.training.zero_stage},
+            "zero_optimization": {
+                "stage": self.training.zero_stage,
+                # DeepSpeed allocates the whole bucket, 2 GB by default, even if it trains little.
+                "reduce_bucket_size": bucket_elements(sum(shape.numel() for shape in self._shapes.values())),
+            },
             "zero_allow_untested_optimizer": True,
         }
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from cllm4rec.model.precision import precision_on
 from cllm4rec.model.saved_model import load_tables
 from cllm4rec.storage import files
 from cllm4rec.training.checkpoints import Checkpoint
+from cllm4rec.training.free_memory import free_memory
 from cllm4rec.training.loop import load_parameters
 from cllm4rec.training.memory import Sizes, check_memory, training_memory
 from cllm4rec.training.phases import Phase
@@ -60,14 +60,16 @@ class TrainJob:
         """Whether the adapter of the backbone is trained. Otherwise it may be merged with the weights."""
         return any("adapter" in phase.trained for phase in self.phases)
 
-    def check_memory(self, device: torch.device) -> None:
-        """Raise ResourceError if a stock model will not fit into the memory of this worker. Loads nothing."""
+    def check_memory(self, device: torch.device, num_sharing: int = 1) -> None:
+        """Raise ResourceError if a stock model will not fit into the memory of this worker. Loads nothing.
+
+        num_sharing: the workers on this machine, which share its memory.
+        """
         if isinstance(self.config.model.backbone, str) and self.backbone_dir is not None:
             _, space = load_token_space(self.prepared_dir)
             sizes = Sizes(space.num_users, space.num_items, space.num_words)
-            on_gpu = device.type == "cuda"
-            available = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-            check_memory(training_memory(self.config, sizes, device.type), available, "a training worker")
+            plan = training_memory(self.config, sizes, device.type)
+            check_memory(plan, free_memory(device, num_sharing), "a training worker")
 
     def make_model(self, device: torch.device) -> CLLM4Rec:
         """The model before the first phase."""

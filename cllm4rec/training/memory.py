@@ -29,6 +29,7 @@ from cllm4rec.model.batch import TensorGrid
 from cllm4rec.model.cpu.fused import FrozenLinear, can_prepack
 from cllm4rec.model.losses import LOGITS_BYTES
 from cllm4rec.model.precision import precision_on
+from cllm4rec.training.engine import bucket_elements
 from cllm4rec.training.schedule import MAX_BATCH_TOKENS
 
 _FLOAT32 = 4
@@ -88,6 +89,10 @@ def training_memory(config: Config, sizes: Sizes, device: str) -> MemoryPlan:
         "logits": 3 * min(LOGITS_BYTES, slots * max(sizes.items, sizes.words) * backbone.dtype.itemsize),
         "libraries": _LIBRARIES[device],
     }
+    if stage > 0:
+        trained = adapter_bytes + user_bytes * (not is_row_wise) + item_bytes
+        parts["DeepSpeed's copy of its share"] = trained // workers
+        parts["DeepSpeed's buffer of gradients"] = _FLOAT32 * bucket_elements(trained // _FLOAT32)
     if stage == 3:
         parts["whole model for validation"] = weights + user_bytes + item_bytes
     if device == "cpu":

@@ -23,6 +23,7 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.train
+import ray.train.collective
 import torch
 from ray.data.expressions import col
 from ray.train import UserCallback
@@ -133,7 +134,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     try:
         shard = _load_shard(job.config.cluster.shard_disk_gb)
         prompt_tokens, _ = load_token_space(job.prepared_dir)
-        job.check_memory(ray.train.torch.get_device())
+        job.check_memory(ray.train.torch.get_device(), ray.train.get_context().get_local_world_size())
+        ray.train.collective.barrier()  # no worker loads its model before all have seen what is free
         make_model = functools.partial(job.make_model, ray.train.torch.get_device())
         train(make_model, prompt_tokens.prompts, job.phases, shard, job.config, log=log, save=save, resumed=resumed)
     except TrainingError as error:
