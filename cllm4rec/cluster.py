@@ -30,6 +30,9 @@ ENVIRONMENT = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     # Serve's proxies refuse what replicas cannot answer in time.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "cllm4rec.serving.gate:middlewares",
+    # Fewer changes of thread for each request; with both, 1.5 times as many requests were answered on 2 cores.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     # Output that is of no use to the reader of a job's log.
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started|ServeController.graceful_shutdown failed",

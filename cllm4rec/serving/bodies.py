@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MAX_BODY_BYTES = 1_000_000
-BODY_TIMEOUT_S = 5.0
-"""Seconds within which a body must arrive."""
+from cllm4rec.serving.refusals import BODY_TIMEOUT_S, MAX_BODY_BYTES, refuse
+
 MAX_UNFINISHED_BYTES = 64_000_000
 """Bytes of unfinished bodies that one process keeps. It bounds the memory that slow senders can take."""
+READ_BODY = "cllm4rec.body"
+"""Key of the ASGI scope that holds a body which was read before the scope was sent here."""
 
 
 class ReadBody:
@@ -26,6 +26,8 @@ class ReadBody:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        if READ_BODY in scope:
+            return await self._app(scope, replay(scope[READ_BODY], receive), send)
         body = bytearray()
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -38,18 +40,14 @@ class ReadBody:
                     self._unfinished_bytes += len(message.get("body", b""))
                     more = message.get("more_body", False)
                     if len(body) > MAX_BODY_BYTES:
-                        return await refuse(send, 413, f"the body is larger than {MAX_BODY_BYTES} bytes", close=True)
+                        return await refuse(send, 413)
                     if more and self._unfinished_bytes > self._max_unfinished_bytes:
-                        return await refuse(send, 429, TOO_MANY, retry=True, close=True)
+                        return await refuse(send, 429)
         except TimeoutError:
-            seconds = f"{self._timeout_s:g}"
-            return await refuse(send, 408, f"the body did not arrive within {seconds} seconds", close=True)
+            return await refuse(send, 408)
         finally:
             self._unfinished_bytes -= len(body)
         await self._app(scope, replay(bytes(body), receive), send)
-
-
-TOO_MANY = "too many requests wait; try again after Retry-After seconds"
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
@@ -60,12 +58,3 @@ def replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return next_message
-
-
-async def refuse(send: Send, status: int, reason: str, *, retry: bool = False, close: bool = False) -> None:
-    """Send a refusal: `{"detail": reason}`. retry: with Retry-After. close: end the connection, whose rest is not read."""
-    content = json.dumps({"detail": reason}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-    headers += [(b"retry-after", b"1")] * retry + [(b"connection", b"close")] * close
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})

@@ -15,23 +15,32 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import time
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cllm4rec.serving.bodies import TOO_MANY, ReadBody, refuse, replay
-
-_NOT_LIMITED = ("/healthz", "/readyz", "/-/healthz", "/-/routes")
+from cllm4rec.serving.bodies import READ_BODY, ReadBody, replay
+from cllm4rec.serving.connections import NOT_LIMITED, limit_servers_of_this_process
+from cllm4rec.serving.refusals import refuse
+from cllm4rec.serving.timing import replica_seconds
 
 
 def middlewares() -> list[Middleware]:
     """For Serve's proxies. The last one gets a request first."""
-    return [Middleware(Gate), Middleware(ReadBody)]
+    window = Window()
+    limit_servers_of_this_process(window.is_full)
+    return [Middleware(Gate, window=window), Middleware(ReadBody)]
+
+
+MAX_TRANSIT_S = 0.5
+"""Seconds that a request may take to a replica and back, besides its time there. Longer means that the processors of the nodes
+are overloaded by requests, and not the models."""
 
 
 class Outcome(enum.Enum):
     ANSWERED = "a replica answered"
-    SHED = "a replica refused it, because it had waited too long"
+    SHED = "a replica refused it, because it had waited too long, or it was late on its way"
     NO_ANSWER = "no replica answered"
 
 
@@ -63,11 +72,14 @@ class Window:
 
     def enter(self) -> Place | None:
         """None if the window is full."""
-        if self.under_way >= int(self.size):
+        if self.is_full():
             return None
         self.under_way += 1
         self._entered += 1
         return Place(self._entered, self._answered)
+
+    def is_full(self) -> bool:
+        return self.under_way >= int(self.size)
 
     def leave(self, place: Place, outcome: Outcome) -> None:
         if outcome is Outcome.ANSWERED:
@@ -86,15 +98,15 @@ class Window:
 class Gate:
     """ASGI middleware around Serve's proxy. Must come after `ReadBody`, because it may send a request twice."""
 
-    def __init__(self, app: ASGIApp, window: Window | None = None) -> None:
-        self._app, self._window = app, window or Window()
+    def __init__(self, app: ASGIApp, window: Window) -> None:
+        self._app, self._window = app, window
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _NOT_LIMITED:
+        if scope["type"] != "http" or scope["path"] in NOT_LIMITED:
             return await self._app(scope, receive, send)
         place = self._window.enter()
         if place is None:
-            return await refuse(send, 429, TOO_MANY, retry=True)
+            return await refuse(send, 429)
         outcome = Outcome.NO_ANSWER
         try:
             outcome = await self._forward(scope, receive, send)
@@ -102,15 +114,20 @@ class Gate:
             self._window.leave(place, outcome)
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> Outcome:
-        body = (await receive())["body"]
+        began, body = time.monotonic(), (await receive())["body"]
         client = _Client(receive, send)
         for _ in range(2):
-            await self._app(scope, replay(body, client.receive), client.send)
+            # The body travels with the scope: a replica need not come back for it while the proxy is busy.
+            await self._app({**scope, READ_BODY: body}, replay(body, client.receive), client.send)
             if client.status is not None or client.is_gone:
                 break
         else:
             await client.send_no_answer()
-        return {429: Outcome.SHED, 503: Outcome.NO_ANSWER}.get(client.status or 0, Outcome.ANSWERED)
+        if client.status == 503:
+            return Outcome.NO_ANSWER
+        took, in_replica = time.monotonic() - began, client.seconds_in_replica
+        is_late = in_replica is not None and took - in_replica > MAX_TRANSIT_S
+        return Outcome.SHED if is_late or client.status == 429 else Outcome.ANSWERED
 
 
 class _Client:
@@ -120,6 +137,7 @@ class _Client:
         self._receive, self._send = receive, send
         self.status: int | None = None
         self.is_gone = False
+        self.seconds_in_replica: float | None = None
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -131,9 +149,10 @@ class _Client:
             if message["status"] in (408, 503):
                 return await self.send_no_answer()
             self.status = message["status"]
+            self.seconds_in_replica = replica_seconds(message["headers"])
         if self.status != 503:
             await self._send(message)
 
     async def send_no_answer(self) -> None:
         self.status = 503
-        await refuse(self._send, 503, "no replica answers; try again after Retry-After seconds", retry=True)
+        await refuse(self._send, 503)

@@ -12,20 +12,24 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import cllm4rec
 from cllm4rec.errors import ConfigError
 from cllm4rec.scoring.recommender import Recommender
 from cllm4rec.serving.batching import OverloadError
-from cllm4rec.serving.bodies import BODY_TIMEOUT_S, MAX_BODY_BYTES, TOO_MANY, ReadBody
+from cllm4rec.serving.bodies import ReadBody
+from cllm4rec.serving.refusals import REFUSALS, refusal, refuse
 from cllm4rec.serving.schemas import (
     Alive,
     FieldProblems,
@@ -34,6 +38,7 @@ from cllm4rec.serving.schemas import (
     RecommendRequest,
     RecommendResponse,
 )
+from cllm4rec.serving.timing import TellTime
 
 API_KEYS_VARIABLE = "CLLM4REC_API_KEYS"
 OPEN_PATHS = ("/healthz", "/readyz")
@@ -58,27 +63,36 @@ def create_app(recommend: Recommend, ready: Callable[[], Ready | None], api_keys
         version=cllm4rec.__version__,
         docs_url=None,
         redoc_url=None,
-        exception_handlers={RequestValidationError: _refuse, OverloadError: _refuse_for_now},
+        exception_handlers={
+            RequestValidationError: _refuse_fields,
+            OverloadError: _refuse,
+            StarletteHTTPException: _refuse,
+            Exception: _refuse,
+        },
     )
+    app.router.route_class = _JsonRoute
     app.add_middleware(ReadBody)
     if api_keys:
         app.add_middleware(RequireApiKey, keys=api_keys)
+    app.add_middleware(TellTime)
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
-    @app.post("/v1/recommend", responses=_refusals(400, 401, 408, 413, 422, 429, 503))
+    @app.post("/v1/recommend", responses=_refusals(400, 401, 408, 413, 415, 422, 429, 500, 503))
     async def recommend_items(request: RecommendRequest) -> RecommendResponse:
         """The best items for a user, a history or both. Cold-start users get the popular items."""
         return await recommend(request)
 
+    @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")
     async def healthz() -> Alive:
         return Alive()
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", responses=_refusals(503))
     async def readyz() -> Ready:
         state = ready()
         if state is None:
-            raise HTTPException(503, "no model is loaded yet", {"Retry-After": "1"})
+            raise HTTPException(503)
         return state
 
     @app.get("/", include_in_schema=False)
@@ -116,12 +130,7 @@ class RequireApiKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._is_allowed(Request(scope)):
-            refusal = JSONResponse(
-                {"detail": "send a key as Authorization: Bearer KEY or X-API-Key: KEY"},
-                status_code=401,
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            return await refusal(scope, receive, send)
+            return await refuse(send, 401)
         await self.app(scope, receive, send)
 
     def _is_allowed(self, request: Request) -> bool:
@@ -131,32 +140,56 @@ class RequireApiKey:
         return sum(hmac.compare_digest(digest, known) for known in self.digests) > 0
 
 
-async def _refuse(request: Request, error: Exception) -> Response:
+async def _refuse_fields(request: Request, error: Exception) -> Response:
     """422 with the names of the fields. The wrong values are left out: they are the caller's data, and a value such as
-    NaN or half a surrogate pair cannot be written as JSON, which would turn the 422 into a 500. A body that is not JSON is
-    a 400, as FastAPI answers one that is not UTF-8."""
+    NaN or half a surrogate pair cannot be written as JSON, which would turn the 422 into a 500."""
     assert isinstance(error, RequestValidationError)
     if any(problem["type"] == "json_invalid" for problem in error.errors()):
-        return JSONResponse({"detail": _REFUSALS[400][1]}, status_code=400)
+        return _refusal(400)
     problems = [{"loc": list(p["loc"]), "msg": p["msg"], "type": p["type"]} for p in error.errors()]
     return Response(json.dumps({"detail": problems}), status_code=422, media_type="application/json")
 
 
-async def _refuse_for_now(request: Request, error: Exception) -> Response:
-    return JSONResponse({"detail": TOO_MANY}, status_code=429, headers={"Retry-After": "1"})
+async def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, OverloadError):
+        return _refusal(429)
+    if isinstance(error, StarletteHTTPException):
+        return _refusal(error.status_code, error.headers or {})
+    return _refusal(500)
 
 
-_REFUSALS: dict[int, tuple[type, str]] = {
-    400: (Problem, "the body is not UTF-8 JSON"),
-    401: (Problem, "a key is required, and the request has none or a wrong one"),
-    408: (Problem, f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds"),
-    413: (Problem, f"the body is larger than {MAX_BODY_BYTES} bytes"),
-    422: (FieldProblems, "a field is missing, unknown or out of its bounds"),
-    429: (Problem, "too many requests wait; try again after Retry-After seconds"),
-    503: (Problem, "no replica or no model is ready; try again after Retry-After seconds"),
-}
+def _refusal(status: int, headers: Mapping[str, str] = MappingProxyType({})) -> Response:
+    start, body = refusal(status)
+    own = {name.decode(): value.decode() for name, value in start["headers"]}
+    return Response(body["body"], status_code=status, headers={**own, **headers})
+
+
+class _Utf8Request(Request):
+    async def json(self) -> Any:
+        # json.loads alone would also read UTF-16 and UTF-32, which RFC 8259 does not allow.
+        try:
+            return json.loads((await self.body()).decode("utf-8-sig"))
+        except (UnicodeDecodeError, RecursionError):
+            raise json.JSONDecodeError("not UTF-8, or too deep", "", 0) from None
+
+
+class _JsonRoute(APIRoute):
+    """A route whose body must say that it is JSON, and must be UTF-8."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        answer = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if request.method == "POST" and media_type != "application/json":
+                return _refusal(415)
+            return await answer(_Utf8Request(request.scope, request.receive))
+
+        return handle
 
 
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    chosen = {status: _REFUSALS[status] for status in statuses}
-    return {status: {"description": reason, "model": model} for status, (model, reason) in chosen.items()}
+    return {
+        status: {"description": REFUSALS[status], "model": FieldProblems if status == 422 else Problem}
+        for status in statuses
+    }

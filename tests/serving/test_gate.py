@@ -9,10 +9,15 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn.protocols.http.auto
 from starlette.responses import JSONResponse, Response
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cllm4rec.cluster import ENVIRONMENT
+from cllm4rec.serving.bodies import ReadBody
 from cllm4rec.serving.gate import Gate, Outcome, Place, Window, middlewares
+from cllm4rec.serving.refusals import REFUSALS
+from cllm4rec.serving.timing import TellTime
 
 BATCH, BATCH_S, MAX_WAIT_S = 32, 0.25, 1.0
 
@@ -106,10 +111,16 @@ def in_turn(*apps: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[No
     return app
 
 
+@pytest.fixture(autouse=True)
+def unchanged_server(monkeypatch):
+    """`middlewares` changes the protocol of the servers of its process."""
+    monkeypatch.setattr(uvicorn.protocols.http.auto, "AutoHTTPProtocol", HttpToolsProtocol)
+
+
 def gate_around(app: Any, **options: Any) -> Any:
     """In the order in which Serve applies the middlewares."""
     for middleware in middlewares():
-        app = middleware.cls(app, *middleware.args, **(options if middleware.cls is Gate else {}))
+        app = middleware.cls(app, *middleware.args, **(middleware.kwargs | (options if middleware.cls is Gate else {})))
     return app
 
 
@@ -127,6 +138,37 @@ def test_request_passes_unchanged():
     assert (response.status_code, response.json()) == (200, {"sent": "the body"})
 
 
+def test_body_is_in_the_scope_so_that_a_replica_does_not_come_back_for_it():
+    async def replica(scope: Any, receive: Any, send: Any) -> None:
+        async def proxy_is_busy() -> Any:
+            raise AssertionError("asked the proxy")
+
+        await ReadBody(answers)(scope, proxy_is_busy, send)
+
+    (response,) = ask(gate_around(replica), content=b"the body")
+    assert response.json() == {"sent": "the body"}
+
+
+@pytest.mark.parametrize(("inside", "outside", "is_smaller"), [(0.3, 0.0, False), (0.0, 0.3, True)])
+def test_window_shrinks_when_the_way_to_a_replica_takes_long_and_not_when_its_answer_does(
+    monkeypatch, inside, outside, is_smaller
+):
+    monkeypatch.setattr("cllm4rec.serving.gate.MAX_TRANSIT_S", 0.2)
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(inside)
+        await answers(scope, receive, send)
+
+    async def far(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(outside)
+        await TellTime(slow)(scope, receive, send)
+
+    window = Window()
+    (response,) = ask(gate_around(far, window=window), content=b"")
+    assert response.status_code == 200
+    assert (window.size < Window.START) == is_smaller
+
+
 def test_request_whose_replica_died_is_sent_to_another_one():
     (response,) = ask(gate_around(in_turn(dies, answers)), content=b"the body")
     assert (response.status_code, response.json()) == (200, {"sent": "the body"})
@@ -136,7 +178,7 @@ def test_request_whose_replica_died_is_sent_to_another_one():
 def test_where_no_replica_answers_the_caller_is_told_when_to_come_again(app):
     (response,) = ask(gate_around(app))
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
-    assert response.json() == {"detail": "no replica answers; try again after Retry-After seconds"}
+    assert response.json() == {"detail": REFUSALS[503]}
 
 
 def test_requests_beyond_the_window_are_refused_and_health_is_answered():

@@ -12,7 +12,7 @@ from support.serving import FakeScorer, ask, client, post, recommender
 
 from cllm4rec.errors import ConfigError
 from cllm4rec.serving.batching import OverloadError
-from cllm4rec.serving.bodies import MAX_BODY_BYTES
+from cllm4rec.serving.refusals import MAX_BODY_BYTES
 from cllm4rec.serving.schemas import MAX_TEXT_CHARS
 from cllm4rec.serving.web import api_keys_of, create_app
 
