@@ -149,8 +149,8 @@ def test_ray_stays_at_the_rim():
     assert not {module for module in importers("ray") if not f"{module}.".startswith(RAY_IS_ALLOWED_IN)}
 
 
-def test_deepspeed_is_in_the_engine_only():
-    assert importers("deepspeed") == {"cllm4rec.training.engine"}
+def test_deepspeed_is_in_the_engine_and_in_zero3_only():
+    assert importers("deepspeed") == {"cllm4rec.training.engine", "cllm4rec.training.zero3"}
 
 
 def test_importing_what_does_not_need_ray_starts_and_imports_nothing_of_it():

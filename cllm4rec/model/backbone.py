@@ -47,6 +47,9 @@ class Backbone(nn.Module, abc.ABC):
     is_encoder_decoder: bool
     """Whether the prompt and the main text are two grids, one for the encoder and one for the decoder."""
 
+    width: int
+    """The size K of embeddings and of final hidden states."""
+
     unknown_K: Tensor
     """The embedding of a user that is not known, (K,)."""
 
@@ -56,17 +59,13 @@ class Backbone(nn.Module, abc.ABC):
         if not getattr(model.config, "final_norm", True):
             remove_final_norm(model)
         check_positions(self.text_config, max_tokens)
+        self.width = int(self.word_embeddings.shape[1])
         self.register_buffer("unknown_K", self._unknown_user(), persistent=False)
 
     @property
     def text_config(self) -> Any:
         """The config of the language model, which is a part of the config of a model for images and texts."""
         return self.model.config.get_text_config(decoder=True)
-
-    @property
-    def width(self) -> int:
-        """The size K of embeddings and of final hidden states."""
-        return int(self.word_embeddings.shape[1])
 
     @property
     def num_layers(self) -> int:

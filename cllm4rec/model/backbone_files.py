@@ -37,14 +37,15 @@ _ADAPTER = "adapter.json"
 _ADAPTER_WEIGHTS = "adapter.safetensors"
 
 
-def new_backbone(config: ModelConfig, num_words: int, seed: int) -> Backbone:
-    """The untrained backbone that `model.backbone` describes, in float32.
+def new_backbone(config: ModelConfig, num_words: int, seed: int, dtype: torch.dtype | None = torch.float32) -> Backbone:
+    """The untrained backbone that `model.backbone` describes.
 
+    dtype: of a stock model, as in `pretrained_backbone`. Others are float32.
     Raises ConfigError if it cannot be loaded, or if its words do not fit a tokenizer of `num_words` tokens.
     """
     if isinstance(config.backbone, BackboneSize):
         return build_backbone(config.backbone, num_words, config.max_tokens, seed)
-    backbone = pretrained_backbone(config.backbone, config.revision, config.max_tokens)
+    backbone = pretrained_backbone(config.backbone, config.revision, config.max_tokens, dtype)
     check_vocabulary(config.backbone, len(backbone.word_embeddings), num_words)
     return backbone
 

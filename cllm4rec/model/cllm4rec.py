@@ -20,6 +20,7 @@ from cllm4rec.model.accelerate import accelerate
 from cllm4rec.model.adapter import is_adapter
 from cllm4rec.model.backbone import Backbone
 from cllm4rec.model.batch import TensorBatch, TensorGrid
+from cllm4rec.model.divided import is_divided
 from cllm4rec.model.losses import squared_distance, tied_cross_entropy
 from cllm4rec.model.packing import USER_TABLES, Table
 
@@ -139,6 +140,12 @@ class CLLM4Rec(nn.Module):
         for name, weight in self.backbone.named_parameters():
             weight.requires_grad_("backbone" in wanted or ("adapter" in wanted and is_adapter(name)))
 
+    def precisions(self, precision: torch.dtype) -> dict[str, torch.dtype]:
+        """The precision of each parameter in training that computes in `precision`: frozen weights of the backbone have it."""
+        base = {name: weight for name, weight in self.backbone.named_parameters() if not is_adapter(name)}
+        is_frozen = not any(weight.requires_grad for weight in base.values())
+        return {f"backbone.{name}": precision for name in base if is_frozen}
+
     def compute_in(self, precision: torch.dtype) -> None:
         """Run the backbone and the heads in bfloat16 or float32, with the fastest available layers (`accelerate`)."""
         self.precision = precision
@@ -196,6 +203,9 @@ class CLLM4Rec(nn.Module):
 
     def _hidden_states(self, batch: TensorBatch, users: Mapping[str, Tensor]) -> Tensor:
         embeddings = tuple(self._embed(grid, users) for grid in batch.grids)
+        if torch.is_grad_enabled() and is_divided(self.collaborative_items):
+            # All workers gather the layers in the backward pass, also one whose batch has no trained embeddings.
+            embeddings = tuple(vectors if vectors.requires_grad else vectors.requires_grad_() for vectors in embeddings)
         with self._autocast(embeddings[0].device.type):
             hidden_RTK: Tensor = self.backbone(embeddings, batch.grids)
         return hidden_RTK.flatten(0, 1)

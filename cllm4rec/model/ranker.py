@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from torch import Tensor
 from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.data.documents import Documents, Prompts
-from cllm4rec.model.batch import batch_to_device
+from cllm4rec.model.batch import TensorBatch, batch_to_device
 from cllm4rec.model.cllm4rec import CLLM4Rec
 from cllm4rec.model.packing import Batch, Packer, PairPacker
 from cllm4rec.model.topk import stable_topk, unpack_keys
@@ -55,6 +56,8 @@ class Ranker:
     prompt: Literal["interactions", "recommendation"] | None = "recommendation"
     with_language_model: bool = True
     """False, for models with `residual`: leave out what the language model adds, to measure it."""
+    encode: Callable[[Iterator[TensorBatch]], Iterator[Tensor]] | None = None
+    """Batches → the hidden states of all slots of each, (S, K), in order. None: the model itself, on a CPU in threads."""
 
     @property
     def token_space(self) -> TokenSpace:
@@ -114,14 +117,24 @@ class Ranker:
         device = query_BD.device
         passes = self._pair_passes(documents) if self.model.backbone.is_encoder_decoder else self._passes(documents)
 
-        @torch.inference_mode()
-        def run(ranking_pass: Pass) -> None:
-            rows, batch, slots = ranking_pass
-            hidden_SK = self.model.hidden_states(batch_to_device(batch, device, batch_invariant=True))
+        def to_device(batch: Batch) -> TensorBatch:
+            return batch_to_device(batch, device, batch_invariant=True)
+
+        def set_rows(hidden_SK: Tensor, rows: IntArray, slots: IntArray) -> None:
             # Queries of all slots: the number of documents of a pass, and so the shape of a product, depends on the batch.
             query_BD[rows] = self.model.queries(hidden_SK.float())[slots]
 
-        if device.type == "cpu":
+        @torch.inference_mode()
+        def run(ranking_pass: Pass) -> None:
+            rows, batch, slots = ranking_pass
+            set_rows(self.model.hidden_states(to_device(batch)), rows, slots)
+
+        if self.encode is not None:
+            for_encoding, to_set = itertools.tee(passes)
+            for hidden_SK in self.encode(to_device(batch) for _, batch, _ in for_encoding):
+                rows, _, slots = next(to_set)
+                set_rows(hidden_SK, rows, slots)
+        elif device.type == "cpu":
             _run_in_threads(run, passes)
         else:
             for ranking_pass in passes:

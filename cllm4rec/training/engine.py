@@ -11,7 +11,9 @@ Shapes: I users, K hidden size.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,11 +24,16 @@ from cllm4rec.config import TrainingConfig
 from cllm4rec.model.batch import TensorBatch
 from cllm4rec.model.cllm4rec import TABLES
 from cllm4rec.model.packing import USER_TABLES
+from cllm4rec.training import zero3
 from cllm4rec.training.row_adam import BETAS, EPS, MOMENTS, RowAdam
 from cllm4rec.typing import IntArray
 
 Moments = dict[str, Tensor]
 """`<parameter>` → value, `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` → Adam's moments, `step` → steps taken."""
+
+
+Encoder = Callable[[Iterator[TensorBatch]], Iterator[Tensor]]
+"""Batches → the hidden states of all slots of each, (S, K)."""
 
 
 class Engine(abc.ABC):
@@ -67,6 +74,16 @@ class Engine(abc.ABC):
 
     def sync_lazy_rows(self) -> None:  # noqa: B027 - most engines have no lazy rows
         """Apply all steps to all parameters, before the module is used elsewhere. Every worker must call it."""
+
+    @contextlib.contextmanager
+    def ranking(self, empty_batch: TensorBatch) -> Iterator[Encoder | None]:
+        """Prepare the module for ranking for the time of a block. Every worker must enter it.
+
+        Gives the function through which batches pass the language model, or None if the module may be called by itself.
+        empty_batch: a batch without documents.
+        """
+        self.sync_lazy_rows()
+        yield None
 
     def weights(self) -> dict[str, Tensor]:
         """The trained parameters, unpartitioned, on the CPU. Every worker must call it."""
@@ -135,9 +152,11 @@ class DeepSpeedEngine(Engine):
         if self.num_workers == 1:
             # DeepSpeed would compile its shared-memory collectives, 20 s and 1.7 GB, which a single worker does not use.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self._shapes = {name: weight.shape for name, weight in self.trained.items()}
+        self._module = module
+        self._shapes = {name: zero3.whole_shape(weight) for name, weight in self.trained.items()}
+        wrapper = {2: SingleBackwardNode, 3: zero3.TrainsAndRanks}.get(training.zero_stage, lambda whole: whole)
         self.engine, _, _, _ = deepspeed.initialize(
-            model=SingleBackwardNode(module) if training.zero_stage == 2 else module,
+            model=wrapper(module),
             optimizer=_adam(self.trained.values(), learning_rate),
             config=self._config(),
             dist_init_required=False,
@@ -156,6 +175,27 @@ class DeepSpeedEngine(Engine):
 
     def step(self) -> None:
         self.engine.step()
+
+    @contextlib.contextmanager
+    def ranking(self, empty_batch: TensorBatch) -> Iterator[Encoder | None]:
+        if self.training.zero_stage < 3:
+            yield None
+            return
+        own: Any = self._module
+        with zero3.gathered(own.own_parameters().values()):
+            yield functools.partial(self._hidden_states, empty_batch=empty_batch)
+
+    def _hidden_states(self, batches: Iterator[TensorBatch], empty_batch: TensorBatch) -> Iterator[Tensor]:
+        """The hidden states of batches. A worker without batches left takes part with empty ones: layers are gathered."""
+        while True:
+            batch = next(batches, None)
+            if self.sum(float(batch is not None))[0] == 0:
+                return
+            # Not in inference mode: small parameters stay gathered, and training reads them again.
+            with torch.inference_mode(False), torch.no_grad():
+                hidden_SK = self.engine(empty_batch if batch is None else batch, hidden_states=True)
+            if batch is not None:
+                yield hidden_SK
 
     def weights(self) -> dict[str, Tensor]:
         if self.training.zero_stage == 0:
@@ -199,11 +239,8 @@ class DeepSpeedEngine(Engine):
         if self.training.zero_stage < 3:
             safe_set_full_optimizer_state(weight, value.to(weight.device), moment)
             return
-        # ZeRO-3 pads the flat tensor to equal shards. Its own setter accepts only tensors that divide evenly.
-        size = weight.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        flat = value.flatten()[self.rank * size : (self.rank + 1) * size].to(weight.device)
-        shard = torch.nn.functional.pad(flat, (0, size - len(flat)))
-        safe_set_local_optimizer_state(weight, shard, moment)
+        # DeepSpeed's own setter accepts only tensors that divide evenly.
+        safe_set_local_optimizer_state(weight, zero3.share_of(value, weight, self.rank), moment)
 
     def _step_counters(self) -> list[Tensor]:
         counters = [adam["step"] for adam in self.engine.optimizer.optimizer.state.values() if "step" in adam]
@@ -222,16 +259,20 @@ class DeepSpeedEngine(Engine):
             self._deepspeed.zero.register_external_parameter(module, weight)
 
     def _config(self) -> dict[str, Any]:
+        num_trained = sum(shape.numel() for shape in self._shapes.values())
+        zero: dict[str, Any] = {
+            "stage": self.training.zero_stage,
+            # DeepSpeed allocates the whole bucket, 2 GB by default, even if it trains little.
+            "reduce_bucket_size": bucket_elements(num_trained),
+        }
+        if self.training.zero_stage == 3:
+            zero |= zero3.limits(self._module)
         return {
             # 1, so that train_batch_size is accumulation × workers. The loop counts documents.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": self.accumulation,
             "gradient_clipping": self.training.gradient_clipping or 0.0,
-            "zero_optimization": {
-                "stage": self.training.zero_stage,
-                # DeepSpeed allocates the whole bucket, 2 GB by default, even if it trains little.
-                "reduce_bucket_size": bucket_elements(sum(shape.numel() for shape in self._shapes.values())),
-            },
+            "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
         }
 

@@ -18,9 +18,9 @@ from cllm4rec.model.cllm4rec import CLLM4Rec, new_model
 from cllm4rec.model.precision import precision_on
 from cllm4rec.model.saved_model import load_tables
 from cllm4rec.storage import files
+from cllm4rec.training import zero3
 from cllm4rec.training.checkpoints import Checkpoint
 from cllm4rec.training.free_memory import free_memory
-from cllm4rec.training.loop import load_parameters
 from cllm4rec.training.memory import Sizes, check_memory, training_memory
 from cllm4rec.training.phases import Phase
 
@@ -72,23 +72,37 @@ class TrainJob:
             check_memory(plan, free_memory(device, num_sharing), "a training worker")
 
     def make_model(self, device: torch.device) -> CLLM4Rec:
-        """The model before the first phase."""
+        """The model before the first phase.
+
+        If the workers will divide it (`zero3`), its parameters stay memory-mapped on the CPU.
+        """
         prompt_tokens, token_space = load_token_space(self.prepared_dir)
-        config = self.config
+        config, is_divided = self.config, zero3.divides(self.config.training)
         if self.backbone_dir is None:
-            backbone = new_backbone(config.model, prompt_tokens.num_words, config.seed)
+            backbone = new_backbone(
+                config.model, prompt_tokens.num_words, config.seed, None if is_divided else torch.float32
+            )
             if self.trains_adapter and config.backbone.adapter is not None:
                 add_adapter(backbone, config.backbone.adapter, config.seed)
         else:
-            precision = precision_on(device, config.training.bf16)
+            precision = None if is_divided else precision_on(device, config.training.bf16)
             merge = not self.trains_adapter
             if self.trains_adapter and not has_adapter(self.backbone_dir):
                 raise ArtifactError(f"{self.backbone_dir} has no adapter to train; run cllm4rec pretrain --force first")
-            backbone = load_backbone(self.backbone_dir, config.model.max_tokens, precision, str(device), merge)
-        model = new_model(config.model, backbone, token_space, config.seed)
-        if self.start is not None:
-            load_parameters(model, self.start.tables())
-        return model.to(device)
+            on = "cpu" if is_divided else str(device)
+            backbone = load_backbone(self.backbone_dir, config.model.max_tokens, precision, on, merge)
+        if self.start is None:
+            model = new_model(config.model, backbone, token_space, config.seed)
+        else:
+            without_values = config.model.model_copy(update={"table_std": 0.0})
+            model = new_model(without_values, backbone, token_space, config.seed)
+            tables = self.start.tables()
+            for name, weight in model.own_parameters().items():
+                if is_divided:
+                    weight.data = tables[name]
+                else:
+                    weight.data.copy_(tables[name])
+        return model if is_divided else model.to(device)
 
 
 class LogFile:

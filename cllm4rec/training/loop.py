@@ -31,6 +31,7 @@ from cllm4rec.model.packing import Batch, Packer, PairPacker
 from cllm4rec.model.precision import precision_on
 from cllm4rec.model.ranker import Ranker
 from cllm4rec.model.sampling import ItemSampler
+from cllm4rec.training import zero3
 from cllm4rec.training.checkpoints import Checkpoint, Progress
 from cllm4rec.training.engine import Engine, make_engine
 from cllm4rec.training.epochs import EpochBuilder
@@ -99,6 +100,12 @@ def train_phase(run: PhaseRun, number: int, checkpoint: Checkpoint, save: Callab
     """Train phase `number` to its end, starting from a checkpoint of this phase or of the end of the previous one."""
     phase, config, previous, progress = run.phase, run.config, checkpoint.best, checkpoint.progress
     model = run.make_model()
+    model.train_only(phase.trained)
+    device = model.collaborative_items.device
+    if zero3.divides(config.training):
+        device = zero3.local_device()
+        zero3.divide(model, model.precisions(precision_on(device, config.training.bf16)))
+    precision = precision_on(device, config.training.bf16)
     load_parameters(model, previous)
     if checkpoint.state:
         load_parameters(model, checkpoint.state)
@@ -106,8 +113,6 @@ def train_phase(run: PhaseRun, number: int, checkpoint: Checkpoint, save: Callab
         progress = Progress(phase=number, num_log_lines=progress.num_log_lines)
         if phase.collaborative_from_content:
             init_collaborative_from_content(model)
-    model.train_only(phase.trained)
-    precision = precision_on(model.collaborative_items.device, config.training.bf16)
     model.compute_in(precision)
     if config.training.gradient_checkpointing:
         model.backbone.checkpoint_layers()
@@ -116,15 +121,8 @@ def train_phase(run: PhaseRun, number: int, checkpoint: Checkpoint, save: Callab
     steps = _Steps(run, model, engine)
     if checkpoint.state:
         engine.load_moments(checkpoint.state, (steps.empty_batch, 0.0))
-    # With ZeRO-3 no worker has a whole model, so validation needs a copy. Serving needs a device that holds one anyway.
-    is_partitioned = config.training.zero_stage == 3 and config.training.engine == "deepspeed"
-    ranking_model = model
-    if is_partitioned:
-        ranking_model = run.make_model()
-        ranking_model.train_only(())
-        ranking_model.compute_in(precision)
     best = dict(previous)
-    if not is_partitioned:
+    if not zero3.divides(config.training):
         _log_expected_time(run, model, steps, phase.epochs - progress.epoch)
 
     for epoch in range(progress.epoch, phase.epochs):
@@ -133,14 +131,12 @@ def train_phase(run: PhaseRun, number: int, checkpoint: Checkpoint, save: Callab
             if phase.alternate:
                 model.train_only(trained)
             totals.add(sizes, steps.run_step(micro_batches, sizes.documents, epoch, step))
-        engine.sync_lazy_rows()
-        if ranking_model is not model:
-            load_parameters(ranking_model, engine.weights())
         is_due = (epoch + 1) % (config.training.validate_every_epochs or 1) == 0 or epoch + 1 == phase.epochs
         metrics: dict[str, float] = {}
-        if is_due or phase.validate is None:
-            ranker = Ranker(ranking_model, run.prompts, config.model.max_tokens, phase.validate)
-            metrics = _validate(ranker, run.shard, engine)
+        if is_due and phase.validate is not None:
+            with engine.ranking(steps.empty_batch) as encode:
+                ranker = Ranker(model, run.prompts, config.model.max_tokens, phase.validate, encode=encode)
+                metrics = _validate(ranker, run.shard, engine)
         metric = metrics.get(VALIDATION_METRIC)
         progress.epoch = epoch + 1
         if is_due and (metric is None or progress.best_metric is None or metric > progress.best_metric):
@@ -287,14 +283,15 @@ def load_parameters(model: CLLM4Rec, weights: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name in weights:
-                weight.copy_(weights[name])
+                zero3.set_values(weight, weights[name])
 
 
 def init_collaborative_from_content(model: CLLM4Rec) -> None:
     """Set z^l to z^c after the warm-up: the most probable z^l given z^c without interactions (Eq. 3, lambda_l = 0)."""
     with torch.no_grad():
-        model.collaborative_users.copy_(model.content_users)
-        model.collaborative_items.copy_(model.content_items)
+        for table in ("users", "items"):
+            content = getattr(model, f"content_{table}")
+            zero3.local_values(getattr(model, f"collaborative_{table}")).copy_(zero3.local_values(content))
 
 
 def _row_wise_users(config: Config, phase: Phase, documents: Documents) -> IntArray | None:
@@ -303,8 +300,7 @@ def _row_wise_users(config: Config, phase: Phase, documents: Documents) -> IntAr
     Row-wise steps are impossible with ZeRO-3, which partitions all tables itself; with alternating steps, which freeze
     tables of a shared optimizer; and with clipping, which needs the norm of the gradients of all workers.
     """
-    is_partitioned = config.training.engine == "deepspeed" and config.training.zero_stage == 3
-    if is_partitioned or phase.alternate or config.training.gradient_clipping is not None:
+    if zero3.divides(config.training) or phase.alternate or config.training.gradient_clipping is not None:
         return None
     return np.unique(documents.user[documents.user >= 0])
 
@@ -323,10 +319,12 @@ def _validate(ranker: Ranker, shard: Shard, engine: Engine) -> dict[str, float]:
     if ranker.prompt is None or validation is None:
         return {}
     sums: Counter[str] = Counter()
-    for begin in range(0, max(1, len(validation.users)), _VALIDATED_AT_ONCE):
+    for begin in itertools.count(0, _VALIDATED_AT_ONCE):
         chunk = validation.take(np.arange(begin, min(begin + _VALIDATED_AT_ONCE, len(validation.users))))
         ranked_BK, _ = ranker.top_k(chunk.users, chunk.read, chunk.read.unique(), VALIDATION_DEPTH)
         sums.update(chunk.metrics(ranked_BK))
+        if not engine.sum(float(begin + _VALIDATED_AT_ONCE < len(validation.users)))[0]:
+            break  # on all workers together: with ZeRO-3, they rank together
     names = sorted(sums)
     totals = dict(zip(names, engine.sum(*(sums[name] for name in names)), strict=True))
     count = totals.pop("count")

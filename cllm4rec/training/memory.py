@@ -66,15 +66,13 @@ def training_memory(config: Config, sizes: Sizes, device: str) -> MemoryPlan:
     stage = training.zero_stage if training.engine == "deepspeed" else 0
     width = config.model.id_width or backbone.width
     user_bytes, item_bytes = (2 * rows * width * _FLOAT32 for rows in (sizes.users, sizes.items))
-    divided_by = {
-        part: workers if stage >= first else 1 for first, part in ((1, "adam"), (2, "gradients"), (3, "weights"))
-    }
+    divided_by = {part: workers if stage >= first else 1 for first, part in ((1, "adam"), (3, "weights"))}
     # Each worker steps the rows of its own users alone, unless something needs their whole gradients (`loop`).
     is_row_wise = stage < 3 and not config.pretrain.alternate and training.gradient_clipping is None
     if is_row_wise:
         user_gradients, user_adam = 0, 2 * user_bytes // workers
     else:
-        user_gradients, user_adam = user_bytes // divided_by["gradients"], 2 * user_bytes // divided_by["adam"]
+        user_gradients, user_adam = user_bytes, 2 * user_bytes // divided_by["adam"]
     adapter_bytes = sum(_bytes(weight) for name, weight in backbone.named_parameters() if is_adapter(name))
     weights = sum(_bytes(weight) for name, weight in backbone.named_parameters() if not is_adapter(name))
     slots = training.micro_batch_tokens or MAX_BATCH_TOKENS
@@ -83,7 +81,8 @@ def training_memory(config: Config, sizes: Sizes, device: str) -> MemoryPlan:
         "language model": weights // divided_by["weights"],
         "adapter, with gradients and Adam": 4 * adapter_bytes,
         "ID tables": (user_bytes + item_bytes) // divided_by["weights"],
-        "gradients of ID tables": item_bytes // divided_by["gradients"] + user_gradients,
+        # Whole at every stage: a backward pass gives the gradient of a whole table before DeepSpeed divides it.
+        "gradients of ID tables": item_bytes + user_gradients,
         "Adam": 2 * item_bytes // divided_by["adam"] + user_adam,
         f"activations of {slots:,} tokens": activations,
         "logits": 3 * min(LOGITS_BYTES, slots * max(sizes.items, sizes.words) * backbone.dtype.itemsize),
@@ -91,13 +90,14 @@ def training_memory(config: Config, sizes: Sizes, device: str) -> MemoryPlan:
     }
     if stage > 0:
         trained = adapter_bytes + user_bytes * (not is_row_wise) + item_bytes
-        parts["DeepSpeed's copy of its share"] = trained // workers
+        parts["DeepSpeed's copies of its share"] = (1 if stage == 1 else 2) * trained // workers
         parts["DeepSpeed's buffer of gradients"] = _FLOAT32 * bucket_elements(trained // _FLOAT32)
     if stage == 3:
-        parts["whole model for validation"] = weights + user_bytes + item_bytes
+        parts["gathered layers"] = min(weights, 2 * weights // backbone.num_layers)
+        parts["gathered ID tables"] = user_bytes + item_bytes
     if device == "cpu":
         parts["best epoch and checkpoint"] = 2 * (user_bytes + item_bytes)
-        parts["weights packed for validation"] = _packed_bytes(backbone)
+        parts["weights packed for validation"] = 0 if stage == 3 else _packed_bytes(backbone)
     return MemoryPlan({name: number for name, number in parts.items() if number})
 
 
@@ -128,7 +128,7 @@ def check_memory(plan: MemoryPlan, available: int, what: str) -> None:
 _REMEDY = "lower training.micro_batch_tokens or set training.gradient_checkpointing"
 _REMEDIES = {
     "language model": "use a smaller model.backbone",
-    "whole model for validation": "use a smaller model.backbone or training.zero_stage=2",
+    "gathered ID tables": "set model.id_width, or training.zero_stage=2",
     "ID tables": "set model.id_width",
     "best epoch and checkpoint": "set model.id_width",
     "Adam": "set model.id_width, or training.zero_stage=1 with several workers",

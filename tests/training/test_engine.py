@@ -1,14 +1,13 @@
 """DeepSpeed at every ZeRO stage on two workers, compared with one process of plain torch on the same documents."""
 
 import dataclasses
-import datetime
 import os
-import socket
 
 import numpy as np
 import pytest
 import torch
 from support.parity import MAX_TOKENS, NARROW, parity, phases, settings
+from support.two_workers import free_port, join_workers
 
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.metrics.protocol import Validation
@@ -74,18 +73,6 @@ def train(rank=0, num_workers=1, phase=PHASE, resumed=None, micro_batch_rows=Non
     return {"weights": weights, "saved": saved, "log": log}
 
 
-def join_workers(rank, num_workers, port):
-    torch.set_num_threads(1)
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(num_workers)}
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=num_workers,
-        timeout=datetime.timedelta(seconds=60),
-    )
-
-
 def work(rank, port, folder):
     """One of two workers. All ZeRO stages run in one process, because importing DeepSpeed takes longest."""
     join_workers(rank, NUM_WORKERS, port)
@@ -121,12 +108,6 @@ def work_alone(rank, port, folder):
     join_workers(rank, 1, port)
     torch.save(train(engine="deepspeed"), folder / "alone.pt")
     torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -53,11 +53,13 @@ def test_id_width_zero_and_checkpointing_take_what_they_promise(stock):
     assert narrow["ID tables"] * 4 == whole["ID tables"]
     divided = training_memory(config_of(stock, training={"zero_stage": 3}), SIZES, "cuda").parts
     assert divided["ID tables"] * 4 == whole["ID tables"]
-    assert divided["whole model for validation"] == whole["language model"] + whole["ID tables"]
+    assert divided["language model"] * 4 == whole["language model"]
+    assert divided["gathered layers"] == whole["language model"], "both of its two layers"
+    assert divided["gathered ID tables"] == whole["ID tables"], "a step reads them whole"
     shared = training_memory(config_of(stock, training={"zero_stage": 1}), SIZES, "cuda").parts
     items = 2 * 200 * 32 * FLOAT32
     assert shared["DeepSpeed's buffer of gradients"] == items, "no more than is trained"
-    assert shared["DeepSpeed's copy of its share"] * 4 == items
+    assert shared["DeepSpeed's copies of its share"] * 4 == items
     many = training_memory(config_of(stock, training={"zero_stage": 1}), Sizes(1000, 10**7, 128), "cuda").parts
     assert many["DeepSpeed's buffer of gradients"] == 50_000_000 * FLOAT32
     part = "activations of 256 tokens"

@@ -19,6 +19,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 from cllm4rec.model.cpu.attention import Blocks, attention, attention_backward
+from cllm4rec.model.divided import is_divided
 
 _MLP_CHUNK = 1024
 """Inner features of an MLP per product: one product of 3,072 by 768 takes longer than three of 1,024 by 768."""
@@ -83,6 +84,8 @@ class FrozenLinear(nn.Module):
         is_trained = torch.is_grad_enabled() and inputs.requires_grad
         if not is_trained and runs_fused(inputs, self.weight):
             product = self.fused.apply(rows_SK)
+        elif is_trained and is_divided(self.weight):
+            product = _DividedProduct.apply(rows_SK, self)  # type: ignore[no-untyped-call]
         elif self.bias is None:
             product = rows_SK @ self.matrix
         else:
@@ -92,6 +95,22 @@ class FrozenLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Without the prepacked weights, which cannot be copied or pickled and are packed again on first use."""
         return {**self.__dict__, "_fused": None}
+
+
+class _DividedProduct(torch.autograd.Function):
+    """The product of a FrozenLinear whose weights ZeRO-3 divides: (S, K) → (S, N).
+
+    The backward pass reads the weights anew, when they are gathered again. Saved tensors would keep those of all layers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_SK: Tensor, layer: FrozenLinear) -> Tensor:
+        ctx.layer = layer
+        return rows_SK @ layer.matrix if layer.bias is None else torch.addmm(layer.bias, rows_SK, layer.matrix)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0] @ ctx.layer.matrix.T, None
 
 
 class FrozenGPT2Layer(GPT2Block):  # type: ignore[misc]
@@ -211,10 +230,9 @@ def _norm_backward(norm: nn.LayerNorm, grad_SK: Tensor, hidden_SK: Tensor, mean:
 
 
 def runs_fused(inputs: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN can run a product: same precision, on a supported CPU, with weights that ZeRO-3 does not partition."""
-    is_partitioned = hasattr(weight, "ds_id")
+    """Whether oneDNN can run a product: same precision, on a supported CPU, with weights that ZeRO-3 does not divide."""
     is_on_cpu = inputs.device.type == "cpu"
-    return inputs.dtype == weight.dtype and is_on_cpu and not is_partitioned and can_prepack(inputs.dtype)
+    return inputs.dtype == weight.dtype and is_on_cpu and not is_divided(weight) and can_prepack(inputs.dtype)
 
 
 @functools.cache

@@ -1,0 +1,28 @@
+"""Processes that form a process group, as training workers do."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+
+import torch
+
+
+def join_workers(rank: int, num_workers: int, port: int) -> None:
+    """Make this process worker `rank` of a group on this machine that computes on one core each, on a CPU."""
+    torch.set_num_threads(1)
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(num_workers)}
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=num_workers,
+        timeout=datetime.timedelta(seconds=60),
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
