@@ -21,7 +21,12 @@ SECTIONS = {
 }
 """Stage → the config sections that it reads. The directories that it reads are separate inputs, with their own digests."""
 
-_TRAINING = {"training.checkpoint_every_epochs", "training.tensorboard", "training.gradient_checkpointing"}
+_TRAINING = {
+    "training.checkpoint_every_epochs",
+    "training.tensorboard",
+    "training.gradient_checkpointing",
+    "training.cpu_offload",
+}
 EXCLUDED = {
     "prepare": {"data.expected"},  # verified, not written; a separate input
     "backbone": _TRAINING

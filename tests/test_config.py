@@ -222,6 +222,8 @@ def test_contradicting_settings_are_named_with_their_values(load, overrides, sen
 def test_alternating_steps_need_the_torch_engine(load):
     assert "needs training.engine: torch" in refused(load, "pretrain.alternate=true")
     assert load("pretrain.alternate=true", "training.engine=torch").pretrain.alternate
+    assert "moves what ZeRO divides; set training.engine" in refused(load, "training.cpu_offload=true")
+    assert load("training.cpu_offload=true", "training.zero_stage=1").training.cpu_offload
 
 
 def test_items_that_are_read_must_be_masked(load):

@@ -371,6 +371,11 @@ class TrainingConfig(_Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         0, description="How far DeepSpeed divides optimizer state, gradients and parameters over the workers (ZeRO)."
     )
+    cpu_offload: bool = Field(
+        False,
+        description="Keep what ZeRO divides in the memory of the CPU: Adam's state, with zero_stage 3 also parameters. Needs "
+        "zero_stage 1 or more. Slower.",
+    )
     bf16: bool = Field(
         True,
         description="Compute backbone and heads in bfloat16 on GPUs and CPUs that multiply it natively, in float32 on "
@@ -404,6 +409,15 @@ class TrainingConfig(_Section):
         "validated. More saves time with a large language model. null: each epoch is validated.",
     )
     tensorboard: bool = Field(False, description="Write event files to runs/tensorboard/ below output_dir.")
+
+    @model_validator(mode="after")
+    def _offloads_what_is_divided(self) -> Self:
+        if self.cpu_offload and (self.engine != "deepspeed" or self.zero_stage == 0):
+            raise ValueError(
+                "training.cpu_offload moves what ZeRO divides; set training.engine to deepspeed and training.zero_stage to 1 or "
+                "more, or cpu_offload to false"
+            )
+        return self
 
 
 class Published(_Section):

@@ -267,6 +267,10 @@ class DeepSpeedEngine(Engine):
         }
         if self.training.zero_stage == 3:
             zero |= zero3.limits(self._module)
+        if self.training.cpu_offload:
+            zero["offload_optimizer"] = {"device": "cpu"}
+            if self.training.zero_stage == 3:
+                zero["offload_param"] = {"device": "cpu"}
         return {
             # 1, so that train_batch_size is accumulation × workers. The loop counts documents.
             "train_micro_batch_size_per_gpu": 1,
@@ -274,6 +278,7 @@ class DeepSpeedEngine(Engine):
             "gradient_clipping": self.training.gradient_clipping or 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # it would be compiled; torch has a fused Adam for CPUs
         }
 
 

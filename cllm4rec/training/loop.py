@@ -104,7 +104,8 @@ def train_phase(run: PhaseRun, number: int, checkpoint: Checkpoint, save: Callab
     device = model.collaborative_items.device
     if zero3.divides(config.training):
         device = zero3.local_device()
-        zero3.divide(model, model.precisions(precision_on(device, config.training.bf16)))
+        precisions = model.precisions(precision_on(device, config.training.bf16))
+        zero3.divide(model, precisions, config.training.cpu_offload)
     precision = precision_on(device, config.training.bf16)
     load_parameters(model, previous)
     if checkpoint.state:

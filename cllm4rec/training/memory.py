@@ -95,6 +95,12 @@ def training_memory(config: Config, sizes: Sizes, device: str) -> MemoryPlan:
     if stage == 3:
         parts["gathered layers"] = min(weights, 2 * weights // backbone.num_layers)
         parts["gathered ID tables"] = user_bytes + item_bytes
+    if training.cpu_offload and stage > 0 and device == "cuda":
+        # The host has them. Adam's state of user rows that are stepped one by one stays.
+        parts["Adam"] = user_adam if is_row_wise else 0
+        parts["DeepSpeed's copies of its share"] = 0
+        if stage == 3:
+            parts["language model"] = parts["ID tables"] = 0
     if device == "cpu":
         parts["best epoch and checkpoint"] = 2 * (user_bytes + item_bytes)
         parts["weights packed for validation"] = 0 if stage == 3 else _packed_bytes(backbone)

@@ -32,16 +32,16 @@ def local_device() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def divide(model: nn.Module, precisions: Mapping[str, torch.dtype]) -> None:
+def divide(model: nn.Module, precisions: Mapping[str, torch.dtype], on_cpu: bool = False) -> None:
     """Keep only this worker's share of every parameter, in place. Every worker must call it.
 
     Parameters are converted, moved to the device and divided one after the other. If they are memory-mapped, a worker therefore
     never holds more than its shares and one parameter.
-    precisions: of the parameters that are not to be in float32, by name.
+    precisions: of the parameters that are not to be in float32, by name. on_cpu: keep the shares in the memory of the CPU.
     """
     import deepspeed
 
-    deepspeed.zero.Init(module=_OneByOne(model, precisions))
+    deepspeed.zero.Init(module=_OneByOne(model, precisions), remote_device="cpu" if on_cpu else None)
     model.to(local_device())  # buffers
 
 

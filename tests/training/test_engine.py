@@ -91,6 +91,9 @@ def work(rank, port, folder):
         results[zero_stage, "parts of whole tables"] = train(**options, **PARTS, **WHOLE_TABLES)
         results[zero_stage, "from torch"] = train(**options, resumed=start)
         results[zero_stage, "backbone"] = train(**options, phase=BACKBONE_PHASE)
+        if zero_stage:
+            offloaded = results[zero_stage, "offloaded"] = train(**options, cpu_offload=True)
+            results[zero_stage, "offloaded resumed"] = train(**options, cpu_offload=True, resumed=offloaded["saved"][0])
     try:
         users_of_both = np.array([3])
         model = parity().make_model()
@@ -173,6 +176,12 @@ def test_a_resumed_worker_matches_an_uninterrupted_one(workers, zero_stage, vari
         resumed, uninterrupted = worker[zero_stage, f"{variant} resumed"], worker[zero_stage, variant]
         assert len(epochs(resumed)) == EPOCHS - 1
         assert distance(resumed["weights"], uninterrupted["weights"]) == 0
+
+
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES[1:])
+def test_offloading_to_the_cpu_changes_no_step(workers, zero_stage):
+    for variant in ("offloaded", "offloaded resumed"):
+        assert distance(workers[0][zero_stage, variant]["weights"], workers[0][zero_stage, "whole"]["weights"]) == 0
 
 
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)

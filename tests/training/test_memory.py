@@ -62,6 +62,9 @@ def test_id_width_zero_and_checkpointing_take_what_they_promise(stock):
     assert shared["DeepSpeed's copies of its share"] * 4 == items
     many = training_memory(config_of(stock, training={"zero_stage": 1}), Sizes(1000, 10**7, 128), "cuda").parts
     assert many["DeepSpeed's buffer of gradients"] == 50_000_000 * FLOAT32
+    on_host = training_memory(config_of(stock, training={"zero_stage": 3, "cpu_offload": True}), SIZES, "cuda").parts
+    assert not on_host.keys() & {"language model", "ID tables", "Adam", "DeepSpeed's copies of its share"}
+    assert on_host["gathered layers"] == divided["gathered layers"]
     part = "activations of 256 tokens"
     few = training_memory(config_of(stock, training={"gradient_checkpointing": True}), SIZES, "cuda").parts
     assert few[part] < whole[part] / 3
