@@ -17,8 +17,9 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
-import time
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,10 +48,19 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         return {"serve": checked.summary}
     with serving(config) as url:
         say(f"serve: {url}/v1/recommend (a page to try it: {url}/); Ctrl-C stops")
-        with contextlib.suppress(KeyboardInterrupt):
-            while True:
-                time.sleep(3600)
+        _wait_for_a_signal()
     return {"serve": {"url": url, "stopped": True}}
+
+
+def _wait_for_a_signal() -> None:
+    """Return after SIGINT or SIGTERM. A second one interrupts what comes then."""
+    stopped = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stopped.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -645,11 +645,19 @@ class ServeConfig(_Section):
         description="Address to listen on. Use 0.0.0.0 only behind a gateway and with CLLM4REC_API_KEYS set.",
     )
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="Port to listen on.")
-    min_replicas: Positive = Field(1, description="Fewest replicas.")
+    min_replicas: Positive = Field(
+        1, description="Fewest replicas. With 1, an outage follows the death of a replica; use 2 or more in production."
+    )
     max_replicas: Positive = Field(
         1, description="Most replicas. Above min_replicas, the number of replicas follows the load."
     )
     target_ongoing_requests: Positive = Field(16, description="Requests per replica that autoscaling aims at.")
+    upscale_delay_s: Annotated[float, Field(ge=0)] = Field(
+        30.0, description="Seconds that the load must stay above the target before replicas are added."
+    )
+    downscale_delay_s: Annotated[float, Field(ge=0)] = Field(
+        600.0, description="Seconds that the load must stay below the target before replicas are removed."
+    )
     max_batch_size: Positive = Field(32, description="Most requests that a replica answers in one batch.")
     batch_wait_timeout_s: Annotated[float, Field(ge=0)] = Field(
         0.005, description="Seconds that a batch with free places waits for more requests."

@@ -241,11 +241,13 @@ class RecommendReplica:
 def build(args: dict[str, Any]) -> Any:
     """The Serve Application for `serve run` and `cllm4rec serve`. args: the fields of ServeArgs.
 
-    Raises ConfigError for an unknown or wrong setting and ArtifactError for a missing directory, before any replica
-    starts. `host`, `port` and `request_timeout_s` belong to Serve's proxies, not to an application: pass
+    Raises ConfigError for an unknown or wrong setting or for missing keys, and ArtifactError for a missing directory, before
+    any replica starts. `host`, `port` and `request_timeout_s` belong to Serve's proxies, not to an application: pass
     `http_options(...)` to `ray.serve.start`, or write `http_options` in the Serve YAML.
     """
     settings = _parse(args)
+    # Keys that are set here and missing on a replica's node would silently open the endpoint.
+    needs_keys = bool(api_keys_of(os.environ, required=settings.require_api_keys))
     _check_that_a_model_is_there(*settings.directories())
     deployment = ray_serve.deployment(
         ray_serve.ingress()(RecommendReplica),
@@ -263,8 +265,7 @@ def build(args: dict[str, Any]) -> Any:
     return deployment.bind(
         settings.max_batch_size,
         settings.batch_wait_timeout_s,
-        # Keys that are set here and missing on a replica's node would silently open the endpoint.
-        settings.require_api_keys or API_KEYS_VARIABLE in os.environ,
+        needs_keys,
         settings.threads_per_replica,
         settings.max_wait_s,
         settings.max_queued_requests,
@@ -323,5 +324,7 @@ def _replicas(settings: ServeArgs) -> dict[str, Any]:
             "min_replicas": settings.min_replicas,
             "max_replicas": settings.max_replicas,
             "target_ongoing_requests": settings.target_ongoing_requests,
+            "upscale_delay_s": settings.upscale_delay_s,
+            "downscale_delay_s": settings.downscale_delay_s,
         }
     }

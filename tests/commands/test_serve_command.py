@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import socket
+import threading
 from types import SimpleNamespace
 
 import httpx
@@ -129,3 +131,21 @@ def test_check_prints_request_and_answer_and_returns_no_user_id(served, monkeypa
     shown = capsys.readouterr().out
     assert f'POST http://there/v1/recommend {{"user_id": "{user_id}", "k": 5}}' in shown
     assert "1.500  item-03      a book" in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_endpoint_which_then_ends_like_any_other_command(served, monkeypatch, number):
+    stopped = []
+
+    @contextlib.contextmanager
+    def serving(config):
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        yield "http://there"
+        stopped.append("in order")
+
+    monkeypatch.setattr(serve, "serving", serving)
+    before = signal.getsignal(number)
+    result = serve.run(parse_config(served), argparse.Namespace(check=False))
+    assert result == {"serve": {"url": "http://there", "stopped": True}}
+    assert stopped == ["in order"]
+    assert signal.getsignal(number) is before

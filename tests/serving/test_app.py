@@ -209,9 +209,11 @@ def test_settings_reach_the_deployment(paths):
 
 
 def test_replicas_follow_the_load_between_their_bounds(paths):
-    deployment = deployment_of({**paths, "min_replicas": 2, "max_replicas": 6, "target_ongoing_requests": 4})
-    scaling = deployment._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 6, 4)
+    given = {
+        "min_replicas": 2, "max_replicas": 6, "target_ongoing_requests": 4, "upscale_delay_s": 3, "downscale_delay_s": 7,
+    }  # fmt: skip
+    scaling = deployment_of(paths | given)._deployment_config.autoscaling_config
+    assert {name: getattr(scaling, name) for name in given} == given
 
 
 def test_replicas_elsewhere_get_paths_they_can_use(paths, monkeypatch):
@@ -252,6 +254,17 @@ def test_keys_of_the_submitter_must_exist_on_the_replica(paths, monkeypatch):
     monkeypatch.delenv("CLLM4REC_API_KEYS")
     with pytest.raises(ConfigError, match="CLLM4REC_API_KEYS"):
         RecommendReplica(*handed_over)
+
+
+@pytest.mark.parametrize(("keys", "required"), [("", False), (" , ", False), (None, True)])
+def test_endpoint_without_a_key_that_it_must_have_is_refused_before_a_replica_starts(
+    paths, monkeypatch, keys, required
+):
+    monkeypatch.delenv("CLLM4REC_API_KEYS", raising=False)
+    if keys is not None:
+        monkeypatch.setenv("CLLM4REC_API_KEYS", keys)
+    with pytest.raises(ConfigError, match="CLLM4REC_API_KEYS holds no key"):
+        build({**paths, "require_api_keys": required})
 
 
 def test_replica_computes_with_the_threads_it_is_given(paths, one_thread):
