@@ -41,7 +41,8 @@ from cllm4rec.serving.schemas import (
 from cllm4rec.serving.timing import TellTime
 
 API_KEYS_VARIABLE = "CLLM4REC_API_KEYS"
-OPEN_PATHS = ("/healthz", "/readyz")
+OPEN_PATHS = ("/healthz", "/readyz", "/", "/docs", "/openapi.json")
+"""Routes without a key: health, the page, and the contract, which are the same for every run."""
 
 Recommend = Callable[[RecommendRequest], Awaitable[RecommendResponse]]
 
@@ -119,7 +120,7 @@ def api_keys_of(environment: Mapping[str, str], required: bool = False) -> list[
 
 
 class RequireApiKey:
-    """ASGI middleware: 401 without `Authorization: Bearer KEY` or `X-API-Key: KEY`, except for the health routes.
+    """ASGI middleware: 401 without `Authorization: Bearer KEY` or `X-API-Key: KEY`, except for OPEN_PATHS.
 
     Keys are compared as digests, in constant time, and always with all keys, so that response times reveal nothing.
     """

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import re
+from pathlib import Path
 
+import httpx
 import pytest
 import schemathesis
 from fastapi.testclient import TestClient
@@ -12,7 +16,9 @@ from support.serving import FakeScorer, ask, client, post, recommender
 
 from cllm4rec.errors import ConfigError
 from cllm4rec.serving.batching import OverloadError
-from cllm4rec.serving.refusals import MAX_BODY_BYTES
+from cllm4rec.serving.bodies import ReadBody
+from cllm4rec.serving.gate import Gate, Window
+from cllm4rec.serving.refusals import MAX_BODY_BYTES, REFUSALS
 from cllm4rec.serving.schemas import MAX_TEXT_CHARS
 from cllm4rec.serving.web import api_keys_of, create_app
 
@@ -96,6 +102,89 @@ def test_an_unknown_field_is_refused_with_the_fields_that_exist():
     assert "the fields are user_id, history, exclude, k" in post(b'{"user_id": "u", "K": 3}').text
 
 
+def statuses() -> dict[int, str]:
+    """The table of the documentation."""
+    text = (Path(__file__).parents[2] / "docs/serving.md").read_text()
+    return {int(status): detail for status, detail in re.findall(r"^\| (\d{3}) \| (.+) \|$", text, re.MULTILINE)}
+
+
+def sheds(request):
+    raise OverloadError
+
+
+def breaks(request):
+    raise RuntimeError
+
+
+def answered(status: int) -> httpx.Response:
+    """An answer with this status, as a caller gets it."""
+    good, json_type = b'{"user_id": "u"}', {"content-type": "application/json"}
+    if status in (408, 503):
+        return asyncio.run(answered_by_the_gate(status))
+    if status in (429, 500):
+        app = create_app(sheds if status == 429 else breaks, lambda: None)
+        return post(good, TestClient(app, raise_server_exceptions=False))
+    method, path, body, headers = {
+        400: ("POST", "/v1/recommend", good.decode().encode("utf-16"), json_type),
+        401: ("POST", "/v1/recommend", good, json_type),
+        404: ("GET", "/nowhere", b"", {}),
+        405: ("GET", "/v1/recommend", b"", {}),
+        413: ("POST", "/v1/recommend", b" " * (MAX_BODY_BYTES + 1), json_type),
+        415: ("POST", "/v1/recommend", good, {}),
+        422: ("POST", "/v1/recommend", b"{}", json_type),
+    }[status]
+    return client(("key",) if status == 401 else ()).request(method, path, content=body, headers=headers)
+
+
+async def answered_by_the_gate(status: int) -> httpx.Response:
+    async def dies(scope, receive, send):
+        pass
+
+    async def drips():
+        await asyncio.sleep(1)
+        yield b"{"
+
+    app = ReadBody(Gate(dies, Window()), timeout_s=0.01)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://there") as caller:
+        return await caller.post("/v1/recommend", content=drips() if status == 408 else b"")
+
+
+@pytest.mark.parametrize("status", statuses())
+def test_every_status_of_the_documentation_occurs_with_its_detail(status):
+    response = answered(status)
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    detail = response.json()["detail"]
+    assert isinstance(detail, list) if status == 422 else detail == statuses()[status]
+    assert ("retry-after" in response.headers) == (status in (429, 503))
+
+
+def test_documentation_and_contract_know_every_status():
+    assert statuses() == REFUSALS
+    contract = client().get("/openapi.json").json()["paths"]["/v1/recommend"]["post"]["responses"]
+    described = {int(status): response["description"] for status, response in contract.items() if status != "200"}
+    assert described.items() <= REFUSALS.items()
+    assert REFUSALS.keys() - described.keys() == {404, 405}
+
+
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
+def test_body_that_is_not_said_to_be_json_is_refused_by_that_and_not_by_its_fields(content_type):
+    headers = {"content-type": content_type} if content_type else {}
+    response = client().post("/v1/recommend", content=b'{"user_id": "u"}', headers=headers)
+    assert response.status_code == 415
+    assert post(b'{"user_id": "u"}', **{"content-type": "Application/JSON; charset=utf-8"}).status_code == 200
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_json_in_another_encoding_than_utf_8_is_refused(encoding):
+    assert post('{"user_id": "u"}'.encode(encoding)).status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_probes_may_use_head(path):
+    assert client().head(path).status_code == 200
+
+
 def test_refusal_does_not_repeat_what_was_sent():
     response = post(b'{"user_id": ["canary-user"], "k": "canary-k"}')
     assert response.status_code == 422
@@ -135,7 +224,7 @@ def test_page_needs_nothing_from_the_internet(path):
     assert "default-src 'none'" in page.headers["content-security-policy"]
 
 
-CLOSED = ["/", "/docs", "/openapi.json", "/v1/recommend", "/no-such-route", "/healthz/../docs", "/v1/readyz"]
+CLOSED = ["/v1/recommend", "/no-such-route", "/healthz/", "/docs/x", "/openapi.json/", "/v1/readyz"]
 
 
 @pytest.mark.parametrize("path", CLOSED)
@@ -150,7 +239,7 @@ CLOSED = ["/", "/docs", "/openapi.json", "/v1/recommend", "/no-such-route", "/he
         {"authorization": "key-one"},
     ],
 )
-def test_every_route_but_health_asks_for_a_key(path, headers):
+def test_every_route_that_is_not_open_asks_for_a_key(path, headers):
     response = client(("key-one", "key-two")).get(path, headers=headers)
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
@@ -165,8 +254,17 @@ def test_each_key_opens_in_either_header(headers):
     assert closed.get("/openapi.json", headers=headers).status_code == 200
 
 
-def test_health_is_open_where_keys_are_asked_for():
-    assert [client(("key",)).get(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/", "/docs", "/openapi.json"])
+def test_health_page_and_contract_are_open_where_keys_are_asked_for(path):
+    assert client(("key",)).get(path).status_code == 200
+
+
+def test_page_sends_the_key_that_is_typed_into_it_and_stores_it_nowhere():
+    page = client().get("/").text
+    assert '<input name="api_key" type="password" autocomplete="off">' in page
+    assert 'headers["x-api-key"] = field.get("api_key")' in page
+    for store in ("localStorage", "sessionStorage", "cookie", "indexedDB"):
+        assert store not in page
 
 
 def test_keys_are_read_from_the_environment_and_a_closed_endpoint_never_opens_by_mistake():
