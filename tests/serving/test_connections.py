@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 import uvicorn
+import uvloop
 from starlette.responses import PlainTextResponse
 
-from cllm4rec.serving.connections import limited_protocol
+from cllm4rec.serving.connections import QuickServer, limited_protocol
 
 REQUEST = b"POST /v1/recommend HTTP/1.1\r\nhost: there\r\ncontent-length: 4\r\n\r\nbody"
 HEALTH = b"GET /healthz?deep=1 HTTP/1.1\r\nhost: there\r\n\r\n"
@@ -46,11 +48,12 @@ def with_server(
 
     async def run() -> None:
         protocol = limited_protocol(lambda: state.is_full, **options)
-        server = uvicorn.Server(uvicorn.Config(app, port=0, http=protocol, lifespan="off", log_config=None))
-        running = asyncio.create_task(server.serve())
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = QuickServer(uvicorn.Config(app, http=protocol, lifespan="off", log_config=None))
+        running = asyncio.create_task(server.serve(sockets=[listening]))
         while not server.started:
             await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
+        port = listening.getsockname()[1]
         writers = []
 
         async def connect() -> Connection:
@@ -66,7 +69,7 @@ def with_server(
             server.should_exit = True
             await running
 
-    asyncio.run(run())
+    asyncio.Runner(loop_factory=uvloop.new_event_loop).run(run())
 
 
 def test_refusal_is_complete_and_leaves_the_connection_usable():
@@ -150,3 +153,19 @@ def test_time_limit_of_headers_is_not_one_of_answers():
         assert await connection.ask(REQUEST[-4:]) == 200
 
     with_server(scenario, header_timeout_s=0.1)
+
+
+def test_callers_who_connect_at_once_do_not_wait_for_a_turn_of_the_busy_loop_each():
+    async def scenario(connect, state) -> None:
+        turns, address = 0, (await connect()).writer.get_extra_info("peername")
+        callers = [socket.create_connection(address) for _ in range(64)]
+        for caller in callers:
+            caller.sendall(REQUEST)
+        while len(state.paths) < len(callers) and turns < 1000:
+            turns += 1
+            await asyncio.sleep(0)
+        for caller in callers:
+            caller.close()
+        assert turns < len(callers)
+
+    with_server(scenario)

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 import uvicorn.protocols.http.auto
 from starlette.responses import JSONResponse, Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -113,8 +114,9 @@ def in_turn(*apps: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[No
 
 @pytest.fixture(autouse=True)
 def unchanged_server(monkeypatch):
-    """`middlewares` changes the protocol of the servers of its process."""
+    """`middlewares` changes the servers of its process."""
     monkeypatch.setattr(uvicorn.protocols.http.auto, "AutoHTTPProtocol", HttpToolsProtocol)
+    monkeypatch.setattr(uvicorn, "Server", uvicorn.Server)
 
 
 def gate_around(app: Any, **options: Any) -> Any:
