@@ -61,6 +61,9 @@ SPECIAL: dict[str, Any] = {
     "data.interactions.path": ["more.jsonl", "interactions.jsonl"],
     "data.interactions.format": "amazon2014",
     "data.interactions.columns.text": "review",
+    "data.interactions.delimiter": ";",
+    "data.interactions.encoding": "latin-1",
+    "data.interactions.decimal": ",",
     "data.interactions.time_unit": "ms",
     "data.interactions.time_format": "%d/%m/%Y",
     "data.items": {"path": "items.jsonl", "columns": {"item": "i", "text": "t"}},
@@ -130,7 +133,8 @@ def raw_config(folder: Path) -> dict[str, Any]:
     return {
         "output_dir": str(folder / "run"),
         "run_date": "2026-01-01",
-        "data": {"interactions": {"path": str(folder / "interactions.jsonl"), "columns": columns}},
+        # csv, because only then there is a delimiter
+        "data": {"interactions": {"path": str(folder / "interactions.jsonl"), "format": "csv", "columns": columns}},
         **BASE_SETTINGS,
         "score": {"rules": {"categories": str(folder / "categories.csv"), "max_per_category": 2}},
     }

@@ -157,8 +157,8 @@ def _key(problem: Any, raw: Any) -> str:
 
 def _sentence(key: str, problems: list[Any]) -> str:
     ours = [problem["msg"].removeprefix("Value error, ") for problem in problems if problem["type"] == "value_error"]
-    if ours:
-        return "; ".join(ours)  # these name their keys
+    if ours:  # these name their keys, but for sections that occur in several places
+        return "; ".join(sentence if key in sentence else f"{key}: {sentence}" for sentence in ours)
     if problems[0]["type"] == "missing":
         return f"{key} is missing"
     if problems[0]["type"] == "extra_forbidden":

@@ -52,8 +52,8 @@ class Source(_Section):
     """Files of one kind."""
 
     path: str | list[str] = Field(
-        description="A file, a glob, a Delta table, or a list of them; local paths or fsspec URIs. Names that end in .gz "
-        "are read as gzip."
+        description="A file, a glob, a Delta table, a folder of Parquet files, or a list of them; local paths or fsspec URIs. Files "
+        "whose names end in .gz, .bz2, .xz or .zst are unpacked."
     )
     format: Format = Field(
         "jsonl",
@@ -61,6 +61,17 @@ class Source(_Section):
         "theirs.",
     )
     columns: Columns = Columns()
+    delimiter: str | None = Field(
+        None, min_length=1, description="What separates the columns of csv and tsv. null: a comma, a tab."
+    )
+    encoding: str | None = Field(
+        None,
+        description="Encoding of text files, such as latin-1 or cp1252. null: UTF-8 (movielens: Latin-1 where a line is not "
+        "UTF-8).",
+    )
+    decimal: Literal[".", ","] | None = Field(
+        None, description="What stands before the fraction of a rating in text. null: a point."
+    )
     time_unit: Literal["s", "ms", "us", "ns"] | None = Field(
         None,
         description="Unit of times that are numbers since 1970. null: the format's own (ms for amazon2023, else s).",
@@ -70,6 +81,29 @@ class Source(_Section):
         description="How times are written, as a format of strptime such as %d/%m/%Y. null: numbers, ISO 8601 and other dates "
         "that can mean one day only.",
     )
+
+    @model_validator(mode="after")
+    def _text_can_be_read(self) -> Self:
+        if self.delimiter is not None and self.format not in ("csv", "tsv"):
+            raise ValueError(f"delimiter is for the formats csv and tsv; format {self.format} has its own")
+        is_one = self.delimiter is None or (len(self.delimiter) == 1 and self.delimiter.isascii())
+        if self.format == "csv" and (not is_one or self.delimiter in ('"', "\n", "\r")):
+            raise ValueError(
+                f"delimiter {self.delimiter!r} is not one ASCII character; use format tsv for files without quotes"
+            )
+        if self.encoding is not None and not _writes_ascii(self.encoding):
+            raise ValueError(
+                f"encoding {self.encoding!r} is not known, or does not write ASCII as single bytes; write the files as UTF-8"
+            )
+        return self
+
+
+def _writes_ascii(encoding: str) -> bool:
+    """Files are divided into lines and columns before they are decoded."""
+    try:
+        return '\n,;"'.encode(encoding) == b'\n,;"'
+    except LookupError:
+        return False
 
 
 class Split(_Section):

@@ -92,6 +92,9 @@ class Layout:
     """The names of all columns in file order, for formats whose records do not contain them."""
     clock: Clock = IN_SECONDS
     """How times are written."""
+    encoding: str | None = None
+    """Of text; None: UTF-8, and for MovieLens Latin-1 where a line is not UTF-8."""
+    decimal: str = "."
 
     @property
     def shape(self) -> str:
@@ -109,8 +112,16 @@ class Layout:
     @property
     def file_labels(self) -> list[str]:
         """The names of the files without their common folder, for quarantine and messages."""
+        if any("::" in file for file in self.files):
+            return [short_name(file) for file in self.files]
         folder = posixpath.dirname(posixpath.commonprefix([f"{posixpath.dirname(file)}/" for file in self.files]))
         return [file[len(folder) :].lstrip("/") for file in self.files]
+
+
+def short_name(file: str) -> str:
+    """The name of a file for messages: ratings.csv, or zip://ratings.csv::all.zip of a chained URI."""
+    *outer, last = file.split("::")
+    return "::".join([*outer, posixpath.basename(last)])
 
 
 def named_columns(columns: Columns) -> list[str]:

@@ -12,18 +12,15 @@ import ast
 import codecs
 import csv
 import dataclasses
-import gzip
 import json
-import posixpath
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cllm4rec.config import DataConfig
-from cllm4rec.data.formats import Layout, named_columns
+from cllm4rec.data.formats import FORMATS, Layout, named_columns, short_name
+from cllm4rec.data.raw_files import is_damage, open_file, open_parquet, partitions
 from cllm4rec.data.times import NO_TIME, of_arrow
 from cllm4rec.data.values import (
     BAD_RATING,
@@ -40,7 +37,6 @@ from cllm4rec.data.values import (
     clean,
 )
 from cllm4rec.errors import DataError
-from cllm4rec.storage.files import filesystem
 
 CHUNK_BYTES = 1 << 20
 PARQUET_ROWS = 1024
@@ -49,8 +45,9 @@ TOO_LONG = "line is longer than data.max_line_bytes"
 NOT_JSON = "not a JSON object"
 COLUMN_COUNT = "number of columns differs from the header's"
 NOT_CSV = "quotes are not those of a CSV file"
+OTHER_ENCODING = "not in the encoding that the source names"
 UNREADABLE = "a value cannot be read"
-DAMAGED_GZIP = "the gzip file is damaged or cut short from here on"
+DAMAGED = "the packed file is damaged or cut short from here on"
 
 RECORDS = pa.schema([("line", pa.int64()), ("record", pa.large_binary()), ("reason", pa.string())])
 """What `read_records` yields: the bytes of a record, or null and the reason why it was refused."""
@@ -84,6 +81,9 @@ def require(names: Iterable[str], found: Sequence[str], layout: Layout) -> None:
     missing = [name for name in names if name not in found]
     if missing:
         advice = ", or set data.min_rating to null" if missing[0] == layout.columns.rating else ""
+        other = next((mark for mark in ";\t|," if mark in found[0]), None) if len(found) == 1 else None
+        if other and FORMATS[layout.format].delimiter and other != layout.delimiter:
+            advice = f", or set data.{layout.role}.delimiter to {other!r}"
         raise DataError(
             f"column '{missing[0]}' not found in {layout.file_labels[0]}; it has: {', '.join(found)}; "
             f"correct data.{layout.role}.columns or data.{layout.role}.format{advice}"
@@ -98,29 +98,6 @@ def require_once(names: Iterable[str], found: Sequence[str], layout: Layout) -> 
                 f"column '{name}' stands {found.count(name)} times in {layout.file_labels[0]} (data.{layout.role}); rename or "
                 "remove all but one"
             )
-
-
-def open_file(file: str, layout: Layout) -> Any:
-    """The bytes of a file, unpacked if its name ends in .gz."""
-    fs, path = filesystem(file)
-    stream = fs.open(path, "rb")
-    packed = stream.read(2) == b"\x1f\x8b"
-    stream.seek(0)
-    label = posixpath.basename(file)
-    if file.endswith(".gz") and not packed:
-        raise DataError(f"{label} (data.{layout.role}) is not a gzip file; rename it without .gz or pack it again")
-    if packed and not file.endswith(".gz"):
-        raise DataError(f"{label} (data.{layout.role}) is a gzip file; give it a name that ends in .gz")
-    return gzip.GzipFile(fileobj=stream, mode="rb") if packed else stream
-
-
-def open_parquet(file: str, layout: Layout) -> Any:
-    fs, path = filesystem(file)
-    try:
-        return pq.ParquetFile(fs.open(path, "rb"))
-    except pa.ArrowInvalid:
-        label = posixpath.basename(file)
-        raise DataError(f"{label} is not a parquet file; correct data.{layout.role}.format") from None
 
 
 def header_of(line: bytes, layout: Layout) -> tuple[str, ...]:
@@ -152,22 +129,24 @@ def read_records(file: str, layout: Layout, limits: Limits) -> Iterator[pa.Table
     with open_file(file, layout) as stream:
         lines = numbered_lines(stream, limits.max_line_bytes)
         if layout.shape == "csv":
-            lines = _quoted_records(lines, limits.max_line_bytes)
+            lines = _quoted_records(lines, limits.max_line_bytes, layout.delimiter)
         if layout.has_header:
-            _check_header(next(lines, (1, "")), file, layout)
+            lines = _without_headers(lines, file, layout)
         yield from _tables(lines)
 
 
 def _lines(stream: Any, max_bytes: int) -> Iterator[bytes | str]:
     """Each line without its end as bytes. A `str` is the reason why a line is refused."""
     rest, skipping = b"", False
-    # Small steps: at the end of a truncated gzip file, `read` would lose everything it has unpacked so far.
+    # Small steps: at the end of a truncated file, `read` would lose everything it has unpacked so far.
     read = getattr(stream, "read1", stream.read)
     while True:
         try:
             piece = read(CHUNK_BYTES)
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            yield DAMAGED_GZIP
+        except Exception as error:
+            if not is_damage(error):
+                raise
+            yield DAMAGED
             return
         if not piece:
             break
@@ -191,7 +170,9 @@ def numbered_lines(stream: Any, max_bytes: int) -> Iterator[tuple[int, bytes | s
             yield number, line
 
 
-def _quoted_records(lines: Iterator[tuple[int, bytes | str]], max_bytes: int) -> Iterator[tuple[int, bytes | str]]:
+def _quoted_records(
+    lines: Iterator[tuple[int, bytes | str]], max_bytes: int, delimiter: str
+) -> Iterator[tuple[int, bytes | str]]:
     """Join the lines of each quoted field that spans several lines.
 
     A record that exceeds the limit or never ends is refused line by line, so that each line is counted.
@@ -199,7 +180,7 @@ def _quoted_records(lines: Iterator[tuple[int, bytes | str]], max_bytes: int) ->
     held: list[tuple[int, bytes]] = []
     size = 0
     for number, line in lines:
-        if isinstance(line, str) or (not held and not _leaves_quote_open(line)):
+        if isinstance(line, str) or (not held and not _leaves_quote_open(line, delimiter)):
             yield number, line
             continue
         closes = bool(held) and line.count(b'"') % 2 == 1
@@ -214,24 +195,35 @@ def _quoted_records(lines: Iterator[tuple[int, bytes | str]], max_bytes: int) ->
     yield from ((number, NOT_CSV) for number, _ in held)
 
 
-def _leaves_quote_open(line: bytes) -> bool:
+def _leaves_quote_open(line: bytes, delimiter: str) -> bool:
     if b'"' not in line:
         return False
     try:
-        next(csv.reader([line.decode("latin-1")], strict=True))
+        next(csv.reader([line.decode("latin-1")], strict=True, delimiter=delimiter))
     except csv.Error as error:
         return "unexpected end" in str(error)
     return False
 
 
-def _check_header(first: tuple[int, bytes | str], file: str, layout: Layout) -> None:
-    line = first[1]
-    names = header_of(line, layout) if isinstance(line, bytes) else ()
-    if names != layout.names:
-        raise DataError(
-            f"{posixpath.basename(file)} has the columns {', '.join(names)}, but {layout.file_labels[0]} has "
-            f"{', '.join(layout.names)}; give all files of data.{layout.role} the same header"
-        )
+def _without_headers(
+    lines: Iterator[tuple[int, bytes | str]], file: str, layout: Layout
+) -> Iterator[tuple[int, bytes | str]]:
+    """The lines without the header, which files that were written one after another into one have several times.
+
+    Raises DataError if the header is not that of the first file. An empty file has none.
+    """
+    header = None
+    for number, line in lines:
+        if header is None:
+            header = line
+            names = header_of(line, layout) if isinstance(line, bytes) else ()
+            if names != layout.names:
+                raise DataError(
+                    f"{short_name(file)} has the columns {', '.join(names)}, but {layout.file_labels[0]} has "
+                    f"{', '.join(layout.names)}; give all files of data.{layout.role} the same header"
+                )
+        elif line != header:
+            yield number, line
 
 
 def _tables(lines: Iterator[tuple[int, bytes | str]]) -> Iterator[pa.Table]:
@@ -254,13 +246,16 @@ def _tables(lines: Iterator[tuple[int, bytes | str]]) -> Iterator[pa.Table]:
 
 def _parquet_records(file: str, layout: Layout) -> Iterator[pa.Table]:
     """Blocks of rows as Arrow IPC streams, which fit in the same column as lines of text."""
-    parquet = open_parquet(file, layout)
-    names = named_columns(layout.columns)
-    here = dataclasses.replace(layout, files=(file,))
-    require(names, parquet.schema_arrow.names, here)
-    require_once(names, parquet.schema_arrow.names, here)
+    parquet, in_folders = open_parquet(file, layout), partitions(file)
+    stored = parquet.schema_arrow.names
+    names, here = named_columns(layout.columns), dataclasses.replace(layout, files=(file,))
+    require(names, [*stored, *in_folders], here)
+    require_once(names, stored, here)
     row = 1
-    for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=names):
+    for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=[name for name in names if name in stored]):
+        for name in names:
+            if name not in stored:
+                batch = batch.append_column(name, pa.repeat(pa.scalar(in_folders[name], pa.string()), len(batch)))
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
@@ -337,11 +332,11 @@ def decoded(record: bytes, layout: Layout) -> str:
     if b"\0" in record:
         raise Refused(NUL)
     try:
-        return record.decode("utf-8")
+        return record.decode(layout.encoding or "utf-8")
     except UnicodeDecodeError:
         if layout.format == "movielens":  # GroupLens wrote its files in Latin-1
             return record.decode("latin-1")
-        raise Refused(NOT_UTF8) from None
+        raise Refused(OTHER_ENCODING if layout.encoding else NOT_UTF8) from None
 
 
 def json_fields(text: str, layout: Layout) -> dict[str, Any]:
@@ -366,7 +361,7 @@ def _split(text: str, layout: Layout) -> list[str]:
     if layout.shape != "csv":
         return text.split(layout.delimiter)
     try:
-        return next(csv.reader([text], strict=True), [])
+        return next(csv.reader([text], strict=True, delimiter=layout.delimiter), [])
     except csv.Error:
         raise Refused(NOT_CSV) from None
 
@@ -388,7 +383,7 @@ def _validated(
     longest = limits.max_id_chars
     user = as_id(fields.get(columns.user), NO_USER, LONG_USER, longest) if columns.user else None
     item = as_id(fields.get(columns.item), NO_ITEM, LONG_ITEM, longest) if columns.item else None
-    rating = as_number(fields.get(columns.rating), BAD_RATING) if columns.rating else None
+    rating = as_number(fields.get(columns.rating), BAD_RATING, layout.decimal) if columns.rating else None
     time = layout.clock.seconds(fields.get(columns.timestamp)) if columns.timestamp else NO_TIME
     parts = (as_text(fields.get(name)) for name in layout.text_columns)
     text = clean(" ".join(part for part in parts if part))

@@ -8,21 +8,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import posixpath
+import tarfile
+import zipfile
+from typing import Any
 
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from cllm4rec.config import Columns, Source
-from cllm4rec.data.formats import FORMATS, MOVIELENS_NAMES, Layout, Role, named_columns
+from cllm4rec.data.formats import FORMATS, MOVIELENS_NAMES, Layout, Role, named_columns, short_name
+from cllm4rec.data.raw_files import open_file, open_parquet, partitions
 from cllm4rec.data.records import (
     CHUNK_BYTES,
     decoded,
     header_of,
     json_fields,
     numbered_lines,
-    open_file,
-    open_parquet,
     require,
     require_once,
 )
@@ -48,8 +49,18 @@ def inspect(source: Source, role: Role, min_rating: float | None) -> Layout:
     files = tuple(source_files(source, role))
     own = FORMATS[source.format]
     clock = Clock(source.time_unit or own.time_unit, source.time_format)
-    layout = Layout(role, files, source.format, wanted, own.delimiter, clock=clock)
-    found, layout = _columns_found(layout)
+    found, layout = _columns_found(
+        Layout(
+            role,
+            files,
+            source.format,
+            wanted,
+            source.delimiter or own.delimiter,
+            clock=clock,
+            encoding=source.encoding,
+            decimal=source.decimal or ".",
+        )
+    )
     optional = _optional(source, role, wanted)
     require([name for name in named_columns(wanted) if name not in optional], found, layout)
     require_once(named_columns(wanted), found, layout)
@@ -63,7 +74,7 @@ def inspect(source: Source, role: Role, min_rating: float | None) -> Layout:
 def source_files(source: Source, role: Role) -> list[str]:
     """The files of a source as absolute paths or URIs, globs expanded and sorted. Raises DataError if one is missing."""
     patterns = [source.path] if isinstance(source.path, str) else source.path
-    expand = _files_of_table if source.format == "delta" else _expand
+    expand = {"delta": _files_of_table, "parquet": _files_of_folder}.get(source.format, _expand)
     files = [file for pattern in patterns for file in expand(pattern, role)]
     if not files:
         raise ConfigError(f"data.{role}.path is an empty list; name at least one file")
@@ -75,7 +86,7 @@ def fingerprint(file: str) -> tuple[str, int, str]:
     fs, path = filesystem(file)
     size = int(fs.size(path))
     content = digest_of_file(file) if size <= MAX_DIGESTED_BYTES else str(fs.modified(path))
-    return posixpath.basename(file), size, content
+    return short_name(file), size, content
 
 
 def _files_of_table(uri: str, role: Role) -> list[str]:
@@ -88,22 +99,41 @@ def _files_of_table(uri: str, role: Role) -> list[str]:
             f"data.{role}.path {uri} cannot be read as a Delta table ({reason}); check the path, or write the table again "
             "without the unsupported feature"
         ) from None
-    if table.metadata().partition_columns:
-        raise DataError(
-            f"data.{role}.path {uri} is a partitioned Delta table, which is not supported; write it without partitions"
-        )
+    for column in table.metadata().partition_columns:
+        if not all(column in partitions(file) for file in files):
+            raise DataError(
+                f"data.{role}.path {uri} is partitioned by {column}, and the folders of its files do not name it; write the "
+                "table again without column mapping"
+            )
     if not files:
         raise DataError(f"data.{role}.path {uri} is a Delta table without rows; check the path")
     return files
 
 
+def _files_of_folder(path: str, role: Role) -> list[str]:
+    """The files of a folder as Spark and Hive write it, without those whose names begin with _ or a dot; or of a pattern."""
+    fs, folder = _opened(path, role)
+    if not fs.isdir(folder):
+        return _expand(path, role)
+    names = [str(file)[len(folder.rstrip("/")) + 1 :] for file in fs.find(folder)]
+    files = [join(absolute(path), name) for name in sorted(names) if not _is_hidden(name)]
+    if not files:
+        raise DataError(f"data.{role}.path {path} is a folder without files; check the path")
+    return files
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(("_", ".")) and "=" not in part for part in name.split("/"))
+
+
 def _expand(pattern: str, role: Role) -> list[str]:
-    fs, path = filesystem(pattern)
-    if any(character in pattern for character in "*?["):
+    fs, path = _opened(pattern, role)
+    # A name may hold such a character too, as URLs with a query do.
+    if any(character in pattern for character in "*?[") and not fs.exists(path):
         files = sorted(str(file) for file in fs.glob(path) if fs.isfile(file))
         if not files:
             raise DataError(f"data.{role}.path {pattern} matches no file; check the pattern")
-        return [absolute(str(fs.unstrip_protocol(file))) for file in files]
+        return [absolute(_uri_of_match(pattern, fs, file)) for file in files]
     if fs.isdir(path):
         raise DataError(f"data.{role}.path {pattern} is a folder; name its files, for example {pattern.rstrip('/')}/*")
     if not fs.exists(path):
@@ -111,6 +141,25 @@ def _expand(pattern: str, role: Role) -> list[str]:
             f"data.{role}.path {pattern} does not exist; correct it in the config, or add data.{role}.path=FILE to the command"
         )
     return [absolute(pattern)]
+
+
+def _opened(uri: str, role: Role) -> tuple[Any, str]:
+    """The file system of a URI and the path on it. Raises DataError if it cannot be opened."""
+    try:
+        return filesystem(uri)
+    except (OSError, ValueError, ImportError, zipfile.BadZipFile, tarfile.TarError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"data.{role}.path {uri} cannot be opened ({reason}); correct the path") from None
+
+
+def _uri_of_match(pattern: str, fs: Any, file: str) -> str:
+    """The URI of a file that a pattern matches. Of a chain such as zip://*.csv::all.zip the first link with a path is it."""
+    first, chained, rest = pattern.partition("::")
+    if not chained:
+        return str(fs.unstrip_protocol(file))
+    if "://" in first:
+        return f"{first.partition('://')[0]}://{file}::{rest}"
+    return f"{first}::{_uri_of_match(rest, filesystem(rest)[0], file)}"
 
 
 def _wanted_columns(source: Source, role: Role, min_rating: float | None) -> Columns:
@@ -142,10 +191,10 @@ def _optional(source: Source, role: Role, wanted: Columns) -> set[str]:
 
 def _columns_found(layout: Layout) -> tuple[list[str], Layout]:
     """The columns of the first file, and the layout with what is known only from that file."""
-    file = layout.files[0]
     if layout.shape == "parquet":
-        return open_parquet(file, layout).schema_arrow.names, layout
-    head = _head(file, layout)
+        file = layout.files[0]
+        return [*dict.fromkeys(partitions(file)), *open_parquet(file, layout).schema_arrow.names], layout
+    head = _head(layout)
     if layout.shape == "json":
         return _json_columns(head, layout), layout
     if layout.format == "movielens":
@@ -155,15 +204,19 @@ def _columns_found(layout: Layout) -> tuple[list[str], Layout]:
     return list(layout.names), layout
 
 
-def _head(file: str, layout: Layout) -> list[bytes]:
-    with open_file(file, layout) as stream:
-        lines = (line for _, line in numbered_lines(stream, CHUNK_BYTES) if isinstance(line, bytes))
-        head = list(itertools.islice(lines, LOOK_AT_LINES))
-    # Of several files the first may be empty but for its header.
-    if len(head) <= (layout.has_header and len(layout.files) == 1):
-        what = "a header and no rows" if head else "no rows"
-        raise DataError(f"{layout.file_labels[0]} (data.{layout.role}) holds {what}; check the path")
-    return head
+def _head(layout: Layout) -> list[bytes]:
+    """The first lines of the first file that has any: of the files that a cluster writes, some are empty."""
+    for file in layout.files:
+        with open_file(file, layout) as stream:
+            lines = (line for _, line in numbered_lines(stream, CHUNK_BYTES) if isinstance(line, bytes))
+            head = list(itertools.islice(lines, LOOK_AT_LINES))
+        # Of several files the first may be empty but for its header.
+        if len(head) > (layout.has_header and len(layout.files) == 1):
+            return head
+    label, what = layout.file_labels[0], "a header and no rows" if head else "no rows"
+    if len(layout.files) > 1:
+        label = f"{label} and the other {len(layout.files) - 1} files"
+    raise DataError(f"{label} (data.{layout.role}) holds {what}; check the path, or write the file again")
 
 
 def _json_columns(head: list[bytes], layout: Layout) -> list[str]:

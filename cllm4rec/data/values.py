@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import decimal
 import math
 import uuid
+from decimal import Decimal
 from typing import Any
 
 MAX_TEXT_DEPTH = 8
@@ -37,7 +37,7 @@ def as_id(value: Any, missing: str, too_long: str, max_chars: int) -> str:
             raise Refused(NOT_UTF8) from None
     if isinstance(value, uuid.UUID):
         value = str(value)
-    if isinstance(value, float | decimal.Decimal):
+    if isinstance(value, float | Decimal):
         value = int(value) if value == value and -MAX_WHOLE <= value <= MAX_WHOLE and value == int(value) else None
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
@@ -61,8 +61,12 @@ def clean(text: str) -> str:
     return text.strip()
 
 
-def as_number(value: Any, reason: str) -> float:
-    """A finite number, or a string with one (CSV has only strings)."""
+def as_number(value: Any, reason: str, decimal: str = ".") -> float:
+    """A finite number, or a string with one (CSV has only strings). decimal: what stands before its fraction."""
+    if isinstance(value, str) and "," in value:
+        if decimal != ",":
+            raise Refused(f"{reason} (see decimal)")
+        value = value.replace(",", ".")
     if value is None or isinstance(value, bool) or (isinstance(value, str) and "_" in value):
         raise Refused(reason)
     try:

@@ -25,7 +25,7 @@ from cllm4rec.data.formats import Layout
 from cllm4rec.data.ingest import by_column, map_records
 from cllm4rec.data.prepared import bucket_of
 from cllm4rec.data.ray_data import RayExecutor
-from cllm4rec.data.records import DAMAGED_GZIP, Limits, parse_records
+from cllm4rec.data.records import DAMAGED, Limits, parse_records
 from cllm4rec.data.sources import fingerprint, inspect, source_files
 from cllm4rec.data.split import hash_ids
 from cllm4rec.errors import ConfigError, DataError
@@ -84,7 +84,7 @@ def events_digest(source: Source | None, min_rating: float | None) -> str:
         return "none"
     with _naming_events():
         files = [fingerprint(file) for file in source_files(source, "interactions")]
-    return digest_of([files, source.model_dump(), min_rating])
+    return digest_of([files, source.model_dump(exclude_none=True), min_rating])
 
 
 def num_bytes(source: Source) -> int:
@@ -120,7 +120,7 @@ def stage_events(
         )
     if counts["damaged"]:
         raise DataError(
-            "a gzip file of nightly.events is damaged or truncated; copy it again, then run cllm4rec nightly again"
+            "a packed file of nightly.events is damaged or truncated; copy it again, then run cllm4rec nightly again"
         )
     if counts["refused"] > max_bad_fraction * counts["rows"]:
         raise DataError(
@@ -145,7 +145,7 @@ def _divide_block(
         counted = {
             "rows": len(rows),
             "refused": len(rows) - len(good),
-            "damaged": pc.sum(pc.equal(rows["reason"], DAMAGED_GZIP)).as_py() or 0,
+            "damaged": pc.sum(pc.equal(rows["reason"], DAMAGED)).as_py() or 0,
             "below_threshold": len(good) - len(liked),
             "unknown_items": len(liked) - len(known),
             "kept": len(known),

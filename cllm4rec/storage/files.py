@@ -25,9 +25,10 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
 
 def absolute(uri: str) -> str:
-    """The URI in a form that does not depend on the working directory."""
-    fs, path = filesystem(uri)
-    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+    """The URI in a form that does not depend on the working directory. Of a chained URI the last link names the place."""
+    *outer, last = uri.split("::")
+    fs, path = filesystem(last)
+    return "::".join([*outer, path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))])
 
 
 def join(uri: str, *parts: str) -> str:

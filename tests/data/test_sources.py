@@ -1,22 +1,27 @@
 """Formats, validation and what is refused; no Ray."""
 
+import bz2
 import gzip
 import json
+import lzma
+import tarfile
 import tracemalloc
 import uuid
+import zipfile
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 from deltalake import write_deltalake
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cllm4rec.config import Columns, Source
+from cllm4rec.config import Columns, Source, parse_config
 from cllm4rec.data import records, times, values
 from cllm4rec.data.formats import Layout, Role
 from cllm4rec.data.records import Limits, parse_records, read_records
@@ -307,16 +312,6 @@ def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
     assert peak < 20 << 20
 
 
-def test_a_gzip_file_cut_short_keeps_its_whole_lines_and_says_so(tmp_path: Path) -> None:
-    good = json.dumps(GOOD).encode() + b"\n"
-    packed = gzip.compress(good * 20_000, compresslevel=0)
-    (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    rows = read(tmp_path / "a.jsonl.gz")
-    assert [row["reason"] for row in rows[:-1]] == [None] * (len(rows) - 1)
-    assert len(rows) > 1000
-    assert (rows[-1]["line"], rows[-1]["reason"]) == (len(rows), records.DAMAGED_GZIP)
-
-
 def test_a_quoted_field_may_go_over_lines_and_hold_quotes_and_delimiters(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(
         'reader,book,stars,when,note\nanna,b1,5,1,"two\nlines, ""quoted""\nthree"\nben,b2,4,2,5" tape\ncleo,b3,4,3,x\n'
@@ -386,8 +381,6 @@ def test_each_thing_that_does_not_fit_is_named_in_one_sentence(tmp_path: Path) -
     assert "not of format movielens" in complaint(tmp_path, "1,2,3,4\n", format="movielens", columns=Columns())
     assert "header is not typed" in complaint(tmp_path, "user_id\titem_id\n1\t2\n", format="recbole", columns=Columns())
     assert "is not a parquet file" in complaint(tmp_path, "reader,book\n1,2\n", format="parquet")
-    assert "is not a gzip file" in complaint(tmp_path, "{}\n", "notes.gz")
-    assert "name that ends in .gz" in complaint(tmp_path, gzip.compress(b"{}\n"), "packed.jsonl")
     assert "does not say which column of data.interactions is the user" in complaint(
         tmp_path, "{}\n", columns=Columns()
     )
@@ -435,11 +428,180 @@ def test_a_delta_table_is_its_newest_rows_wherever_it_lies(tmp_path):
     assert [row["user"] for row in rows_of(layout)] == ["u"]
 
 
-def test_a_delta_table_that_cannot_be_read_as_files_is_refused(tmp_path):
+def test_a_delta_table_that_cannot_be_read_is_refused(tmp_path):
     source = Source(path=str(tmp_path / "nothing"), format="delta", columns=Columns(user="reader", item="book"))
     with pytest.raises(DataError, match="cannot be read as a Delta table"):
         inspect(source, "interactions", None)
-    uri = str(tmp_path / "parted")
-    write_deltalake(uri, pa.table({"reader": ["u"], "book": ["i"], "day": ["mon"]}), partition_by=["day"])
-    with pytest.raises(DataError, match="is a partitioned Delta table"):
-        inspect(source.model_copy(update={"path": uri}), "interactions", None)
+
+
+PARTED = pa.table({"reader": ["u", "v", "w"], "book": ["07", "a/b=c d", "x"], "when": [1000, 2000, None]})
+
+
+def test_columns_in_the_names_of_folders_are_read_too(tmp_path):
+    """As Delta, Hive and Spark write partitions; numbers keep their zeros."""
+    columns = Columns(user="reader", item="book", timestamp="when")
+    expected = {("u", "07", 1000), ("v", "a/b=c d", 2000), ("w", "x", 0)}
+    write_deltalake(str(tmp_path / "delta"), PARTED, partition_by=["book", "when"])
+    pads.write_dataset(
+        PARTED, tmp_path / "hive", format="parquet", partitioning=["book", "when"], partitioning_flavor="hive"
+    )
+    (tmp_path / "hive" / "_SUCCESS").write_text("")
+    for form, path in (("delta", "delta"), ("parquet", "hive"), ("parquet", "hive/**/*.parquet")):
+        source = Source(path=str(tmp_path / path), format=form, columns=columns)
+        rows = rows_of(inspect(source, "interactions", None))
+        assert {(row["user"], row["item"], row["time"]) for row in rows} == expected, path
+
+
+def test_a_folder_without_parquet_files_is_named(tmp_path):
+    (tmp_path / "_SUCCESS").write_text("")
+    assert "is a folder without files" in complaint(tmp_path, None, path=str(tmp_path), format="parquet")
+
+
+def one_row(path: str, format: Any = "csv", **settings: Any) -> tuple[Any, ...]:
+    source = Source(path=path, format=format, columns=OWN_COLUMNS, **settings)
+    (row,) = facts_of(rows_of(inspect(source, "interactions", 3.0)))
+    return row
+
+
+LINES = b"reader,book,stars,note,when\nanna,b1,5,so good,1000\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "pack"),
+    [
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", lambda content: pa.compress(content, codec="zstd", asbytes=True)),
+    ],
+)
+class TestPacked:
+    def test_a_packed_file_is_unpacked(self, tmp_path: Path, end: str, pack: Any) -> None:
+        (tmp_path / f"a.csv{end}").write_bytes(pack(LINES))
+        assert one_row(str(tmp_path / f"a.csv{end}")) == FACTS[0]
+
+    def test_parts_that_were_packed_one_by_one_may_have_a_header_each(
+        self, tmp_path: Path, end: str, pack: Any
+    ) -> None:
+        (tmp_path / f"a.csv{end}").write_bytes(pack(LINES) + pack(LINES.replace(b"anna", b"ben")))
+        assert [(row["user"], row["line"]) for row in read(tmp_path / f"a.csv{end}", "csv")] == [
+            ("anna", 2),
+            ("ben", 4),
+        ]
+
+    def test_a_file_cut_short_keeps_its_whole_lines_and_says_so(self, tmp_path: Path, end: str, pack: Any) -> None:
+        text = "".join(
+            f'{{"reader": "{number * 7919 % 99991}", "book": "b", "stars": 5}}\n' for number in range(100_000)
+        )
+        packed = pack(text.encode())
+        (tmp_path / f"a.jsonl{end}").write_bytes(packed[: len(packed) * 9 // 10])
+        columns = Columns(user="reader", item="book", rating="stars")
+        rows = read(tmp_path / f"a.jsonl{end}", columns=columns)
+        assert len(rows) > 5_000
+        assert {row["reason"] for row in rows[:-1]} == {None}
+        assert rows[-1]["reason"] == records.DAMAGED
+
+    def test_a_name_that_does_not_fit_the_content_is_one_sentence(self, tmp_path: Path, end: str, pack: Any) -> None:
+        assert f"rename it without {end} or pack it again" in complaint(tmp_path, "{}\n", f"notes{end}")
+        assert f"give it a name that ends in {end}" in complaint(tmp_path, pack(LINES), "packed.csv", format="csv")
+
+    def test_an_empty_file_is_called_empty(self, tmp_path: Path, end: str, pack: Any) -> None:
+        for content in (b"", pack(b"")):
+            assert "holds no rows" in complaint(tmp_path, content, f"a.csv{end}", format="csv")
+
+
+def test_failing_storage_is_no_damaged_file(tmp_path: Path) -> None:
+    """Half of a file that could not be fetched must not pass as a file of half the rows."""
+
+    class Failing:
+        def read(self, size: int) -> bytes:
+            raise ConnectionResetError("gone")
+
+    with pytest.raises(ConnectionResetError):
+        list(records.numbered_lines(Failing(), 100))
+
+
+def test_empty_files_among_others_are_no_mistake(tmp_path: Path) -> None:
+    for form, header in (("csv", b"reader,book,stars,note,when\n"), ("jsonl", b"")):
+        content = LINES if header else json.dumps(dict(zip(GOOD, GOOD.values(), strict=True))).encode()
+        for name, part in (("a", b""), ("b", header), ("c", content), ("d", b"")):
+            (tmp_path / f"{name}.{form}").write_bytes(part)
+        assert len(read(tmp_path / f"*.{form}", form)) == 1
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.none").write_text("")
+    assert "a.none and the other 1 files (data.interactions) holds no rows" in complaint(
+        tmp_path, None, path=str(tmp_path / "*.none")
+    )
+    assert "is empty; write it again" in complaint(tmp_path, "", "a.parquet", format="parquet")
+
+
+def test_members_of_an_archive_are_read_by_a_chained_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("inner/a.csv", LINES)
+        archive.writestr("inner/b.csv.gz", gzip.compress(LINES.replace(b"anna", b"ben")))
+    monkeypatch.chdir(tmp_path)
+    assert one_row("zip://inner/a.csv::all.zip") == FACTS[0]
+    assert one_row("simplecache::zip://inner/a.csv::all.zip") == FACTS[0]
+    columns = OWN_COLUMNS
+    source = Source(path="zip://inner/*::all.zip", format="csv", columns=columns)
+    layout = inspect(source, "interactions", 3.0)
+    assert [row["user"] for row in rows_of(layout)] == ["anna", "ben"]
+    assert layout.files[0] == f"zip://inner/a.csv::{tmp_path}/all.zip", "also for a worker in another directory"
+    assert layout.file_labels == ["zip://inner/a.csv::all.zip", "zip://inner/b.csv.gz::all.zip"]
+    with tarfile.open(tmp_path / "all.tar.gz", "w:gz") as packed:
+        packed.add(tmp_path / "all.zip", "x.zip")
+    assert "zip://*.csv::" in complaint(tmp_path, None, path=str(tmp_path / "all.zip"), format="csv")
+    assert "tar://*.csv::" in complaint(tmp_path, None, path=str(tmp_path / "all.tar.gz"), format="csv")
+    assert "cannot be opened" in complaint(tmp_path, None, path="zip://a.csv::none.zip", format="csv")
+    assert "cannot be opened" in complaint(tmp_path, "no zip", "bad.zip", path=f"zip://a::{tmp_path}/bad.zip")
+    assert "does not exist" in complaint(tmp_path, None, path="zip://c.csv::all.zip", format="csv")
+    assert "cannot be opened (Protocol not known: nosuch)" in complaint(tmp_path, None, path="nosuch://a.csv")
+
+
+def test_a_name_may_hold_the_characters_of_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "part[1].csv").write_bytes(LINES)
+    assert one_row(str(tmp_path / "part[1].csv")) == FACTS[0]
+
+
+def test_delimiter_encoding_and_decimal_are_settings_of_the_source(tmp_path: Path) -> None:
+    text = 'reader;book;stars;note;when\nanna;b1;4,5;"für; ""alle""\nda";1000\n'
+    (tmp_path / "a.csv").write_bytes(text.encode("cp1252"))
+    european = {"delimiter": ";", "encoding": "cp1252", "decimal": ","}
+    assert one_row(str(tmp_path / "a.csv"), **european) == ("anna", "b1", 4.5, 1000, 'für; "alle"\nda')
+    (tmp_path / "b.csv").write_bytes(text.replace("4,5", "5").encode("cp1252"))
+    assert one_row(str(tmp_path / "b.csv"), **european)[2] == 5.0
+    (tmp_path / "c.txt").write_text("reader::book::stars::note::when\nanna::b1::5::so good::1000\n")
+    assert one_row(str(tmp_path / "c.txt"), "tsv", delimiter="::") == FACTS[0]
+
+
+def test_another_delimiter_encoding_or_decimal_is_told(tmp_path: Path) -> None:
+    header = "reader;book;stars;note;when\n"
+    assert "set data.interactions.delimiter to ';'" in complaint(
+        tmp_path, f"{header}a;b;1;x;2\n", "a.csv", format="csv"
+    )
+    (tmp_path / "b.csv").write_bytes(f"{header}a;b;1,5;x;2\na;b;1;ü;2\n".encode("latin-1"))
+    source = {"path": str(tmp_path / "b.csv"), "format": "csv", "columns": OWN_COLUMNS, "delimiter": ";"}
+    comma, umlaut = rows_of(inspect(Source(**source), "interactions", 3.0))
+    assert (comma["reason"], umlaut["reason"]) == (f"{values.BAD_RATING} (see decimal)", values.NOT_UTF8)
+    _, umlaut = rows_of(inspect(Source(**source, encoding="ascii"), "interactions", 3.0))
+    assert umlaut["reason"] == records.OTHER_ENCODING
+    utf16 = f"{header}a;b;1;x;2\n".encode("utf-16")
+    assert "is UTF-16; write it as UTF-8" in complaint(tmp_path, utf16, "c.csv", format="csv")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"format": "jsonl", "delimiter": ";"}, "delimiter is for the formats csv and tsv"),
+        ({"format": "csv", "delimiter": "::"}, "is not one ASCII character"),
+        ({"format": "csv", "delimiter": '"'}, "is not one ASCII character"),
+        ({"format": "csv", "encoding": "utf-16"}, "does not write ASCII as single bytes"),
+        ({"format": "csv", "encoding": "klingon"}, "is not known"),
+        ({"format": "csv", "encoding": "hex"}, "is not known"),
+    ],
+)
+def test_settings_of_text_that_cannot_be_are_refused(settings: dict[str, Any], said: str) -> None:
+    data = {"interactions": {"path": "a.csv", **settings}}
+    with pytest.raises(ConfigError, match=said) as caught:
+        parse_config({"output_dir": "out", "data": data})
+    assert "data.interactions" in str(caught.value)
