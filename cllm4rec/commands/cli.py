@@ -209,17 +209,32 @@ class _Parser(argparse.ArgumentParser):
     has_verbs = False
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        arguments = self._with_values(arguments)
         if not self.has_verbs:
             return self.parse_intermixed_args(arguments)
         # argparse cannot combine subparsers with intermixed arguments: words that the verb does not take are overrides.
         args, words = self.parse_known_args(arguments)
         flags = [word for word in words if word.startswith("-")]
         if flags:
-            self.error(f"unrecognized arguments: {' '.join(flags)}")
+            self.error(f"unrecognized arguments: {' '.join(flags)} (an id that begins with a dash comes after a --)")
         args.overrides = words
         return args
 
+    def _with_values(self, arguments: Sequence[str]) -> list[str]:
+        """`--user -x7` as `--user=-x7`: an id may begin with a dash, which argparse takes for a flag."""
+        options = self._option_string_actions
+        joined: list[str] = []
+        for word in arguments:
+            before = options.get(joined[-1]) if joined else None
+            if before is not None and before.nargs is None and word.startswith("-") and word not in (*options, "--"):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return joined
+
     def error(self, message: str) -> NoReturn:
+        if "required" in message and "--" not in message:  # an operand, which argparse may have taken for a flag
+            message += " (one that begins with a dash comes after a --)"
         raise ConfigError(f"{message}; see {self.prog} --help")
 
 

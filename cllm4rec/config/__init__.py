@@ -5,6 +5,7 @@ config = load_config("demo", ["pretrain.epochs=5"])
 
 from cllm4rec.config.loading import load_config, parse_config, parse_section
 from cllm4rec.config.schema import (
+    MAX_ID_CHARS,
     Adapter,
     BackboneConfig,
     BackboneSize,
@@ -28,6 +29,7 @@ from cllm4rec.config.schema import (
 )
 
 __all__ = [
+    "MAX_ID_CHARS",
     "Adapter",
     "BackboneConfig",
     "BackboneSize",

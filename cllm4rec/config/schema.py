@@ -15,6 +15,8 @@ from cllm4rec.run import Run
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
+MAX_ID_CHARS = 1024
+"""The longest id that any part takes: what prepare keeps, the endpoint must be able to ask for."""
 MetricName = Annotated[str, Field(pattern=r"^(recall|ndcg)@[1-9]\d*$")]
 # From left to right: a number that YAML 1.1 reads as a string (1e-4) is still a number, and 1 is not true.
 SweepValue = Annotated[
@@ -176,7 +178,9 @@ class DataConfig(_Section):
         0.01, description="Prepare stops if a larger share of a source's rows is unreadable."
     )
     max_line_bytes: Positive = Field(1_000_000, description="A line of more bytes is quarantined.")
-    max_id_chars: Positive = Field(256, description="A row whose user or item id has more characters is quarantined.")
+    max_id_chars: Annotated[int, Field(ge=1, le=MAX_ID_CHARS)] = Field(
+        256, description="A row whose user or item id has more characters is quarantined."
+    )
     max_text_tokens: Positive = Field(
         128, description="Texts are cut to this many tokens. At most model.max_tokens - 16."
     )

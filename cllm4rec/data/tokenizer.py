@@ -30,6 +30,10 @@ from cllm4rec.storage.hub import tokenizer_folder
 END_OF_TEXT = "<|endoftext|>"
 BATCH = 1024
 """Texts encoded at a time: an encoding takes far more memory than its tokens."""
+CHARS_PER_TOKEN = 8
+"""Characters of a long text that are tokenized first for each token that is wanted; more if they are not enough."""
+MARGIN = 32
+"""Tokens before a cut that may depend on what follows it."""
 
 
 class Encoder:
@@ -54,13 +58,32 @@ class Encoder:
         return tokens
 
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> Ragged:
-        """The word tokens of each text, at most `max_tokens` of each."""
+        """The word tokens of each text, at most `max_tokens` of each.
+
+        Of a long text only the beginning is tokenized: a megabyte takes a second and 66 MB.
+        """
+        if max_tokens is None:
+            return self._words(texts)
+        words = self._first_words(texts, max_tokens + MARGIN, CHARS_PER_TOKEN * (max_tokens + MARGIN))
+        return words.where(words.places < max_tokens)
+
+    def _first_words(self, texts: Sequence[str], num_tokens: int, chars: int) -> Ragged:
+        """The word tokens of the beginnings of the texts, `num_tokens` or more of a text that has as many."""
+        words = self._words([text[:chars] for text in texts])
+        short = np.flatnonzero((words.lengths < num_tokens) & (np.array([len(text) for text in texts]) > chars))
+        if not len(short):
+            return words
+        longer = self._first_words([texts[row] for row in short.tolist()], num_tokens, 4 * chars)
+        rows = np.arange(len(texts))
+        rows[short] = len(texts) + np.arange(len(short))
+        return Ragged.concat([words, longer]).take(rows)
+
+    def _words(self, texts: Sequence[str]) -> Ragged:
         if not texts:
             return Ragged.empty(0)
         words = Ragged.concat([self._tokens(texts[part]) for part in slices(len(texts), BATCH)])
         # A SentencePiece vocabulary contains its special tokens as ordinary pieces too, so splitting is not enough.
-        words = words.where(~np.isin(words.values, self.special_tokens))
-        return words if max_tokens is None else words.where(words.places < max_tokens)
+        return words.where(~np.isin(words.values, self.special_tokens))
 
     def _tokens(self, texts: Sequence[str]) -> Ragged:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)

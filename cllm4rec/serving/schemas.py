@@ -14,19 +14,21 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StringConstraints,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from cllm4rec.config import MAX_ID_CHARS
 from cllm4rec.scoring.recommender import MAX_K, Answer, Query
 
 MAX_HISTORY = 10_000
-MAX_ID_CHARS = 256
 MAX_TEXT_CHARS = 1000
 
-Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
+# Blanks around an id are removed, as prepare does.
+Id = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_ID_CHARS)]
 Ids = Annotated[list[Id], Field(fail_fast=True)]
 
 

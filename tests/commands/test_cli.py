@@ -239,3 +239,18 @@ def test_a_program_that_cannot_read_its_config_starts_nothing(tmp_path):
     )
     (line,) = done.stdout.splitlines()
     assert json.loads(line)["ok"] is False
+
+
+def test_an_id_may_begin_with_a_dash(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"output_dir: {tmp_path}/none\ndata: {{interactions: {{path: a.jsonl}}}}\n")
+    config = ["--config", str(tmp_path / "run.yaml")]
+
+    def said(name, *words):
+        cli.run_command(name, f"cllm4rec {name}", [*config, *words])
+        return capsys.readouterr().err
+
+    assert "there is no run at" in said("erase", "--user", "-x7", "--user", "--y")
+    assert "expected one argument" in said("erase", "--user", "--config")
+    assert "expected one argument" in said("erase", "--user")
+    assert "is not a table yet" in said("dump", "lookup", "--", "-x7")
+    assert "comes after a --" in said("dump", "lookup", "-x7")

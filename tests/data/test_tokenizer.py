@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,48 @@ def test_texts_are_encoded_one_by_one_in_order_and_cut(trained: Path, monkeypatc
     assert encoder.encode(texts).tolist() == [encoder(text) for text in texts]
     assert encoder.encode(texts, max_tokens=3).tolist() == [encoder(text)[:3] for text in texts]
     assert encoder.encode([]).tolist() == []
+
+
+PIECES = [
+    *" ".join(TEXTS).split(),
+    " ",
+    "    ",
+    "\n",
+    "<|endoftext|>",
+    "</s>",
+    "é" * 5,
+    "東京",
+    "🙂",
+    "a" * 300,
+    "=-=" * 40,
+]
+
+
+def test_the_beginning_of_a_long_text_has_the_tokens_of_the_whole(folder: Path) -> None:
+    encoder = Encoder.load(str(folder))
+
+    @given(st.lists(st.lists(st.sampled_from(PIECES), max_size=300).map(" ".join), max_size=4), st.integers(1, 40))
+    @settings(max_examples=60, deadline=None)
+    def check(texts: list[str], max_tokens: int) -> None:
+        whole = [encoder(text)[:max_tokens] for text in texts]
+        assert encoder.encode(texts, max_tokens).tolist() == whole
+
+    check()
+    # Nothing but blanks and special tokens for long, and words only then.
+    late = "<|endoftext|> " * 2000 + "a guitar"
+    assert encoder.encode(["fine", late], 10**5).tolist() == [encoder("fine"), encoder(late)]
+
+
+def test_the_rest_of_a_long_text_costs_nothing(trained: Path) -> None:
+    encoder = Encoder.load(str(trained))
+    text = "a fine guitar, and a case that fits it " * 20_000
+
+    def seconds(max_tokens: int | None) -> float:
+        started = time.perf_counter()
+        encoder.encode([text], max_tokens)
+        return time.perf_counter() - started
+
+    assert min(seconds(16) for _ in range(3)) < seconds(None) / 10
 
 
 def test_a_trained_tokenizer_depends_on_the_texts_and_not_on_their_order(trained: Path, tmp_path: Path) -> None:
