@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Submit a job under a name, once, and wait for its end; exit status 0 where it succeeded.
+# Submit a job under a name, once, wait for its end, and end with its exit status and the last lines of its log.
 #     RAY_ADDRESS=http://head:8265 cluster/submit.sh nightly-2026-11-20 -- python -m jobs.nightly --config run.yaml
 # The name makes a second submission of the same night wait for the first. A failed or stopped job of that name makes room
 # for a new attempt: jobs.nightly goes on with the users it has not scored. Flags of `ray job submit` may stand before the --.
+# Where this script is ended (SIGTERM: a deadline, a drained node), so is the job.
 set -euo pipefail
 name=$1
 shift
@@ -13,6 +14,19 @@ state() {
         head -n 1 || true
 }
 
+exit_status() {
+    ray job status "$name" 2>/dev/null |
+        sed -nE "s/^Status message: .*failed with exit code ([0-9]+).*$/\1/p" | head -n 1 || true
+}
+
+stop() {
+    trap - TERM INT
+    echo "ended from outside: stopping the job $name" >&2
+    ray job stop --no-wait "$name" >&2 || true
+    exit 143
+}
+trap stop TERM INT
+
 case "$(state)" in
 failed | "was stopped") ray job delete "$name" ;;
 esac
@@ -21,12 +35,15 @@ if [ -z "$(state)" ]; then
 fi
 # Without --no-wait, `ray job submit` may return 0 while the job still runs: ask until it is over.
 while true; do
-    case "$(state)" in
-    succeeded) exit 0 ;;
-    failed | "was stopped")
-        ray job logs "$name" | tail -n 50
-        exit 1
+    ended=$(state)
+    case "$ended" in
+    succeeded | failed | "was stopped")
+        ray job logs "$name" | tail -n 50 || true
+        [ "$ended" = succeeded ] && exit 0
+        status=$(exit_status)
+        exit "${status:-1}"
         ;;
     esac
-    sleep "${POLL_S:-10}"
+    sleep "${POLL_S:-10}" &
+    wait $! # bash runs a trap only between commands; `wait` is one that it interrupts
 done

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from ray.serve.schema import (
 )
 
 import cllm4rec
+from cllm4rec.errors import AuditError, ConfigError
 from cllm4rec.serving.app import ServeArgs, UserConfig
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +151,7 @@ FIELDS = {
         "concurrencyPolicy", "failedJobsHistoryLimit", "jobTemplate", "schedule", "startingDeadlineSeconds",
         "successfulJobsHistoryLimit", "timeZone",
     },
-    "JobSpec": {"activeDeadlineSeconds", "backoffLimit", "template"},
+    "JobSpec": {"activeDeadlineSeconds", "backoffLimit", "podFailurePolicy", "template"},
     "PodSpec": {
         "automountServiceAccountToken", "containers", "restartPolicy", "securityContext",
         "terminationGracePeriodSeconds", "volumes",
@@ -214,10 +217,16 @@ def test_no_secret_value_stands_in_a_file_and_nothing_is_opened_to_the_outside()
             assert not where.endswith((".hostNetwork", ".hostPath", ".hostPort", ".privileged")), (path.name, where)
 
 
+DOCKERFILE = (ROOT / "cluster/Dockerfile").read_text()
+IMAGE_USER = int(re.findall(r"^USER (\S+)$", DOCKERFILE, re.M)[-1])
+"""A number: a kubelet refuses runAsNonRoot for an image whose user is a name."""
+
+
 def test_containers_run_without_rights_they_do_not_need():
     for manifest in WITH_PODS.values():
         for pod in pods(manifest):
             assert pod["securityContext"]["runAsNonRoot"] is True
+            assert pod["securityContext"]["runAsUser"] == IMAGE_USER
         for container in containers(manifest):
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
@@ -238,6 +247,36 @@ def test_nightly_runs_do_not_overlap_and_reach_the_standing_cluster():
     assert address == f"http://{MANIFESTS['cluster']['metadata']['name']}-head-svc:8265"
     assert (ROOT / "cluster/submit.sh").stat().st_mode & stat.S_IXUSR
     assert "/app/cluster/submit.sh" in submitter["args"][0]
+
+
+def test_a_night_that_is_refused_is_not_tried_again_and_each_job_has_a_name_of_its_own():
+    spec = MANIFESTS["nightly"]["spec"]["jobTemplate"]["spec"]
+    (submitter,) = containers(MANIFESTS["nightly"])
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never", "a failure policy needs it"
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["containerName"] == submitter["name"]
+    assert {ConfigError.exit_status, AuditError.exit_status} == set(rule["onExitCodes"]["values"])
+    env = {entry["name"]: entry for entry in submitter["env"]}
+    assert "job-name" in env["JOB_NAME"]["valueFrom"]["fieldRef"]["fieldPath"]
+    assert 'submit.sh "$JOB_NAME"' in submitter["args"][0]
+
+
+def test_the_image_takes_what_it_copies_and_torch_for_its_own_hardware():
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    kept = {line[1:] for line in lines if line.startswith("!")}
+    copied = {
+        word
+        for line in DOCKERFILE.splitlines()
+        if line.startswith("COPY")
+        for word in line.split()[1:-1]
+        if not word.startswith("--")
+    }
+    assert lines[0] == "*"
+    assert kept == copied
+    torch, package = DOCKERFILE.index("\"$(grep '^torch=='"), DOCKERFILE.index("-c constraints.txt")
+    assert torch < package, "later, pip would have taken the torch of PyPI"
+    assert "ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu" in DOCKERFILE
 
 
 def test_network_policy_covers_every_pod_and_lets_others_ask_the_endpoint_only():
@@ -293,6 +332,7 @@ status)
     case "$word" in
     SUCCEEDED) printf -- "------\nJob '%s' succeeded\n------\n" "$1" ;;
     FAILED) printf "Job '%s' failed\nStatus message: Job 'other' succeeded, it said\n" "$1" ;;
+    REFUSED) printf "Job '%s' failed\nStatus message: Job entrypoint command failed with exit code 3, last\n" "$1" ;;
     STOPPED) echo "Job '$1' was stopped" ;;
     *) printf "Status for job '%s': %s\nStatus message: FAILED is only a word here\n" "$1" "$word" ;;
     esac ;;
@@ -334,10 +374,10 @@ SUBMITTED = "submit --no-wait --submission-id night --entrypoint-num-cpus 1 -- p
 
 
 def test_submission_waits_for_the_end_and_passes_it_on(submit):
-    status, calls, _ = submit("PENDING", "RUNNING", "RUNNING", "SUCCEEDED")
+    status, calls, printed = submit("PENDING", "RUNNING", "RUNNING", "SUCCEEDED")
     assert status == 0
+    assert "last words" in printed
     assert calls.count(SUBMITTED) == 1
-    assert calls[-1] == "status night"
     status, _, printed = submit("RUNNING", "FAILED", before="STOPPED")
     assert status == 1
     assert "last words" in printed
@@ -354,6 +394,24 @@ def test_failed_attempt_makes_room_for_another(submit, ended):
     status, calls, _ = submit("RUNNING", "SUCCEEDED", before=ended)
     assert status == 0
     assert calls.index("delete night") < calls.index(SUBMITTED)
+
+
+def test_the_exit_status_of_the_job_is_passed_on(submit):
+    assert submit("RUNNING", "REFUSED")[0] == 3
+
+
+def test_a_submission_that_is_ended_stops_its_job(submit, tmp_path):
+    (tmp_path / "night").write_text("RUNNING\n")
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "FAKE": str(tmp_path), "POLL_S": "100"}
+    waiting = subprocess.Popen([ROOT / "cluster/submit.sh", "night", "--", "true"], env=environment)
+    calls = tmp_path / "calls"
+    give_up = time.monotonic() + 30
+    while not (calls.exists() and calls.read_text().count("status") >= 3):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    waiting.send_signal(signal.SIGTERM)
+    assert waiting.wait(timeout=30) == 143
+    assert calls.read_text().splitlines()[-1] == "stop --no-wait night"
 
 
 def test_cluster_that_cannot_be_reached_is_a_failure(tmp_path):
