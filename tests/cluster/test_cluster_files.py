@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -30,7 +31,8 @@ from cllm4rec.errors import AuditError, ConfigError
 from cllm4rec.serving.app import ServeArgs, UserConfig
 
 ROOT = Path(__file__).parents[2]
-KUBERAY = sorted((ROOT / "cluster/kuberay").glob("*.yaml"))
+KUBERAY = sorted(set((ROOT / "cluster/kuberay").glob("*.yaml")) - {ROOT / "cluster/kuberay/kustomization.yaml"})
+OVERLAYS = sorted((ROOT / "cluster/overlays").iterdir())
 MANIFESTS = {path.stem: yaml.safe_load(path.read_text()) for path in KUBERAY}
 RAY_VERSION = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
 IMAGE = f"REGISTRY/cllm4rec:{cllm4rec.__version__}"
@@ -307,6 +309,46 @@ def test_image_copies_only_what_exists():
         if line.startswith("COPY"):
             *sources, _ = [word for word in line.split()[1:] if not word.startswith("--")]
             assert all((ROOT / source).exists() for source in sources), line
+
+
+# kustomize
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_an_overlay_is_built_of_what_exists(overlay):
+    """What kustomize reads, without kustomize: resources that are there, and patches of fields that are."""
+    spec = yaml.safe_load((overlay / "kustomization.yaml").read_text())
+    assert all((overlay / name / "kustomization.yaml").exists() for name in spec["resources"])
+    for patch in spec["patches"]:
+        (target,) = [manifest for manifest in MANIFESTS.values() if manifest["kind"] == patch["target"]["kind"]]
+        assert target["metadata"]["name"] == patch["target"]["name"]
+        for change in yaml.safe_load(patch["patch"]):
+            *parents, last = change["path"].strip("/").split("/")
+            place = target
+            for key in parents:
+                place = place[int(key) if isinstance(place, list) else key]
+            assert change["op"] == "add" or (int(last) < len(place) if isinstance(place, list) else last in place)
+            assert change["op"] != "test" or place[last] == change["value"]
+            assert last in (*FIELDS["PodSpec"], "nodeSelector", "tolerations", "groupName", "1")
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
+def test_an_overlay_renders_with_the_registry_written_once(overlay, tmp_path):
+    shutil.copytree(ROOT / "cluster", tmp_path / "cluster")
+    for path in (tmp_path / "cluster/overlays").glob("*/kustomization.yaml"):
+        path.write_text(path.read_text().replace("newName: REGISTRY/", "newName: registry.example.com/"))
+    command = ["kubectl", "kustomize", str(tmp_path / "cluster/overlays" / overlay.name)]
+    rendered = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    manifests = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(rendered)}
+    assert set(manifests) == {"RayCluster", "RayService", "CronJob", "NetworkPolicy"}
+    images = {container["image"] for manifest in manifests.values() for container in containers(manifest)}
+    own = IMAGE.replace("REGISTRY", "registry.example.com")
+    assert images == ({own, f"{own}-gpu"} if overlay.name == "gpu" else {own})
+    groups = manifests["RayCluster"]["spec"]["workerGroupSpecs"]
+    assert [group["groupName"] for group in groups] == (["cpu", "gpu"] if overlay.name == "gpu" else ["cpu"])
+    pods_on_spot = [pod for manifest in manifests.values() for pod in pods(manifest) if "nodeSelector" in pod]
+    assert len(pods_on_spot) == (overlay.name == "spot")
 
 
 # submit.sh, with a `ray` that remembers its jobs in a folder
