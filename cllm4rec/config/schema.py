@@ -709,7 +709,8 @@ class ServeConfig(_Section):
         256, description="Requests that may wait in a replica. Further ones are answered with status 429."
     )
     request_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        5.0, description="Seconds after which a request that no replica answered gets status 503."
+        5.0,
+        description="Seconds after which a request without an answer gets status 503. Must be above three times that of a batch.",
     )
 
     @model_validator(mode="after")
