@@ -87,15 +87,37 @@ class Ranker:
 
     @torch.inference_mode()
     def best_items(
-        self, query_BD: Tensor, exclude: Ragged, k: int, bias_J: Tensor | None = None
+        self,
+        query_BD: Tensor,
+        exclude: Ragged,
+        k: int,
+        bias_J: Tensor | None = None,
+        divisor_J: Tensor | None = None,
     ) -> tuple[IntArray, Float32Array]:
-        """`top_k` from the result of `encode_users`. bias_J: added to the logits of all users; -inf removes an item for all."""
+        """`top_k` from the result of `encode_users`. bias_J: added to the logits of all users; -inf removes an item for all.
+        divisor_J: by which the logits are divided before."""
         items = np.empty((len(query_BD), k), np.int64)
         scores = np.empty((len(query_BD), k), np.float32)
         for begin in range(0, len(query_BD), _HEAD_ROWS):
             rows = np.arange(begin, min(begin + _HEAD_ROWS, len(query_BD)))
-            items[rows], scores[rows] = self._best_items(query_BD[rows], exclude.take(rows), k, bias_J)
+            items[rows], scores[rows] = self._best_items(query_BD[rows], exclude.take(rows), k, bias_J, divisor_J)
         return items, scores
+
+    @torch.inference_mode()
+    def similar_items(
+        self, items: IntArray, exclude: Ragged, k: int, bias_J: Tensor | None = None
+    ) -> tuple[IntArray, Float32Array]:
+        """The k items whose collaborative embeddings have the largest cosine with those of `items`; else as `best_items`."""
+        length_J = self._item_lengths
+        which = torch.from_numpy(items).to(length_J.device)
+        direction_BD = self.model.collaborative_items[which].float() / length_J[which, None]
+        return self.best_items(direction_BD, exclude, k, bias_J, length_J)
+
+    @functools.cached_property
+    def _item_lengths(self) -> Tensor:
+        """Lengths of the items' collaborative embeddings; at least a tiny one, so that cosines with nothing are 0."""
+        lengths_J: Tensor = torch.linalg.vector_norm(self.model.collaborative_items, dim=1, dtype=torch.float32)
+        return lengths_J.clamp_min(1e-12)
 
     @torch.inference_mode()
     def encode_users(self, users: IntArray, histories: Ragged) -> Tensor:
@@ -194,7 +216,7 @@ class Ranker:
         return packer.layout(longer, (num_rows, prompt_width, width)), document_D * width + documents.main.lengths
 
     def _best_items(
-        self, query_BD: Tensor, exclude: Ragged, k: int, bias_J: Tensor | None
+        self, query_BD: Tensor, exclude: Ragged, k: int, bias_J: Tensor | None, divisor_J: Tensor | None
     ) -> tuple[IntArray, Float32Array]:
         num_users, num_items = len(query_BD), self.token_space.num_items
         padded_BD = torch.nn.functional.pad(query_BD, (0, 0, 0, _HEAD_ROWS - num_users))
@@ -202,6 +224,8 @@ class Ranker:
         for begin in range(0, num_items, _HEAD_ITEMS):
             table_JD = self.model.collaborative_items[begin : begin + _HEAD_ITEMS].float()
             logits_BJ = (padded_BD @ table_JD.T)[:num_users]
+            if divisor_J is not None:
+                logits_BJ /= divisor_J[begin : begin + _HEAD_ITEMS]
             if bias_J is not None:
                 logits_BJ += bias_J[begin : begin + _HEAD_ITEMS]
             inside = (exclude.values >= begin) & (exclude.values < begin + _HEAD_ITEMS)

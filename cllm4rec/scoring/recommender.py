@@ -230,6 +230,23 @@ class Recommender:
             for query, one, items, scores in zip(queries, encoded, item_BK, score_BK, strict=True)
         ]
 
+    def similar(self, item_id: str, k: int = 10) -> list[Recommendation]:
+        """The k items most similar to an item, best first: those that the same users like. A score is the cosine of the
+        collaborative embeddings, from -1 to 1. Rules that block items apply. Raises ConfigError for an unknown item."""
+        _check_k(k)
+        (similar,) = self.similar_many([item_id], k)
+        if similar is None:
+            raise ConfigError("the model knows no item with this id; give the id of an item of the training data")
+        return similar
+
+    def similar_many(self, item_ids: Sequence[str], k: int) -> list[list[Recommendation] | None]:
+        """`similar` for several items in one product; None for an unknown one."""
+        index = np.array([self.scorer.catalog.item_index(item_id) for item_id in item_ids], np.int64)
+        known = np.flatnonzero(index >= 0)
+        items, scores = self.scorer.similar(index[known], k, self._todays_rules())
+        found = {row: self._recommendations(items[at], scores[at]) for at, row in enumerate(known.tolist())}
+        return [found.get(row) for row in range(len(index))]
+
     def _todays_rules(self) -> Rules:
         """An endpoint runs for many days, and availability changes from day to day."""
         today = self.today()

@@ -93,6 +93,16 @@ class Scorer:
         items[cold], scores[cold] = _ranked(most_popular, left_out.take(cold), k, applied.rules)
         return items, scores
 
+    def similar(self, items: IntArray, k: int, rules: Rules | None = None) -> tuple[IntArray, Float32Array]:
+        """The k items most similar to each of `items`: largest cosine of the collaborative embeddings, ties by lower index.
+
+        Neither the item itself nor an item that the rules block is returned; boosts and caps do not apply.
+        Returns (B, K) indices and cosines as `top_k` does.
+        """
+        bias_J = self._under(rules).bias_J
+        blocked_J = None if bias_J is None else torch.where(torch.isneginf(bias_J), bias_J, 0.0)
+        return self.ranker.similar_items(items, Ragged.from_lists([item] for item in items.tolist()), k, blocked_J)
+
     def _under(self, rules: Rules | None) -> _Applied:
         if rules is None:
             return self._without_rules

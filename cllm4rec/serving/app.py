@@ -34,8 +34,8 @@ from cllm4rec.run import Run
 from cllm4rec.scoring.recommender import Recommender
 from cllm4rec.scoring.rule_files import FILES
 from cllm4rec.serving.batching import Batcher
-from cllm4rec.serving.schemas import Ready, RecommendRequest, RecommendResponse
-from cllm4rec.serving.web import API_KEYS_VARIABLE, api_keys_of, create_app, respond
+from cllm4rec.serving.schemas import Ready, RecommendRequest, RecommendResponse, SimilarRequest, SimilarResponse
+from cllm4rec.serving.web import API_KEYS_VARIABLE, api_keys_of, create_app, respond, respond_similar
 from cllm4rec.storage.artifacts import read_manifest
 from cllm4rec.storage.files import absolute
 from cllm4rec.storage.registry import serving_order
@@ -136,11 +136,13 @@ class RecommendReplica:
         self._swapping = asyncio.Lock()
         self._swap: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
-        self._recommend = Batcher(self._answer, max_batch_size, batch_wait_timeout_s, max_wait_s, max_queued_requests)
+        bounds = (max_batch_size, batch_wait_timeout_s, max_wait_s, max_queued_requests)
+        self._recommend = Batcher(self._answer, *bounds)
+        self._similar = Batcher(self._answer_similar, *bounds)
         log.info("Keys are required: %s", "yes" if self._api_keys else f"no ({API_KEYS_VARIABLE} is not set)")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._recommend, self._ready, self._api_keys)
+        return create_app(self._recommend, self._similar, self._ready, self._api_keys)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve before the first request and whenever user_config changes.
@@ -236,6 +238,11 @@ class RecommendReplica:
         recommender = self._recommender  # one model for the whole batch, even if a swap happens meanwhile
         assert recommender is not None
         return respond(recommender, requests)
+
+    def _answer_similar(self, requests: list[SimilarRequest]) -> list[SimilarResponse | None]:
+        recommender = self._recommender
+        assert recommender is not None
+        return respond_similar(recommender, requests)
 
 
 def build(args: dict[str, Any]) -> Any:

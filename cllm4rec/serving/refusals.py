@@ -13,7 +13,7 @@ BODY_TIMEOUT_S = 5.0
 REFUSALS = {
     400: "the body is not JSON in UTF-8",
     401: "send a key as Authorization: Bearer KEY or X-API-Key: KEY",
-    404: "no such route",
+    404: "no such route, or the model knows no item with this id",
     405: "the route has another method",
     408: f"the body did not arrive within {BODY_TIMEOUT_S:g} seconds",
     413: f"the body is larger than {MAX_BODY_BYTES:,} bytes",

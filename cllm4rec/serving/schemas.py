@@ -7,7 +7,7 @@ refused together, without their names.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     BaseModel,
@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from cllm4rec.config import MAX_ID_CHARS
-from cllm4rec.scoring.recommender import MAX_K, Answer, Query
+from cllm4rec.scoring.recommender import MAX_K, Answer, Query, Recommendation
 
 MAX_HISTORY = 10_000
 MAX_TEXT_CHARS = 1000
@@ -90,6 +90,24 @@ class RecommendedItem(BaseModel):
     score: float = Field(description="comparable within one answer; a share of interactions where cold_start is true")
     text: str = Field(description=f"the item's text, at most {MAX_TEXT_CHARS} characters of it")
 
+    @classmethod
+    def of(cls, item: Recommendation) -> Self:
+        return cls(item_id=item.item_id, score=item.score, text=item.text[:MAX_TEXT_CHARS])
+
+
+class SimilarRequest(NamedTuple):
+    item_id: str
+    k: int
+
+
+class SimilarResponse(BaseModel):
+    """Items that the same users like, best first. A score is the cosine of two embeddings, from -1 to 1."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    items: list[RecommendedItem]
+    model_version: str
+
 
 class RecommendResponse(BaseModel):
     """Recommended items, best first."""
@@ -104,10 +122,7 @@ class RecommendResponse(BaseModel):
     @classmethod
     def from_answer(cls, answer: Answer, model_version: str) -> Self:
         return cls(
-            items=[
-                RecommendedItem(item_id=item.item_id, score=item.score, text=item.text[:MAX_TEXT_CHARS])
-                for item in answer.items
-            ],
+            items=[RecommendedItem.of(item) for item in answer.items],
             model_version=model_version,
             cold_start=answer.cold_start,
             ignored_items=answer.ignored_items,

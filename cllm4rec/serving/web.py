@@ -2,6 +2,7 @@
 
 GET  /, /docs           a page to try the endpoint, which loads nothing from the internet
 POST /v1/recommend      RecommendRequest → RecommendResponse
+GET  /v1/items/{item_id}/similar    → SimilarResponse
 GET  /healthz           the process answers
 GET  /readyz            a model is loaded, and its version
 GET  /openapi.json      the contract
@@ -12,12 +13,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import pathlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Path, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from fastapi.routing import APIRoute
@@ -26,17 +27,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import cllm4rec
 from cllm4rec.errors import ConfigError
-from cllm4rec.scoring.recommender import Recommender
+from cllm4rec.scoring.recommender import MAX_K, Recommender
 from cllm4rec.serving.batching import OverloadError
 from cllm4rec.serving.bodies import ReadBody
 from cllm4rec.serving.refusals import REFUSALS, refusal, refuse
 from cllm4rec.serving.schemas import (
+    MAX_ID_CHARS,
     Alive,
     FieldProblems,
     Problem,
     Ready,
+    RecommendedItem,
     RecommendRequest,
     RecommendResponse,
+    SimilarRequest,
+    SimilarResponse,
 )
 from cllm4rec.serving.timing import TellTime
 
@@ -45,6 +50,8 @@ OPEN_PATHS = ("/healthz", "/readyz", "/", "/docs", "/openapi.json")
 """Routes without a key: health, the page, and the contract, which are the same for every run."""
 
 Recommend = Callable[[RecommendRequest], Awaitable[RecommendResponse]]
+Similar = Callable[[SimilarRequest], Awaitable[SimilarResponse | None]]
+"""None: the model does not know the item."""
 
 # The page fetches nothing from another origin, and a script in an item text could not either.
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -56,7 +63,22 @@ def respond(recommender: Recommender, requests: Sequence[RecommendRequest]) -> l
     return [RecommendResponse.from_answer(answer, recommender.model_version) for answer in answers]
 
 
-def create_app(recommend: Recommend, ready: Callable[[], Ready | None], api_keys: Sequence[str] = ()) -> FastAPI:
+def respond_similar(recommender: Recommender, requests: Sequence[SimilarRequest]) -> list[SimilarResponse | None]:
+    """The responses to one batch of requests for similar items."""
+    found = recommender.similar_many([request.item_id for request in requests], max(request.k for request in requests))
+    return [
+        None
+        if items is None
+        else SimilarResponse(
+            items=[RecommendedItem.of(item) for item in items[: request.k]], model_version=recommender.model_version
+        )
+        for request, items in zip(requests, found, strict=True)
+    ]
+
+
+def create_app(
+    recommend: Recommend, similar: Similar, ready: Callable[[], Ready | None], api_keys: Sequence[str] = ()
+) -> FastAPI:
     """The application. `ready` returns None until a model is loaded. Without `api_keys` no key is required."""
     # FastAPI's own /docs loads scripts from a CDN; this one is page.html.
     app = FastAPI(
@@ -76,12 +98,22 @@ def create_app(recommend: Recommend, ready: Callable[[], Ready | None], api_keys
     if api_keys:
         app.add_middleware(RequireApiKey, keys=api_keys)
     app.add_middleware(TellTime)
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     @app.post("/v1/recommend", responses=_refusals(400, 401, 408, 413, 415, 422, 429, 500, 503))
     async def recommend_items(request: RecommendRequest) -> RecommendResponse:
         """The best items for a user, a history or both. Cold-start users get the popular items."""
         return await recommend(request)
+
+    @app.get("/v1/items/{item_id:path}/similar", responses=_refusals(401, 404, 408, 413, 422, 429, 500, 503))
+    async def similar_items(
+        item_id: Annotated[str, Path(max_length=MAX_ID_CHARS)], k: Annotated[int, Query(ge=1, le=MAX_K)] = 10
+    ) -> SimilarResponse:
+        """The items that are most similar to an item: those that the same users like."""
+        answer = await similar(SimilarRequest(item_id, k))
+        if answer is None:
+            raise HTTPException(404)
+        return answer
 
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz")

@@ -444,3 +444,16 @@ def test_nothing_is_loaded_without_knowing_who_was_erased(run_dir, tmp_path):
     (tmp_path / "erased.json").write_text("{")
     with pytest.raises(ArtifactError, match=r"erased\.json is damaged"):
         Recommender.from_pretrained(str(run_dir / "model"), prepared_dir)
+
+
+# Similar items
+
+
+def test_similar_items_of_many_are_those_of_each_and_unknown_ones_have_none():
+    asked = recommender()
+    first, unknown, last = asked.similar_many(["item03", "ghost", "item29"], 2)
+    assert unknown is None
+    assert first == asked.similar("item03", k=2)
+    assert [item.item_id for item in last] == ["item28", "item27"]
+    with pytest.raises(ConfigError, match="no item with this id"):
+        asked.similar("ghost")

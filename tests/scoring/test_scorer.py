@@ -308,3 +308,47 @@ def test_ranking_in_pieces_equals_a_stable_sort_of_everything(head_items, monkey
     expected = np.take_along_axis(logits, order, axis=1)
     assert np.array_equal(scores, expected)
     assert np.array_equal(items, np.where(np.isneginf(expected), -1, order))
+
+
+# Similar items
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_similar_items_are_those_of_the_largest_cosine_alone_and_in_any_company(precision):
+    asked = changed(lambda model: model.compute_in(getattr(torch, precision)))
+    table_JD = asked.ranker.model.collaborative_items.detach().float().numpy().astype(np.float64)
+    unit_JD = table_JD / np.linalg.norm(table_JD, axis=1, keepdims=True)
+    cosine_JJ = unit_JD @ unit_JD.T
+    np.fill_diagonal(cosine_JJ, -np.inf)
+    every = np.arange(len(table_JD))
+    items, scores = asked.similar(every, 5)
+    np.testing.assert_allclose(scores, -np.sort(-cosine_JJ, axis=1)[:, :5], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(cosine_JJ, items, 1), scores, atol=1e-5)
+    for item in every:
+        alone, its_scores = asked.similar(every[item : item + 1], 5)
+        assert np.array_equal(alone[0], items[item])
+        assert np.array_equal(its_scores[0], scores[item])
+
+
+def test_items_that_the_same_users_like_are_similar():
+    items, _ = scorer().similar(np.arange(WORLD.num_items), 3)
+    assert (items % 2 == np.arange(WORLD.num_items)[:, None] % 2).mean() > 0.9
+
+
+def test_blocked_items_are_similar_to_nothing_and_boosts_change_no_cosine():
+    plain, cosines = scorer().similar(np.array([0]), 3)
+    boost_J = np.zeros(WORLD.num_items, np.float32)
+    boost_J[plain[0, 1]] = 50
+    ruled, ruled_cosines = scorer().similar(np.array([0]), 2, Rules(blocked=plain[0, :1], boost_J=boost_J))
+    assert np.array_equal(ruled[0], plain[0, 1:])
+    assert np.array_equal(ruled_cosines[0], cosines[0, 1:])
+
+
+def test_item_without_an_embedding_is_similar_to_nothing_and_breaks_nothing():
+    def forget(model):
+        model.collaborative_items[4] = 0
+
+    items, scores = changed(forget).similar(np.array([4, 0]), WORLD.num_items)
+    assert not np.isnan(scores).any()
+    assert set(scores[0, :-1]) == {0.0}
+    assert items[0, -1] == -1, "the item itself is left out"

@@ -139,7 +139,7 @@ def answered(status: int) -> httpx.Response:
     if status in (408, 503):
         return asyncio.run(answered_by_the_gate(status))
     if status in (429, 500):
-        app = create_app(sheds if status == 429 else breaks, lambda: None)
+        app = create_app(*[sheds if status == 429 else breaks] * 2, lambda: None)
         return post(good, TestClient(app, raise_server_exceptions=False))
     method, path, body, headers = {
         400: ("POST", "/v1/recommend", good.decode().encode("utf-16"), json_type),
@@ -202,6 +202,24 @@ def test_probes_may_use_head(path):
     assert client().head(path).status_code == 200
 
 
+def test_similar_items_are_those_of_the_recommender():
+    asked = client().get("/v1/items/item07/similar", params={"k": 3})
+    assert asked.status_code == 200
+    assert asked.json()["model_version"] == "fake-1"
+    assert [item["item_id"] for item in asked.json()["items"]] == ["item06", "item08", "item05"]
+    assert len(client().get("/v1/items/item07/similar").json()["items"]) == 10
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("ghost/similar", 404), ("a/b/similar", 404), ("item07/similar?k=0", 422), ("item07/similar?k=1001", 422)],
+)
+def test_similar_items_of_a_wrong_request_are_refused(path, status):
+    response = client().get(f"/v1/items/{path}")
+    assert response.status_code == status
+    assert "ghost" not in response.text
+
+
 def test_refusal_does_not_repeat_what_was_sent():
     response = post(b'{"user_id": ["canary-user"], "k": "canary-k"}')
     assert response.status_code == 422
@@ -220,7 +238,7 @@ def test_overload_is_refused_with_the_time_to_come_again():
     async def sheds(request):
         raise OverloadError
 
-    app = create_app(sheds, lambda: None)
+    app = create_app(sheds, sheds, lambda: None)
     response = post(b'{"user_id": "u"}', TestClient(app, raise_server_exceptions=False))
     assert (response.status_code, response.headers["retry-after"]) == (429, "1")
     assert response.json() == {"detail": "too many requests wait; try again after Retry-After seconds"}
@@ -241,7 +259,15 @@ def test_page_needs_nothing_from_the_internet(path):
     assert "default-src 'none'" in page.headers["content-security-policy"]
 
 
-CLOSED = ["/v1/recommend", "/no-such-route", "/healthz/", "/docs/x", "/openapi.json/", "/v1/readyz"]
+CLOSED = [
+    "/v1/recommend",
+    "/v1/items/item07/similar",
+    "/no-such-route",
+    "/healthz/",
+    "/docs/x",
+    "/openapi.json/",
+    "/v1/readyz",
+]
 
 
 @pytest.mark.parametrize("path", CLOSED)

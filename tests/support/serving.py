@@ -9,8 +9,8 @@ from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.scoring.recommender import Answer, Query, Recommender
 from cllm4rec.scoring.user_histories import UserHistories
-from cllm4rec.serving.schemas import Ready, RecommendRequest, RecommendResponse
-from cllm4rec.serving.web import create_app, respond
+from cllm4rec.serving.schemas import Ready, RecommendRequest, RecommendResponse, SimilarRequest, SimilarResponse
+from cllm4rec.serving.web import create_app, respond, respond_similar
 
 NUM_USERS, NUM_ITEMS = 5, 30
 
@@ -37,6 +37,12 @@ class FakeScorer:
             best = sorted((j for j in range(NUM_ITEMS) if j not in seen), key=lambda j: (-scores[j], j))[:k]
             item_BK[row, : len(best)], score_BK[row, : len(best)] = best, scores[best]
         return item_BK, score_BK
+
+    def similar(self, items, k, rules=None):
+        """Items are as similar as their numbers are close."""
+        distance_BJ = np.abs(np.arange(NUM_ITEMS) - np.asarray(items)[:, None])
+        best_BK = np.argsort(distance_BJ, axis=1, kind="stable")[:, 1 : k + 1]
+        return best_BK, -np.take_along_axis(distance_BJ, best_BK, 1).astype(np.float32)
 
     def scores(self, user: int, history: list[int]) -> np.ndarray:
         if user < 0 and not history:
@@ -74,7 +80,12 @@ def client(api_keys: tuple[str, ...] = (), *, loaded: bool = True, asked: Recomm
     async def recommend(request: RecommendRequest) -> RecommendResponse:
         return respond(answering, [request])[0]
 
-    app = create_app(recommend, lambda: Ready(model_version=answering.model_version) if loaded else None, api_keys)
+    async def similar(request: SimilarRequest) -> SimilarResponse | None:
+        return respond_similar(answering, [request])[0]
+
+    app = create_app(
+        recommend, similar, lambda: Ready(model_version=answering.model_version) if loaded else None, api_keys
+    )
     return TestClient(app, raise_server_exceptions=False)
 
 
