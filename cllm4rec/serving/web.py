@@ -26,13 +26,13 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import cllm4rec
+from cllm4rec.config import MAX_ID_CHARS
 from cllm4rec.errors import ConfigError
 from cllm4rec.scoring.recommender import MAX_K, Recommender
 from cllm4rec.serving.batching import OverloadError
 from cllm4rec.serving.bodies import ReadBody
 from cllm4rec.serving.refusals import REFUSALS, refusal, refuse
 from cllm4rec.serving.schemas import (
-    MAX_ID_CHARS,
     Alive,
     FieldProblems,
     Problem,
