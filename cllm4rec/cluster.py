@@ -1,24 +1,13 @@
-"""The Ray cluster: connecting, waiting for resources, and the CPUs, GPUs and threads of each process.
-
-    connect(config)
-    actors = processes(config.cluster, config.score.num_actors)
-    wait_for_resources(actors.demand(reading_cpus=1), config.cluster.start_timeout_s, "score", "add nodes")
-    torch.set_num_threads(actors.threads)              # in each actor
-
-Training workers, scoring actors and endpoint replicas all use `processes`.
-"""
+"""Connecting to a Ray cluster, or starting a local one, with the environment that all our processes need."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import socket
-import time
-from collections.abc import Mapping
 
 from cllm4rec import allocator
-from cllm4rec.config import ClusterConfig, Config
+from cllm4rec.config import Config
 from cllm4rec.errors import ResourceError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +33,6 @@ ENVIRONMENT = {
 """Settings that Ray and transformers read from the environment at startup, for a command and for its workers."""
 
 _CONNECT_TIMEOUT_S = 20.0
-_POLL_S = 0.5
 
 
 def set_default_environment() -> None:
@@ -84,57 +72,6 @@ def connect(config: Config) -> None:
     # Of a local Ray, `local_cpus` may have asked for more CPUs than the machine has.
     where = f"cluster {address}, {num_cpus:g} CPUs" if address else f"local, {_cores()} ({num_cpus:g} logical CPUs)"
     logger.info("ray: %s, %g GPUs", where, num_gpus)
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """`count` processes of one kind (training workers, scoring actors or replicas) and the resources of each."""
-
-    count: int
-    cpus: int
-    gpus: int
-    threads: int
-    """The number of torch threads per process."""
-
-    def demand(self, reading_cpus: int = 0) -> dict[str, float]:
-        """The resources of all processes by name, such as {"CPU": 5.0}. reading_cpus: added for reads by Ray Data."""
-        gpus = {"GPU": float(self.count * self.gpus)} if self.gpus else {}
-        return {"CPU": float(self.count * self.cpus + reading_cpus), **gpus}
-
-
-def processes(cluster: ClusterConfig, count: int) -> Processes:
-    """The resources of `count` processes. Ray must be connected.
-
-    The number of threads is `cluster.threads_per_worker`. By default it is cores / `count` on a single node without GPUs,
-    where reserved CPUs are logical, and otherwise the number of reserved CPUs.
-    """
-    import ray
-
-    threads = cluster.threads_per_worker
-    if threads is None:
-        is_local = len(ray.nodes()) == 1 and not cluster.use_gpu
-        threads = max(1, (os.cpu_count() or 1) // count) if is_local else cluster.cpus_per_worker
-    return Processes(count, cluster.cpus_per_worker, int(cluster.use_gpu), threads)
-
-
-def wait_for_resources(demand: Mapping[str, float], timeout_s: float, who: str, remedy: str) -> None:
-    """Return once the cluster has the resources `demand` (name → amount). An autoscaler may take a while to add them.
-
-    who: names the caller in the error. remedy: the end of the error, which says what to do.
-    Raises ResourceError after `timeout_s` with the requested and the existing resources. Ray itself would wait forever.
-    """
-    import ray
-
-    deadline = time.monotonic() + timeout_s
-    while True:
-        existing = ray.cluster_resources()
-        if all(existing.get(name, 0.0) >= amount for name, amount in demand.items()):
-            return
-        if time.monotonic() > deadline:
-            requested = " and ".join(f"{amount:g} {name}s" for name, amount in demand.items())
-            available = " and ".join(f"{existing.get(name, 0.0):g} {name}s" for name in demand)
-            raise ResourceError(f"{who} needs {requested}, but the cluster has {available}; {remedy}")
-        time.sleep(_POLL_S)
 
 
 def local_cpus(config: Config) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from cllm4rec.cluster import processes, wait_for_resources
 from cllm4rec.config import Config
 from cllm4rec.data.prepare import prepare, prepare_inputs
 from cllm4rec.evaluation.stage import evaluate, evaluate_inputs, reason_not_to_evaluate
@@ -12,6 +11,7 @@ from cllm4rec.nightly.plan import ScorePlan, is_published, plan_score
 from cllm4rec.nightly.ray_job import forget_staged, score
 from cllm4rec.nightly.report import NightReport
 from cllm4rec.progress import show_count
+from cllm4rec.resources import processes, wait_for_resources, watch_nodes
 from cllm4rec.stages import Stage, artifact_stage, training_stages
 from cllm4rec.training.ray_trainer import train_on_ray
 
@@ -22,10 +22,11 @@ def run_score(plan: ScorePlan, force: bool, accept_drift: bool = False) -> Night
     if force:
         forget_staged(plan)
     # Ray Data needs one CPU besides those of the actors.
-    demand = processes(config.cluster, config.score.num_actors).demand(reading_cpus=1)
+    bundles = processes(config.cluster, config.score.num_actors).bundles(reading_cpus=1)
     remedy = "lower score.num_actors or cluster.cpus_per_worker, or add nodes"
-    wait_for_resources(demand, config.cluster.start_timeout_s, "score", remedy)
-    return score(plan, show_count, accept_drift)
+    wait_for_resources(bundles, config.cluster, "score", remedy)
+    with watch_nodes(bundles, "score"):
+        return score(plan, show_count, accept_drift)
 
 
 def _score(config: Config, force: bool) -> dict[str, Any]:

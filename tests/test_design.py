@@ -23,20 +23,21 @@ MAY_IMPORT = {
     "run": {"storage"},
     "config": {"errors", "run"},
     "cluster": {"errors", "config", "allocator"},
+    "resources": {"errors", "config"},
     "reporting": set(),
     "progress": {"errors", "storage"},
     "staleness": {"config", "storage"},
-    "data": BASE | {"cluster", "staleness"},
+    "data": BASE | {"resources", "staleness"},
     "metrics": {"errors", "typing", "arrays"},
     "model": BASE | {"data"},
-    "training": BASE | {"cluster", "progress", "staleness", "data", "metrics", "model"},
+    "training": BASE | {"resources", "progress", "staleness", "data", "metrics", "model"},
     "scoring": BASE | {"data", "model"},
     "evaluation": BASE | {"reporting", "staleness", "data", "metrics", "model", "scoring"},
-    "nightly": BASE | {"cluster", "reporting", "staleness", "data", "metrics", "model", "scoring"},
+    "nightly": BASE | {"resources", "reporting", "staleness", "data", "metrics", "model", "scoring"},
     "extension": BASE | {"data", "model"},
     "privacy": BASE | {"data", "nightly"},
     "stages": BASE | {"training"},
-    "pipeline": BASE | {"cluster", "progress", "stages", "data", "training", "evaluation", "nightly"},
+    "pipeline": BASE | {"resources", "progress", "stages", "data", "training", "evaluation", "nightly"},
     "python_api": BASE | {"stages", "data", "model", "training", "scoring"},
     "serving": BASE | {"scoring"},
     "experiments": BASE
@@ -44,6 +45,7 @@ MAY_IMPORT = {
         "staleness",
         "allocator",
         "cluster",
+        "resources",
         "reporting",
         "data",
         "metrics",
@@ -57,8 +59,8 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["commands"] = {*MAY_IMPORT}
 RAY_IS_ALLOWED_IN = (
-    "cllm4rec.cluster.", "cllm4rec.data.ray_data.", "cllm4rec.training.ray_trainer.", "cllm4rec.nightly.ray_job.",
-    "cllm4rec.serving.", "cllm4rec.commands.",
+    "cllm4rec.cluster.", "cllm4rec.resources.", "cllm4rec.data.ray_data.", "cllm4rec.training.ray_trainer.",
+    "cllm4rec.nightly.ray_job.",    "cllm4rec.serving.", "cllm4rec.commands.",
 )  # fmt: skip
 
 

@@ -103,6 +103,7 @@ SPECIAL: dict[str, Any] = {
     "serve.host": "0.0.0.0",
     "serve.min_replicas": 2,
     "cluster.threads_per_worker": 3,
+    "cluster.start_timeout_s": 60.0,
 }
 BASE_SETTINGS: dict[str, Any] = {
     "serve": {"max_replicas": 4},

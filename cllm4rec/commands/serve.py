@@ -26,11 +26,11 @@ from typing import Any
 import httpx
 
 from cllm4rec.arrays.ids import read_ids
-from cllm4rec.cluster import processes, wait_for_resources
 from cllm4rec.commands.cli import Command
 from cllm4rec.commands.console import say
 from cllm4rec.config import Config
 from cllm4rec.errors import ResourceError
+from cllm4rec.resources import processes, wait_for_resources
 from cllm4rec.storage.artifacts import read_manifest, verify_files
 from cllm4rec.storage.registry import current_model
 
@@ -145,7 +145,7 @@ def _arguments(config: Config) -> dict[str, Any]:
 def _wait_for_replicas(config: Config) -> None:
     replicas = processes(config.cluster, config.serve.min_replicas)
     remedy = "lower serve.min_replicas or cluster.cpus_per_worker, or add nodes"
-    wait_for_resources(replicas.demand(), config.cluster.start_timeout_s, "serve", remedy)
+    wait_for_resources(replicas.bundles(), config.cluster, "serve", remedy)
 
 
 def _refuse_a_running_serve() -> None:

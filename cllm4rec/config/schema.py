@@ -736,8 +736,10 @@ class ClusterConfig(_Section):
     )
     use_gpu: bool = Field(False, description="Give each training worker, scoring actor and replica one GPU.")
     max_failures: Annotated[int, Field(ge=0)] = Field(2, description="Worker failures that a training run survives.")
-    start_timeout_s: Annotated[float, Field(gt=0)] = Field(
-        45.0, description="Seconds to wait for resources. Then the stage fails and names what is missing."
+    start_timeout_s: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Seconds to wait for resources, at the start of a stage and after a node was lost. Then the stage fails "
+        "and names what is missing. null: 900 with an autoscaler, otherwise 45 at the start and 900 after a loss.",
     )
     shard_disk_gb: Annotated[float, Field(gt=0)] = Field(
         64.0, description="Most gigabytes of TMPDIR that the documents of one worker may take."

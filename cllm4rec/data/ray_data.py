@@ -17,7 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from cllm4rec.config import ClusterConfig
 from cllm4rec.errors import Cllm4RecError
+from cllm4rec.resources import wait_for_resources
 from cllm4rec.typing import Array
 
 BLOCK_BYTES = 8 << 20
@@ -102,17 +104,18 @@ class RayExecutor:
 def ray_map(inputs: Iterable[Any], task: Callable[[Any], Any]) -> Iterator[Any]:
     """The result of `task` for each input, computed on the cluster, in the order in which tasks finish.
 
-    About as many tasks run at a time as there are CPUs, so the driver never holds more results than that. Raises the
+    About as many tasks run at a time as there are CPUs, also while an autoscaler adds some: one task more than fit makes it
+    do so. The driver never holds more results than that. Raises the
     error of a task if it is one of this package or an OSError. Ray must be connected.
     """
     import ray
 
-    most = 1 + _cluster_cpus()
     call, shared, waiting = ray.remote(num_cpus=1)(_call), ray.put(task), iter(inputs)
     running: list[Any] = []
     with _own_errors():
         while True:
-            running += [call.remote(shared, value) for value in itertools.islice(waiting, most - len(running))]
+            num_free = max(0, 1 + _cluster_cpus() - len(running))
+            running += [call.remote(shared, value) for value in itertools.islice(waiting, num_free)]
             if not running:
                 return
             ready, running = ray.wait(running)
@@ -146,9 +149,12 @@ def _results(blocks: Any, task: Task) -> Iterator[pa.Table]:
 
 
 def _cluster_cpus() -> int:
+    """At least one: a cluster of no CPUs is asked for one."""
     import ray
 
-    return int(ray.cluster_resources().get("CPU", 1))
+    if not int(ray.cluster_resources().get("CPU", 0)):
+        wait_for_resources([{"CPU": 1.0}], ClusterConfig(), "Ray Data", "add nodes")
+    return max(1, int(ray.cluster_resources().get("CPU", 0)))
 
 
 def _call(task: Callable[[Any], Any], value: Any) -> Any:

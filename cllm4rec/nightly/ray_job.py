@@ -29,7 +29,6 @@ from ray.data.checkpoint import CheckpointConfig
 
 from cllm4rec.arrays.ids import Catalog
 from cllm4rec.arrays.ragged import Ragged, slices
-from cllm4rec.cluster import processes
 from cllm4rec.config import Source
 from cllm4rec.data.prepared import bucket_name, bucket_paths
 from cllm4rec.data.ray_data import quiet_data_context, ray_map
@@ -41,6 +40,7 @@ from cllm4rec.nightly.events import BucketMap, events_digest, events_of, inspect
 from cllm4rec.nightly.histories import Bucket, files_per_bucket, write_bucket
 from cllm4rec.nightly.plan import ScorePlan
 from cllm4rec.nightly.report import Cost, NightReport, write_report
+from cllm4rec.resources import processes
 from cllm4rec.scoring.rules import Rules, read_rules
 from cllm4rec.scoring.scorer import Scorer
 from cllm4rec.storage import artifacts, files

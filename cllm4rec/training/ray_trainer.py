@@ -31,13 +31,13 @@ from ray.train.torch import TorchTrainer
 from torch import Tensor
 
 from cllm4rec.arrays.histories import Histories
-from cllm4rec.cluster import processes, wait_for_resources
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.memory_map import memory_mapped
 from cllm4rec.data.prepared import bucket_paths, load_token_space
 from cllm4rec.errors import Cllm4RecError, ResourceError, TrainingError, causes
 from cllm4rec.metrics.protocol import Validation
 from cllm4rec.progress import FAILURES, show_training
+from cllm4rec.resources import RESTART_S, processes, wait_for_resources, watch_nodes
 from cllm4rec.storage import files
 from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpoint, write_checkpoint
 from cllm4rec.training.job import METRICS, LogFile, TrainJob
@@ -64,8 +64,11 @@ def train_on_ray(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
     trainers = processes(cluster, cluster.num_workers)
     remedy = "lower cluster.num_workers or cluster.cpus_per_worker, or add nodes"
     # Ray Data needs one CPU besides those of the workers.
-    wait_for_resources(trainers.demand(reading_cpus=1), cluster.start_timeout_s, "training", remedy)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_s)
+    bundles = trainers.bundles(reading_cpus=1)
+    wait_for_resources(bundles, cluster, "training", remedy)
+    # A lost node may be replaced, by an autoscaler or by whoever runs the cluster.
+    restart_timeout_s = cluster.start_timeout_s or RESTART_S
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(restart_timeout_s)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(_COLLECTIVE_TIMEOUT_S)
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = str(_POLL_INTERVAL_S)
     directory = files.absolute(run_dir)
@@ -91,11 +94,16 @@ def train_on_ray(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
         datasets={table: _read_parquet(names) for table, names in paths.items()},
         dataset_config=WholeBuckets(paths, set().union(*(phase.kinds for phase in job.phases))),
     )
-    with show_training(directory), _own_interrupts():
+    with show_training(directory), watch_nodes(bundles, "training"), _own_interrupts():
         try:
             result = trainer.fit()
         except Exception as error:
             _raise_recorded(directory)
+            if any(type(cause).__name__ == "WorkerGroupStartupTimeoutError" for cause in causes(error)):
+                raise ResourceError(
+                    f"training waited {restart_timeout_s:g} s to start its {trainers.count} workers again; {remedy}, or raise "
+                    "cluster.start_timeout_s, and run the same command again to resume from the last checkpoint"
+                ) from error
             raise TrainingError(
                 f"training stopped: {_cause(error)}; run the same command again to resume from the last checkpoint"
             ) from error

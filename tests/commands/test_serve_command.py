@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from support.clusters import cluster_of
 from support.directories import write_prepared, write_random_model
 
 from cllm4rec.commands import serve
@@ -27,11 +28,6 @@ def fails(error):
         raise error
 
     return job
-
-
-def cluster_of(monkeypatch, **existing):
-    monkeypatch.setattr("ray.cluster_resources", lambda: existing)
-    monkeypatch.setattr("ray.nodes", lambda: [{}])
 
 
 @pytest.fixture
@@ -81,7 +77,7 @@ def test_an_endpoint_that_runs_on_the_cluster_is_left_alone(served, monkeypatch)
 
 
 def test_more_replicas_than_the_cluster_holds_are_refused(served, monkeypatch):
-    cluster_of(monkeypatch, CPU=2.0)
+    cluster_of(monkeypatch, {"CPU": 2.0})
     served["serve"] |= {"min_replicas": 3, "max_replicas": 3}
     assert refused_endpoint(served) == (
         "serve needs 3 CPUs, but the cluster has 2 CPUs; lower serve.min_replicas or "
@@ -104,7 +100,7 @@ def test_the_reason_of_a_failed_replica_is_the_sentence_of_our_error():
 def test_replicas_get_their_threads_by_the_rule_of_trainers_and_actors(
     served, monkeypatch, threads_per_worker, threads
 ):
-    cluster_of(monkeypatch, CPU=0.0)
+    cluster_of(monkeypatch, {"CPU": 0.0})
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     built = []
     monkeypatch.setattr("cllm4rec.serving.app.build", built.append)
