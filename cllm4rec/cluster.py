@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -44,7 +45,8 @@ def set_default_environment() -> None:
 def connect(config: Config) -> None:
     """Connect to the cluster at RAY_ADDRESS, which Ray sets in submitted jobs, or start a local Ray for the config.
 
-    Raises ResourceError if the cluster at RAY_ADDRESS does not answer.
+    Environment variables in the runtime_env of a submitted job stay as the submitter set them.
+    Raises ResourceError if the cluster at RAY_ADDRESS does not answer, or if the local Ray does not start.
     """
     import ray
 
@@ -63,15 +65,29 @@ def connect(config: Config) -> None:
             **({"address": address} if address else local),
             log_to_driver=False,
             logging_level=logging.ERROR,
-            runtime_env={"env_vars": workers_env},
+            # Ray refuses a variable that the submitted job's runtime_env has too.
+            runtime_env={"env_vars": {name: workers_env[name] for name in workers_env.keys() - _submitted_variables()}},
         )
-    except ConnectionError as error:
-        raise _no_cluster(address, error) from None
+    except Exception as error:  # Ray raises many kinds, also bare exceptions
+        if address is None:
+            raise ResourceError(
+                f"Ray does not start on this machine ({_first_line(error)}); if the machine is busy, wait and run the same "
+                "command again; the logs are in /tmp/ray/session_latest/logs"
+            ) from error
+        if isinstance(error, ConnectionError):
+            raise _no_cluster(address, error) from None
+        raise
     resources = ray.cluster_resources()
     num_cpus, num_gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     # Of a local Ray, `local_cpus` may have asked for more CPUs than the machine has.
     where = f"cluster {address}, {num_cpus:g} CPUs" if address else f"local, {_cores()} ({num_cpus:g} logical CPUs)"
     logger.info("ray: %s, %g GPUs", where, num_gpus)
+
+
+def _submitted_variables() -> set[str]:
+    """The names of the environment variables in the runtime_env of the submitted job that this process is, if it is one."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return set(((submitted.get("runtime_env") or {}).get("env_vars")) or {})
 
 
 def local_cpus(config: Config) -> int:
@@ -100,5 +116,8 @@ def _check_that_cluster_answers(address: str) -> None:
 
 
 def _no_cluster(address: str | None, error: OSError) -> ResourceError:
-    reason = str(error).partition("\n")[0]
-    return ResourceError(f"no Ray cluster answers at {address} ({reason}); correct RAY_ADDRESS or unset it")
+    return ResourceError(f"no Ray cluster answers at {address} ({_first_line(error)}); correct RAY_ADDRESS or unset it")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

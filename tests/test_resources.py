@@ -131,26 +131,41 @@ def test_threads_of_trainers_actors_and_replicas_follow_one_rule(monkeypatch, se
     assert resources.processes(config.cluster, 2).threads == threads
 
 
+FROM_ZERO = """
+import sys
+from cllm4rec.cluster import connect
+from cllm4rec.commands.cli import show_log
+from cllm4rec.config import load_config
+from cllm4rec.errors import ResourceError
+from cllm4rec.nightly.plan import plan_score
+from cllm4rec.pipeline import run_score
+
+config = load_config(sys.argv[1])
+connect(config)
+with show_log():
+    try:
+        run_score(plan_score(load_config(sys.argv[1], ["cluster.cpus_per_worker=4"])), force=False)
+    except ResourceError as error:
+        print("refused:", error)
+    run_score(plan_score(config), force=False)
+"""
+
+
 @pytest.mark.ray
 def test_a_cluster_of_no_nodes_scores_everybody_and_has_no_nodes_afterwards(tmp_path):
     config = config_of(tmp_path, "zero", num_actors=2)
     write_random_model(tmp_path, write_prepared(tmp_path / "prepared", 10), seed=0)
     (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
     with autoscaled_cluster(tmp_path, max_workers=1) as address:
-
-        def score(*overrides):
-            command = [sys.executable, "-m", "jobs.score", "--config", str(tmp_path / "run.yaml"), *overrides]
-            environment = os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"}
-            return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-        too_large = score(f"cluster.cpus_per_worker={WORKER_CPUS + 1}")
+        command = [sys.executable, "-c", FROM_ZERO, str(tmp_path / "run.yaml")]
+        environment = os.environ | {"RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.getcwd()}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
         assert (
-            f"error: score needs {WORKER_CPUS + 1} CPUs on one node, but the largest node type of the autoscaler, worker, has "
+            "refused: score needs 4 CPUs on one node, but the largest node type of the autoscaler, worker, has "
             f"{WORKER_CPUS} CPUs; lower score.num_actors or cluster.cpus_per_worker, or add nodes"
-        ) in too_large.stderr
-        scored = score()
-        assert scored.returncode == 0, scored.stderr
-        assert "score needs 3 CPUs, but the cluster has 0 CPUs; waiting for the autoscaler" in scored.stdout
+        ) in done.stdout
+        assert "score has its resources after" in done.stdout, "it did not begin without nodes"
         assert published(config) == expected(config)
         client = GcsClient(address=address)
         wait_until(lambda: len(alive_nodes(client)) == 1, 60)

@@ -30,6 +30,11 @@ class Histories:
         return Histories(self.user[rows], self.train.take(rows), self.validation.take(rows), self.test.take(rows))
 
     @classmethod
+    def empty(cls) -> Histories:
+        """No users."""
+        return cls(np.empty(0, np.int64), Ragged.empty(0), Ragged.empty(0), Ragged.empty(0))
+
+    @classmethod
     def from_arrow(cls, table: pa.Table) -> Histories:
         users = table["user"].to_numpy().astype(np.int64)
         rows = cls(users, *(Ragged.from_arrow(table[split]) for split in SPLITS))

@@ -14,7 +14,9 @@ import dataclasses
 import importlib
 import json
 import logging
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -266,17 +268,23 @@ def _parser(command: Command, prog: str) -> _Parser:
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt for the SystemExit of Ray's signal handlers, so that a stopped command ends like any other.
+    """Raise KeyboardInterrupt for SIGTERM and for the SystemExit of Ray's handlers, so that a stopped command ends like any
+    other.
 
-    Ray's handlers of SIGTERM, and of SIGINT during training, call sys.exit; from within `ray.get` its status is always 1. A
-    library that ends the process for a reason of its own gives a sentence instead of a number.
+    Ray's own handler of SIGTERM prints a C++ stack. That of SIGINT during training calls sys.exit; from within `ray.get` its
+    status is always 1. A library that ends the process for a reason of its own gives a sentence instead of a number.
     """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     try:
         yield
     except SystemExit as stopped:
         if isinstance(stopped.code, str):
             raise RuntimeError(stopped.code) from stopped
         raise KeyboardInterrupt from stopped
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _expected(error: BaseException) -> Cllm4RecError | None:

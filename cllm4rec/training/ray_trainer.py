@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import logging
 import os
 import signal
 import tempfile
@@ -43,6 +44,8 @@ from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpo
 from cllm4rec.training.job import METRICS, LogFile, TrainJob
 from cllm4rec.training.loop import Shard, train
 
+logger = logging.getLogger(__name__)
+
 _ERROR = "error.json"
 # The timeout of a barrier: ample for the validation and the checkpoint of the slowest worker.
 _COLLECTIVE_TIMEOUT_S = 1800
@@ -75,6 +78,11 @@ def train_on_ray(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
     for name in (_ERROR, FAILURES):
         files.remove_file(files.join(directory, name))
     paths = {table: bucket_paths(job.prepared_dir, table) for table in ("documents", "histories")}
+    if trainers.count > len(paths["documents"]):
+        logger.warning(
+            "%d of %d training workers have nothing to do, because %s has %d bucket files; lower cluster.num_workers",
+            trainers.count - len(paths["documents"]), trainers.count, job.prepared_dir, len(paths["documents"]),
+        )  # fmt: skip
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"job": job, "run_dir": directory, "threads": trainers.threads},
@@ -159,7 +167,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 
 
 class WholeBuckets(ray.train.DataConfig):  # type: ignore[misc]
-    """Worker r of W reads every W-th bucket file from the r-th on, whole and in order.
+    """Worker r of W reads every W-th bucket file from the r-th on, whole and in order; none if there are fewer files.
 
     Ray's own split gives blocks to the first worker that asks and drops rows to make shards equal. This split depends only on
     rank and world size: a resumed run reads the same documents, and all documents of a user are on one worker.
@@ -179,7 +187,10 @@ class WholeBuckets(ray.train.DataConfig):  # type: ignore[misc]
         ]
 
     def _shard(self, name: str, rank: int, world_size: int) -> Any:
-        rows = _read_parquet(self._paths[name][rank::world_size])
+        paths = self._paths[name][rank::world_size]
+        if not paths:
+            return _read_parquet(self._paths[name][:1]).limit(0)
+        rows = _read_parquet(paths)
         return rows.filter(expr=col("kind").is_in(self._kinds)) if name == "documents" else rows
 
 
@@ -239,8 +250,17 @@ def _read_parquet(paths: list[str]) -> Any:
 def _load_shard(shard_disk_gb: float) -> Shard:
     """The documents of this worker, fetched once through Ray Data and kept on its disk for all epochs."""
     documents = memory_mapped(limit_size(map(Documents.from_arrow, _blocks("documents")), shard_disk_gb))
-    histories = memory_mapped(map(Histories.from_arrow, _blocks("histories")))
+    histories = memory_mapped(or_empty(map(Histories.from_arrow, _blocks("histories"))))
     return Shard(documents, Validation(histories))
+
+
+def or_empty(parts: Iterator[Histories]) -> Iterator[Histories]:
+    """`parts`, or one empty part if there are none, as for a worker that has no bucket file."""
+    histories = None
+    for histories in parts:
+        yield histories
+    if histories is None:
+        yield Histories.empty()
 
 
 def limit_size(parts: Iterator[Documents], max_gb: float) -> Iterator[Documents]:

@@ -2,8 +2,11 @@
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -141,6 +144,19 @@ def test_an_interrupt_is_one_sentence_also_from_the_signal_handlers_of_ray(call,
     assert (status, errors) == (130, f"error: {sentence}\n")
     assert without_seconds(lines[-1]) == {"ok": False, "error": sentence}
     assert json.loads((tmp_path / "out" / "run.json").read_text())["error"] == sentence
+
+
+def test_a_sigterm_is_an_interrupt_whatever_handler_ray_has_put_in_place(call):
+    """Ray's own prints a C++ stack."""
+
+    def job(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    status, _, errors = call(job)
+    assert (status, errors) == (130, "error: interrupted; run the same command again to continue\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_library_that_ends_the_process_with_a_sentence_is_an_unforeseen_error(call):

@@ -7,10 +7,11 @@ from support.parity import parity
 
 from cllm4rec.data.memory_map import memory_mapped
 from cllm4rec.errors import ResourceError
+from cllm4rec.metrics.protocol import Validation
 from cllm4rec.progress import FAILURES
 from cllm4rec.storage.files import read_json, remove_directory
 from cllm4rec.training.job import METRICS, LogFile
-from cllm4rec.training.ray_trainer import RecordFailures, limit_size
+from cllm4rec.training.ray_trainer import RecordFailures, limit_size, or_empty
 
 STEP = {"event": "step", "phase": "finetune", "loss": 2.0, "items": 1.0, "words": 0.5, "penalty": 0.5}
 
@@ -43,6 +44,14 @@ def test_documents_above_the_configured_limit_are_an_error():
 
 def test_a_worker_without_documents_has_an_empty_shard():
     assert len(memory_mapped(limit_size(iter(()), max_gb=1.0))) == 0
+
+
+def test_a_worker_without_bucket_files_has_no_users():
+    histories = memory_mapped(or_empty(iter(())))
+    assert len(histories.user) == 0
+    assert len(Validation(histories).users) == 0
+    some = parity().histories
+    assert memory_mapped(or_empty(iter([some, some]))).user.tolist() == [*some.user, *some.user]
 
 
 def failures(folder):

@@ -137,6 +137,17 @@ def test_workers_read_whole_buckets_and_only_the_required_kinds(tmp_path, kinds)
 
 
 @pytest.mark.usefixtures("ray_local")
+def test_workers_without_a_bucket_file_have_nothing_and_training_goes_on(prepared_dir, tmp_path, monkeypatch, caplog):
+    """Three workers and two files: one worker has no documents and no users."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr("test_train_ray.EPOCHS", 1)
+    weights = train_on_ray(job(prepared_dir, "e", num_workers=3), str(tmp_path))
+    assert set(weights) == set(COLLABORATIVE)
+    assert num_epochs(tmp_path / METRICS) == 1
+    assert "1 of 3 training workers have nothing to do" in caplog.text
+
+
+@pytest.mark.usefixtures("ray_local")
 def test_a_cluster_that_is_too_small_is_an_error_with_the_requested_and_existing_cpus(prepared_dir, tmp_path):
     started = time.monotonic()
     with pytest.raises(ResourceError, match=r"training needs 65 CPUs, but the cluster has 4 CPUs;"):
