@@ -97,7 +97,9 @@ class RunFollower(threading.Thread):
             self._show(entry)
 
     def _show(self, entry: dict[str, Any]) -> None:
-        if entry["event"] == "resumed":
+        if entry["event"] == "resumed" and entry["after"] is None:
+            logger.info("  starting again from the beginning, because there is no checkpoint yet")
+        elif entry["event"] == "resumed":
             logger.info("  resuming from the checkpoint after %s", entry["after"])
         if entry["event"] == "warning":
             logger.warning("%s", entry["message"])

@@ -25,6 +25,7 @@ import numpy as np
 from cllm4rec.arrays.histories import SPLITS, Histories
 from cllm4rec.arrays.ids import TokenSpace, read_sizes
 from cllm4rec.data.documents import Documents, Prompts
+from cllm4rec.storage.artifacts import read_manifest, verify_files
 from cllm4rec.storage.files import filesystem, join, read_json, read_tables, write_json
 from cllm4rec.typing import Array, IntArray
 
@@ -83,6 +84,17 @@ def documents_by_bucket(prepared_dir: str) -> Iterator[Documents]:
     """All documents, one bucket at a time, so that only one bucket is in memory."""
     for path in bucket_paths(prepared_dir, "documents"):
         yield Documents.from_arrow(read_tables([path]))
+
+
+def verify_buckets(prepared_dir: str, rank: int = 0, world_size: int = 1) -> None:
+    """Compare the documents and histories that a worker reads with their sha256, which `prepare` wrote.
+
+    Raises ArtifactError that names a damaged file. A damaged Parquet file may also be read without an error.
+    """
+    manifest = read_manifest(prepared_dir, "prepared")
+    for table in ("documents", "histories"):
+        paths = bucket_paths(prepared_dir, table, rank, world_size)
+        verify_files(prepared_dir, manifest, [f"{table}/{path.rsplit('/', 1)[-1]}" for path in paths])
 
 
 def load_token_space(prepared_dir: str) -> tuple[PromptTokens, TokenSpace]:

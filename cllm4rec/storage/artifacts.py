@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -117,15 +117,19 @@ def read_manifest(uri: str, kind: str) -> Manifest:
     return manifest
 
 
-def verify_files(uri: str, manifest: Manifest) -> None:
-    """Compare every file with its sha256 in the manifest. Raises ArtifactError naming the first that differs."""
+def verify_files(uri: str, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Compare every file, or those of `names` that the manifest has, with its sha256 in the manifest.
+
+    Raises ArtifactError naming the first file that differs and the command that writes it.
+    """
     fs, root = filesystem(uri)
-    for name, expected in manifest.files.items():
+    command = f"cllm4rec {_COMMANDS[manifest.kind]}" if manifest.kind in _COMMANDS else "its stage"
+    for name in manifest.files if names is None else [name for name in names if name in manifest.files]:
         if not fs.exists(f"{root}/{name}"):
-            raise ArtifactError(f"{uri}/{name} is missing; copy the directory again or run its stage with --force")
-        if digest_of_file(join(uri, name)) != expected["sha256"]:
+            raise ArtifactError(f"{uri}/{name} is missing; copy the directory again or run {command} with --force")
+        if digest_of_file(join(uri, name)) != manifest.files[name]["sha256"]:
             raise ArtifactError(
-                f"{uri}/{name} is damaged (sha256 differs); copy it again or run its stage with --force"
+                f"{uri}/{name} is damaged (sha256 differs); copy it again or run {command} with --force"
             )
 
 

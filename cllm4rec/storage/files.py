@@ -158,13 +158,22 @@ def remove_directory(uri: str) -> None:
 
 
 def read_tables(paths: Sequence[str], columns: list[str] | None = None) -> pa.Table:
-    """Several Parquet files as one table, in this order."""
-    tables = []
-    for uri in paths:
-        fs, path = filesystem(uri)
+    """Several Parquet files as one table, in this order. Raises ArtifactError if one is missing or damaged."""
+    return pa.concat_tables([_read_table(uri, columns) for uri in paths])
+
+
+def _read_table(uri: str, columns: list[str] | None) -> pa.Table:
+    fs, path = filesystem(uri)
+    try:
         with fs.open(path, "rb") as stream:
-            tables.append(pq.read_table(stream, columns=columns))
-    return pa.concat_tables(tables)
+            return pq.read_table(stream, columns=columns)
+    except FileNotFoundError:
+        raise ArtifactError(f"{uri} is missing; run the stage that writes it with --force") from None
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the storage failed, not the file
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise ArtifactError(f"{uri} is damaged ({reason}); run the stage that writes it with --force") from None
 
 
 def write_table(table: pa.Table, uri: str, row_group_size: int | None = None) -> None:

@@ -125,7 +125,8 @@ class LogFile:
         if not self._is_first:
             return
         num_lines = checkpoint.progress.num_log_lines if checkpoint else 0
-        lines = files.read_bytes(self._uri).splitlines() if num_lines and files.exists(self._uri) else []
+        existed = files.exists(self._uri)
+        lines = files.read_bytes(self._uri).splitlines() if num_lines and existed else []
         kept = lines[:num_lines]
         files.write_bytes(self._uri, b"".join(line + b"\n" for line in kept))
         self._num_written = len(kept)
@@ -133,6 +134,8 @@ class LogFile:
             phase, epoch = checkpoint.progress.phase, checkpoint.progress.epoch
             after = f"{phases[phase].name} epoch {epoch}" if epoch else phases[phase - 1].name
             self({"event": "resumed", "after": after})
+        elif existed:
+            self({"event": "resumed", "after": None})
 
     def __call__(self, entry: dict[str, Any]) -> None:
         if not self._is_first:

@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from cllm4rec.config import Config
-from cllm4rec.data.prepared import load_documents, load_histories, load_token_space
+from cllm4rec.data.prepared import load_documents, load_histories, load_token_space, verify_buckets
 from cllm4rec.metrics.protocol import Validation
 from cllm4rec.progress import show_training
 from cllm4rec.storage import files
@@ -34,7 +34,7 @@ def train_locally(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
     """Train in this process and return the weights of the best epochs.
 
     An interrupted run with the same fingerprint and a local `run_dir` resumes from its last checkpoint.
-    Raises TrainingError at the first loss that is not finite.
+    Raises TrainingError at the first loss that is not finite, and ArtifactError if a file of `prepared/` is damaged.
     """
     device = torch.device("cuda" if job.config.cluster.use_gpu else "cpu")
     checkpoints = _Checkpoints(run_dir, job.fingerprint)
@@ -43,6 +43,7 @@ def train_locally(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
     log.resume(resumed, job.phases)
     prompt_tokens, _ = load_token_space(job.prepared_dir)
     kinds = sorted(set().union(*(phase.kinds for phase in job.phases)))
+    verify_buckets(job.prepared_dir)
     documents = load_documents(job.prepared_dir).of_kinds(kinds)
     shard = Shard(documents, Validation(load_histories(job.prepared_dir)))
 

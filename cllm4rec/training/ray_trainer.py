@@ -34,8 +34,8 @@ from torch import Tensor
 from cllm4rec.arrays.histories import Histories
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.memory_map import memory_mapped
-from cllm4rec.data.prepared import bucket_paths, load_token_space
-from cllm4rec.errors import Cllm4RecError, ResourceError, TrainingError, causes
+from cllm4rec.data.prepared import bucket_paths, load_token_space, verify_buckets
+from cllm4rec.errors import ArtifactError, Cllm4RecError, ResourceError, TrainingError, causes
 from cllm4rec.metrics.protocol import Validation
 from cllm4rec.progress import FAILURES, show_training
 from cllm4rec.resources import RESTART_S, processes, wait_for_resources, watch_nodes
@@ -59,9 +59,9 @@ def train_on_ray(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
 
     An interrupted run with the same fingerprint and `run_dir` resumes from its last checkpoint. A failed worker is restarted,
     and its cause is logged.
-    Raises ResourceError if the cluster is too small or a worker's documents exceed `cluster.shard_disk_gb`. Raises
-    TrainingError if the run cannot continue: after `cluster.max_failures` failures (at least 2) with the same cause, or after
-    one more failure of any cause.
+    Raises ResourceError if the cluster is too small or a worker's documents exceed `cluster.shard_disk_gb`; ArtifactError,
+    without a restart, if a file that a worker reads is missing or damaged; TrainingError if the run cannot continue: after
+    `cluster.max_failures` failures (at least 2) with the same cause, or after one more failure of any cause.
     """
     cluster = job.config.cluster
     trainers = processes(cluster, cluster.num_workers)
@@ -131,7 +131,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Saves a pass over memory: deterministic mode would otherwise fill every new tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    is_first = ray.train.get_context().get_world_rank() == 0
+    context = ray.train.get_context()
+    is_first = context.get_world_rank() == 0
     log = LogFile(files.join(directory, METRICS), is_first, job.config.training.tensorboard)
     resumed, warnings = _resume(job)
     log.resume(resumed, job.phases)
@@ -148,6 +149,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     try:
+        verify_buckets(job.prepared_dir, context.get_world_rank(), context.get_world_size())
         shard = _load_shard(job.config.cluster.shard_disk_gb)
         prompt_tokens, _ = load_token_space(job.prepared_dir)
         job.check_memory(ray.train.torch.get_device(), ray.train.get_context().get_local_world_size())
@@ -158,8 +160,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         # All workers see the same sum and stop together. A restart would fail again, so Ray must not see an error.
         if is_first:
             _record_error(directory, error)
-    except ResourceError as error:
-        # Only this worker fails, and the others wait for it. The error makes Ray stop the whole group.
+    except (ResourceError, ArtifactError) as error:
+        # Only this worker fails, and the others wait for it. The error makes Ray stop the whole group. A restart would fail
+        # again.
         _record_error(directory, error)
         raise
     finally:
@@ -238,8 +241,8 @@ def _raise_recorded(directory: str) -> None:
     """Raise the error that a worker or the controller recorded, if any."""
     if files.exists(files.join(directory, _ERROR)):
         recorded = files.read_json(files.join(directory, _ERROR))
-        kind = ResourceError if recorded["kind"] == ResourceError.__name__ else TrainingError
-        raise kind(recorded["sentence"]) from None
+        kinds = {kind.__name__: kind for kind in (ResourceError, ArtifactError, TrainingError)}
+        raise kinds[recorded["kind"]](recorded["sentence"]) from None
 
 
 def _read_parquet(paths: list[str]) -> Any:

@@ -50,7 +50,7 @@ def test_a_worker_without_bucket_files_has_no_users():
     histories = memory_mapped(or_empty(iter(())))
     assert len(histories.user) == 0
     assert len(Validation(histories).users) == 0
-    some = parity().histories
+    some = parity().world.histories
     assert memory_mapped(or_empty(iter([some, some]))).user.tolist() == [*some.user, *some.user]
 
 

@@ -20,7 +20,7 @@ from cllm4rec.config import BackboneSize, ClusterConfig, parse_config
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.data.prepared import bucket_name, bucket_of, bucket_paths, load_histories, load_token_space
 from cllm4rec.data.world import parity_world
-from cllm4rec.errors import ResourceError, TrainingError
+from cllm4rec.errors import ArtifactError, ResourceError
 from cllm4rec.progress import FAILURES
 from cllm4rec.storage.files import write_table
 from cllm4rec.training.job import METRICS, TrainJob
@@ -156,12 +156,16 @@ def test_a_cluster_that_is_too_small_is_an_error_with_the_requested_and_existing
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_a_repeated_cause_stops_the_run_with_that_cause(prepared_dir, tmp_path, monkeypatch, caplog):
-    """Ray itself would restart the workers a fourth time without a message and finally report only its wrapper."""
+def test_a_damaged_file_stops_the_run_at_once_with_its_name_and_its_stage(prepared_dir, tmp_path, monkeypatch, caplog):
+    """Ray itself would restart the workers, and finally report only its wrapper."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     broken = tmp_path / "prepared"
     shutil.copytree(prepared_dir, broken)
-    (broken / "prompts.json").unlink()
-    with pytest.raises(TrainingError, match=r"workers failed 3 times with: .*prompts\.json is missing"):
+    damaged = broken / "histories" / bucket_name(1)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(bytes(content))
+    reason = rf"{damaged} is damaged \(sha256 differs\); copy it again or run cllm4rec prepare with --force"
+    with pytest.raises(ArtifactError, match=reason):
         train_on_ray(job(str(broken), "d", max_failures=3), str(tmp_path / "run"))
-    assert caplog.text.count("prompts.json is missing") == 3
+    assert caplog.text.count("is damaged") == 1, "errors of data are not retried"
