@@ -35,6 +35,9 @@ from cllm4rec.storage.artifacts import read_manifest, verify_files
 from cllm4rec.storage.registry import current_model
 
 _APPLICATION = "cllm4rec"
+_ALL_INTERFACES = ("0.0.0.0", "::")
+_PROXY_TIMEOUT_S = 60.0
+_POLL_S = 0.2
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +49,73 @@ def run(config: Config, args: argparse.Namespace) -> dict[str, Any]:
         checked = check(config)
         checked.show()
         return {"serve": checked.summary}
-    with serving(config) as url:
-        say(f"serve: {url}/v1/recommend (a page to try it: {url}/); Ctrl-C stops")
+    with serving(config) as endpoint:
+        say(f"serve: {endpoint.url}/v1/recommend{endpoint.place} (a page to try it: {endpoint.url}/); Ctrl-C stops")
         _wait_for_a_signal()
-    return {"serve": {"url": url, "stopped": True}}
+    return {"serve": {"url": endpoint.url, "stopped": True}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """Where a proxy of Serve listens.
+
+    node_id: the node that must ask, if the proxy is on another node than this process and listens to its own node only.
+    """
+
+    url: str
+    node_id: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the URL may be used, if not here."""
+        if self.node_id is None:
+            return ""
+        return f" on the node {self.node_id[:8]} only; serve.host=0.0.0.0 lets other machines ask"
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The answer to a request for recommendations."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        if self.node_id is None:
+            return _post(f"{self.url}/v1/recommend", request, _key_header())
+        there = NodeAffinitySchedulingStrategy(self.node_id, soft=False)
+        post = ray.remote(num_cpus=0, scheduling_strategy=there)(_post)
+        answer: dict[str, Any] = ray.get(post.remote(f"{self.url}/v1/recommend", request, _key_header()))
+        return answer
+
+
+def _post(url: str, request: dict[str, Any], headers: dict[str, str]) -> dict[str, Any]:
+    response = httpx.post(url, json=request, timeout=60, headers=headers)
+    response.raise_for_status()
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def find_endpoint(config: Config) -> Endpoint:
+    """A node that has a proxy, preferably this one: a cluster has proxies on the head and on nodes with a replica only.
+
+    Raises ResourceError if no proxy becomes healthy.
+    """
+    import ray
+    from ray import serve as ray_serve
+
+    here, host, port = ray.get_runtime_context().get_node_id(), config.serve.host, config.serve.port
+    give_up = time.monotonic() + _PROXY_TIMEOUT_S
+    while True:
+        proxies = ray_serve.status().proxies
+        healthy = [node_id for node_id, status in proxies.items() if status == "HEALTHY"]
+        if healthy:
+            break
+        if time.monotonic() > give_up:
+            raise ResourceError("no proxy of Ray Serve is healthy; see the logs of Ray on the head node")
+        time.sleep(_POLL_S)
+    node_id = here if here in healthy else sorted(healthy)[0]
+    address = next(node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id)
+    if host in _ALL_INTERFACES:
+        # A URL that other machines can use; of a local Ray, one that always works here.
+        return Endpoint(f"http://{address if os.environ.get('RAY_ADDRESS') else '127.0.0.1'}:{port}")
+    return Endpoint(f"http://{host}:{port}", None if node_id == here else node_id)
 
 
 def _wait_for_a_signal() -> None:
@@ -64,8 +130,8 @@ def _wait_for_a_signal() -> None:
 
 
 @contextlib.contextmanager
-def serving(config: Config) -> Iterator[str]:
-    """Run the endpoint for the duration of the block; yields its URL.
+def serving(config: Config) -> Iterator[Endpoint]:
+    """Run the endpoint for the duration of the block; yields where it is.
 
     Raises ArtifactError if the model is missing or damaged; ResourceError if the port is taken, if the cluster is too
     small or already serves something, or if the replicas do not start.
@@ -90,7 +156,7 @@ def serving(config: Config) -> Iterator[str]:
             messages = [deployment.message for app in applications for deployment in app.deployments.values()]
             reason = reason_of("\n".join([str(error), *messages]))
             raise ResourceError(f"the endpoint does not start: {reason}") from error
-        yield f"http://{config.serve.host}:{config.serve.port}"
+        yield find_endpoint(config)
     finally:
         ray_serve.shutdown()
 
@@ -121,10 +187,8 @@ def check(config: Config) -> Check:
     """Start the endpoint, request recommendations for the first user of the catalog over HTTP, and stop it."""
     user_id = str(read_ids(current_model(config.output_dir), "users")[0])
     request = {"user_id": user_id, "k": 5}
-    with serving(config) as url:
-        response = httpx.post(f"{url}/v1/recommend", json=request, timeout=60, headers=_key_header())
-        response.raise_for_status()
-        return Check(f"{url}/v1/recommend", request, response.json())
+    with serving(config) as endpoint:
+        return Check(f"{endpoint.url}/v1/recommend", request, endpoint.ask(request))
 
 
 def _check_model(config: Config) -> None:

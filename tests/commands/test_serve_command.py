@@ -110,6 +110,28 @@ def test_replicas_get_their_threads_by_the_rule_of_trainers_and_actors(
     assert [args["threads_per_replica"] for args in built] == [threads]
 
 
+@pytest.mark.parametrize(
+    ("host", "proxies", "url", "asked_from"),
+    [
+        ("127.0.0.1", {"head": "HEALTHY", "here": "HEALTHY"}, "http://127.0.0.1:8000", None),
+        ("127.0.0.1", {"head": "HEALTHY"}, "http://127.0.0.1:8000", "head"),
+        ("127.0.0.1", {"here": "STARTING", "head": "HEALTHY"}, "http://127.0.0.1:8000", "head"),
+        ("0.0.0.0", {"head": "HEALTHY"}, "http://10.0.0.1:8000", None),
+        ("0.0.0.0", {"head": "HEALTHY", "here": "HEALTHY"}, "http://10.0.0.2:8000", None),
+    ],
+)
+def test_the_endpoint_is_on_a_node_that_has_a_proxy(monkeypatch, host, proxies, url, asked_from):
+    """A driver's own node has none if it is neither the head nor has a replica."""
+    nodes = [{"NodeID": "head", "NodeManagerAddress": "10.0.0.1"}, {"NodeID": "here", "NodeManagerAddress": "10.0.0.2"}]
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(proxies=proxies))
+    endpoint = serve.find_endpoint(parse_config({**MINIMAL, "serve": {"host": host, "port": 8000}}))
+    assert (endpoint.url, endpoint.node_id) == (url, asked_from)
+    assert ("on the node head only; serve.host=0.0.0.0" in endpoint.place) == (asked_from is not None)
+
+
 def test_check_prints_request_and_answer_and_returns_no_user_id(served, monkeypatch, capsys):
     user_id = parity_world().catalog.user_ids[0]
     items = [{"item_id": "item-03", "score": 1.5, "text": "a book"}, {"item_id": "item-05", "score": 0.5, "text": ""}]
@@ -119,7 +141,7 @@ def test_check_prints_request_and_answer_and_returns_no_user_id(served, monkeypa
         assert (url, json["user_id"]) == ("http://there/v1/recommend", user_id)
         return httpx.Response(200, json=answer, request=httpx.Request("POST", url))
 
-    monkeypatch.setattr(serve, "serving", lambda config: contextlib.nullcontext("http://there"))
+    monkeypatch.setattr(serve, "serving", lambda config: contextlib.nullcontext(serve.Endpoint("http://there")))
     monkeypatch.setattr(httpx, "post", post)
     result = serve.run(parse_config(served), argparse.Namespace(check=True))
     assert result == {"serve": {"url": "http://there/v1/recommend", "model_version": "abc", "items": 2}}
