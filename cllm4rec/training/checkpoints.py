@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -53,34 +55,41 @@ def write_checkpoint(directory: str | Path, checkpoint: Checkpoint, fingerprint:
     (folder / _MANIFEST).write_text(json.dumps({"fingerprint": fingerprint, "sha256": sums}))
 
 
-def read_checkpoint(directory: str | Path, fingerprint: str) -> Checkpoint:
-    """Verify and read a checkpoint.
+def read_checkpoint(directory: str | Path, fingerprint: str, name: str | None = None) -> Checkpoint:
+    """Verify and read a checkpoint. name: for messages, by default that of the directory.
 
     `state` is memory-mapped and must be used before Ray deletes the checkpoint. `best` is copied.
     Raises ArtifactError if a file is missing or damaged, or if the fingerprint is that of another run.
     """
     folder = Path(directory)
+    title = name or folder.name
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
-        sums = {name: (digest_of_file(str(folder / name)), manifest["sha256"][name]) for name in _FILES}
+        sums = {file: (digest_of_file(str(folder / file)), manifest["sha256"][file]) for file in _FILES}
     except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"checkpoint {folder.name} is incomplete ({type(error).__name__})") from None
-    for name, (found, expected) in sums.items():
+        raise ArtifactError(f"checkpoint {title} is incomplete ({type(error).__name__})") from None
+    for file, (found, expected) in sums.items():
         if found != expected:
-            raise ArtifactError(f"checkpoint {folder.name} is damaged: the sha256 of {name} differs")
+            raise ArtifactError(f"checkpoint {title} is damaged: the sha256 of {file} differs")
     if manifest["fingerprint"] != fingerprint:
-        raise ArtifactError(f"checkpoint {folder.name} belongs to a run with other data or another config")
+        raise ArtifactError(f"checkpoint {title} belongs to a run with other data or another config")
     progress = Progress(**json.loads((folder / "progress.json").read_text()))
     state, best = (map_tensors(str(folder / name)) for name in _FILES[:2])
     return Checkpoint(progress, state, {name: tensor.clone() for name, tensor in best.items()})
 
 
-def newest_valid(directories: list[Path], fingerprint: str) -> tuple[Checkpoint | None, list[str]]:
-    """The newest valid checkpoint of `directories` (oldest first), and a warning for each newer one that was skipped."""
+def newest_valid(
+    directories: Mapping[str, AbstractContextManager[str | Path]], fingerprint: str
+) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint, and a warning for each newer one that was skipped.
+
+    directories: name → what gives a local copy while it is read, oldest first.
+    """
     warnings: list[str] = []
-    for directory in reversed(directories):
+    for name, local_copy in reversed([*directories.items()]):
         try:
-            return read_checkpoint(directory, fingerprint), warnings
+            with local_copy as directory:
+                return read_checkpoint(directory, fingerprint, name), warnings
         except ArtifactError as error:
             warnings.append(f"{error}; trying the previous one")
     return None, warnings

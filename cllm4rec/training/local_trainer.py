@@ -7,6 +7,7 @@ The tables are bit-identical to those of a run with one Ray worker on the same m
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import shutil
@@ -85,7 +86,8 @@ class _Checkpoints:
         self._fingerprint = fingerprint
 
     def newest(self) -> Checkpoint | None:
-        checkpoint, warnings = newest_valid(self._existing(), self._fingerprint)
+        existing = {path.name: contextlib.nullcontext(path) for path in self._existing()}
+        checkpoint, warnings = newest_valid(existing, self._fingerprint)
         for warning in warnings:
             logger.warning(warning)
         return checkpoint

@@ -17,7 +17,6 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +25,7 @@ import ray.data
 import ray.train
 import ray.train.collective
 import torch
+from pyarrow.fs import FileSelector, FileType
 from ray.data.expressions import col
 from ray.train import UserCallback
 from ray.train.torch import TorchTrainer
@@ -287,14 +287,17 @@ def _blocks(table: str) -> Iterator[pa.Table]:
 def _resume(job: TrainJob) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint, or None, and a warning for each newer one that was skipped."""
     latest = ray.train.get_checkpoint()
-    if latest is None:
-        return None, []
-    if not Path(latest.path).is_dir():
-        with latest.as_directory() as folder:
-            return read_checkpoint(folder, job.fingerprint), []
+    return (None, []) if latest is None else newest_valid(beside(latest), job.fingerprint)
+
+
+def beside(latest: Any) -> dict[str, contextlib.AbstractContextManager[str]]:
+    """The checkpoints in the folder of `latest`, on a disk or an object store, oldest first: name → its local copy."""
+    storage = latest.filesystem
+    found = storage.get_file_info(FileSelector(str(latest.path).rpartition("/")[0]))
     # Ray keeps a file with a similar name beside them, `checkpoint_manager_snapshot.json`.
-    folders = sorted(path for path in Path(latest.path).parent.glob("checkpoint_*") if path.is_dir())
-    return newest_valid(folders, job.fingerprint)
+    paths = {entry.base_name: entry.path for entry in found if entry.type == FileType.Directory}
+    names = sorted(name for name in paths if name.startswith("checkpoint_"))
+    return {name: ray.train.Checkpoint(paths[name], storage).as_directory() for name in names}
 
 
 def _cause(error: BaseException) -> str:

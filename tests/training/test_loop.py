@@ -1,5 +1,6 @@
 """The training loop on the parity world: it learns, resumes with identical bits, and stops cleanly."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -339,13 +340,14 @@ def test_damaged_and_foreign_checkpoints_are_skipped_with_a_warning(tmp_path):
     blob = bytearray((folders[2] / "best.safetensors").read_bytes())
     blob[-1] ^= 1
     (folders[2] / "best.safetensors").write_bytes(bytes(blob))
-    found, warnings = newest_valid(folders, "this run")
+    by_name = {folder.name: contextlib.nullcontext(folder) for folder in folders}
+    found, warnings = newest_valid(by_name, "this run")
     assert found is not None
     assert found.progress == saved[1].progress
     assert len(warnings) == 1
     assert "sha256 of best.safetensors differs" in warnings[0]
     (folders[1] / "state.safetensors").unlink()
-    assert newest_valid(folders, "this run")[0].progress == saved[0].progress
+    assert newest_valid(by_name, "this run")[0].progress == saved[0].progress
     with pytest.raises(ArtifactError, match="other data or another config"):
         read_checkpoint(folders[0], "another run")
 

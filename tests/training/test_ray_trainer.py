@@ -3,6 +3,9 @@
 import json
 
 import pytest
+import ray.train
+import torch
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from support.parity import parity
 
 from cllm4rec.data.memory_map import memory_mapped
@@ -10,8 +13,9 @@ from cllm4rec.errors import ResourceError
 from cllm4rec.metrics.protocol import Validation
 from cllm4rec.progress import FAILURES
 from cllm4rec.storage.files import read_json, remove_directory
+from cllm4rec.training.checkpoints import Checkpoint, Progress, newest_valid, write_checkpoint
 from cllm4rec.training.job import METRICS, LogFile
-from cllm4rec.training.ray_trainer import RecordFailures, limit_size, or_empty
+from cllm4rec.training.ray_trainer import RecordFailures, beside, limit_size, or_empty
 
 STEP = {"event": "step", "phase": "finetune", "loss": 2.0, "items": 1.0, "words": 0.5, "penalty": 0.5}
 
@@ -52,6 +56,25 @@ def test_a_worker_without_bucket_files_has_no_users():
     assert len(Validation(histories).users) == 0
     some = parity().world.histories
     assert memory_mapped(or_empty(iter([some, some]))).user.tolist() == [*some.user, *some.user]
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_resumption_falls_back_to_the_checkpoint_before_also_on_an_object_store(tmp_path, is_remote):
+    for number in range(2):
+        folder = tmp_path / f"checkpoint_{number:06d}"
+        folder.mkdir()
+        write_checkpoint(folder, Checkpoint(Progress(epoch=number), {}, {"table": torch.ones(2)}), "mine")
+    (tmp_path / "checkpoint_000001" / "progress.json").write_text("{}")
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
+    storage, root = LocalFileSystem(), str(tmp_path)
+    if is_remote:
+        storage, root = SubTreeFileSystem(str(tmp_path.parent), storage), tmp_path.name
+    latest = ray.train.Checkpoint(f"{root}/checkpoint_000001", storage)
+    checkpoint, warnings = newest_valid(beside(latest), "mine")
+    assert checkpoint.progress.epoch == 0
+    assert warnings == [
+        "checkpoint checkpoint_000001 is damaged: the sha256 of progress.json differs; trying the previous one"
+    ]
 
 
 def failures(folder):
