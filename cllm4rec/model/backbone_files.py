@@ -35,6 +35,7 @@ from cllm4rec.storage.tensors import map_tensors, save_tensors
 _REFERENCE = "reference.json"
 _ADAPTER = "adapter.json"
 _ADAPTER_WEIGHTS = "adapter.safetensors"
+_MAX_SHARD = "2GB"
 
 
 def new_backbone(config: ModelConfig, num_words: int, seed: int, dtype: torch.dtype | None = torch.float32) -> Backbone:
@@ -61,7 +62,7 @@ def empty_backbone(config: ModelConfig, num_words: int) -> Backbone:
 def save_backbone(backbone: Backbone, directory: str) -> None:
     """Write the safetensors and the config of a backbone that this package built or trained."""
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        backbone.model.save_pretrained(folder)
+        backbone.model.save_pretrained(folder, max_shard_size=_MAX_SHARD)  # a shard is copied in memory
         for file in sorted(Path(folder).iterdir()):
             files.copy_file(str(file), files.join(directory, file.name))
 
@@ -95,9 +96,12 @@ def save_trained(config: Config, num_words: int, trained: Mapping[str, Tensor], 
         save = save_copy if model.store_backbone == "copy" else save_reference
         save(model, directory)
     else:
-        backbone = new_backbone(model, num_words, config.seed)
-        # strict=False: tied heads, buffers and matrices of an adapter are not among the parameters.
-        backbone.load_state_dict(dict(trained), strict=False)
+        backbone = new_backbone(model, num_words, config.seed, dtype=None)
+        # strict=False: tied heads, buffers and matrices of an adapter are not among the parameters. assign=True: both sides may
+        # be memory-mapped.
+        backbone.load_state_dict(dict(trained), strict=False, assign=True)
+        backbone.model.tie_weights()
+        backbone.model.float()  # buffers
         save_backbone(backbone, directory)
     if adapter:
         save_adapter(adapter, config.seed, trained, directory)

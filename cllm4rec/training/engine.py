@@ -26,9 +26,10 @@ from cllm4rec.model.cllm4rec import TABLES
 from cllm4rec.model.packing import USER_TABLES
 from cllm4rec.training import zero3
 from cllm4rec.training.row_adam import BETAS, EPS, MOMENTS, RowAdam
+from cllm4rec.training.shares import Value, share_of, whole
 from cllm4rec.typing import IntArray
 
-Moments = dict[str, Tensor]
+Moments = dict[str, Value]
 """`<parameter>` → value, `<parameter>.exp_avg` and `<parameter>.exp_avg_sq` → Adam's moments, `step` → steps taken."""
 
 
@@ -63,7 +64,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def state(self) -> Moments:
-        """All trained parameters and the state of Adam, unpartitioned, on the CPU. Every worker must call it."""
+        """All trained parameters and the state of Adam, as `weights` gives them. Every worker must call it."""
 
     @abc.abstractmethod
     def load_moments(self, state: Moments, empty_inputs: tuple[Any, ...]) -> None:
@@ -85,8 +86,8 @@ class Engine(abc.ABC):
         self.sync_lazy_rows()
         yield None
 
-    def weights(self) -> dict[str, Tensor]:
-        """The trained parameters, unpartitioned, on the CPU. Every worker must call it."""
+    def weights(self) -> dict[str, Value]:
+        """The trained parameters, on the CPU: whole, or with ZeRO-3 this worker's shares. Every worker must call it."""
         return {name: weight.detach().cpu().clone() for name, weight in self.trained.items()}
 
     def sum(self, *numbers: float) -> list[float]:
@@ -197,11 +198,15 @@ class DeepSpeedEngine(Engine):
             if batch is not None:
                 yield hidden_SK
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Value]:
         if self.training.zero_stage == 0:
             return super().weights()
-        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
 
+        if self.training.zero_stage == 3:
+            return {
+                name: zero3.as_share(safe_get_local_fp32_param(weight), weight) for name, weight in self.trained.items()
+            }
         return {
             name: safe_get_full_fp32_param(weight).detach().cpu().clone().view(self._shapes[name])
             for name, weight in self.trained.items()
@@ -210,9 +215,17 @@ class DeepSpeedEngine(Engine):
     def state(self) -> Moments:
         if self.training.zero_stage == 0:
             return _adam_state(self.engine.optimizer, self.trained)
-        from deepspeed.utils import safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state, safe_get_local_optimizer_state
 
-        state: Moments = {"step": self._step_counters()[0].detach().cpu().clone(), **self.weights()}
+        step = self._step_counters()[0].detach().cpu().clone()
+        if self.training.zero_stage == 3:
+            divided: Moments = {"step": share_of(step, self.rank, self.num_workers), **self.weights()}
+            for name, weight in self.trained.items():
+                for moment in MOMENTS:
+                    local = safe_get_local_optimizer_state(weight, moment)
+                    divided[f"{name}.{moment}"] = zero3.as_share(local, weight)
+            return divided
+        state: Moments = {"step": step, **self.weights()}
         for name, weight in self.trained.items():
             for moment in MOMENTS:
                 full = safe_get_full_optimizer_state(weight, moment)
@@ -231,16 +244,16 @@ class DeepSpeedEngine(Engine):
             for moment in MOMENTS:
                 self._set_moment(weight, state[f"{name}.{moment}"], moment)
         for counter in self._step_counters():
-            counter.fill_(float(state["step"]))
+            counter.fill_(float(whole(state["step"])))
 
-    def _set_moment(self, weight: nn.Parameter, value: Tensor, moment: str) -> None:
+    def _set_moment(self, weight: nn.Parameter, value: Value, moment: str) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.training.zero_stage < 3:
-            safe_set_full_optimizer_state(weight, value.to(weight.device), moment)
+            safe_set_full_optimizer_state(weight, whole(value).to(weight.device), moment)
             return
         # DeepSpeed's own setter accepts only tensors that divide evenly.
-        safe_set_local_optimizer_state(weight, zero3.share_of(value, weight, self.rank), moment)
+        safe_set_local_optimizer_state(weight, zero3.padded_share(value, weight), moment)
 
     def _step_counters(self) -> list[Tensor]:
         counters = [adam["step"] for adam in self.engine.optimizer.optimizer.state.values() if "step" in adam]
@@ -320,7 +333,7 @@ class RowWiseEngine(Engine):
                 self._gather_rows(table)
         self._is_synced = True
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Value]:
         self.sync_lazy_rows()
         user_tables = {name: table.detach().cpu().clone() for name, table in self.tables.items()}
         return {**self.dense_engine.weights(), **user_tables}
@@ -336,8 +349,8 @@ class RowWiseEngine(Engine):
 
     def load_moments(self, state: Moments, empty_inputs: tuple[Any, ...]) -> None:
         self.dense_engine.load_moments(state, empty_inputs)
-        moments = {name: {moment: state[f"{name}.{moment}"] for moment in MOMENTS} for name in self.tables}
-        self.rows.load(moments, int(state["step"]))
+        moments = {name: {moment: whole(state[f"{name}.{moment}"]) for moment in MOMENTS} for name in self.tables}
+        self.rows.load(moments, int(whole(state["step"])))
 
     def _owned(self, users: IntArray) -> Tensor:
         """(I,) booleans: the rows of this worker. The first worker also owns the rows of users without documents."""
@@ -433,5 +446,5 @@ def _adam_state(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Paramete
 
 def _load_adam(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], state: Moments) -> None:
     for name, weight in trained.items():
-        moments = {moment: state[f"{name}.{moment}"].to(weight.device).clone() for moment in MOMENTS}
-        optimizer.state[weight] = {"step": state["step"].to(weight.device).clone(), **moments}
+        moments = {moment: whole(state[f"{name}.{moment}"]).to(weight.device).clone() for moment in MOMENTS}
+        optimizer.state[weight] = {"step": whole(state["step"]).to(weight.device).clone(), **moments}

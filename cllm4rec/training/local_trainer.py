@@ -25,6 +25,7 @@ from cllm4rec.storage import files
 from cllm4rec.training.checkpoints import Checkpoint, newest_valid, write_checkpoint
 from cllm4rec.training.job import METRICS, LogFile, TrainJob
 from cllm4rec.training.loop import Shard, train
+from cllm4rec.training.shares import whole
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def train_locally(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
     make_model = functools.partial(job.make_model, device)
     with show_training(run_dir):
         try:
-            return train(
+            weights = train(
                 make_model,
                 prompt_tokens.prompts,
                 job.phases,
@@ -66,6 +67,7 @@ def train_locally(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
                 save=save,
                 resumed=resumed,
             )
+            return {name: whole(value) for name, value in weights.items()}
         finally:
             log.close()
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cllm4rec.arrays.ids import TokenSpace
 from cllm4rec.config import Config
@@ -38,6 +37,7 @@ from cllm4rec.training.epochs import EpochBuilder
 from cllm4rec.training.estimate import seconds_per_epoch
 from cllm4rec.training.phases import Phase
 from cllm4rec.training.schedule import fixed
+from cllm4rec.training.shares import Value, whole
 from cllm4rec.typing import IntArray
 
 Log = Callable[[dict[str, Any]], None]
@@ -67,8 +67,8 @@ def train(
     log: Log,
     save: Callable[[Checkpoint], None] = lambda checkpoint: None,
     resumed: Checkpoint | None = None,
-) -> dict[str, Tensor]:
-    """Train all phases and return the weights of the best epoch of each, by parameter name.
+) -> dict[str, Value]:
+    """Train all phases and return the weights of the best epoch of each, by parameter name: with ZeRO-3 this worker's shares.
 
     make_model: returns the model before the first phase, on the device of the worker. Called once or twice per phase.
     log: receives one entry per step, per epoch, and per phase the expected time.
@@ -77,6 +77,10 @@ def train(
     Raises TrainingError at the first loss that is not finite.
     """
     checkpoint = resumed or Checkpoint(Progress(), {}, {})
+    if resumed:
+        # Ray may delete the files that hold divided tensors.
+        own = zero3.own_share if zero3.divides(config.training) else whole
+        checkpoint = dataclasses.replace(resumed, best={name: own(value) for name, value in resumed.best.items()})
     for number in range(checkpoint.progress.phase, len(phases)):
         if phases[number].epochs:
             run = PhaseRun(make_model, prompts, phases[number], shard, config, log)
@@ -279,7 +283,7 @@ def packer_for(
     return Packer(token_space, micro_batch_tokens, max_tokens)
 
 
-def load_parameters(model: CLLM4Rec, weights: Mapping[str, Tensor]) -> None:
+def load_parameters(model: CLLM4Rec, weights: Mapping[str, Value]) -> None:
     """Copy the weights into the parameters of the same names. Other entries, such as Adam's moments, are ignored."""
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -17,6 +17,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -40,9 +41,11 @@ from cllm4rec.metrics.protocol import Validation
 from cllm4rec.progress import FAILURES, show_training
 from cllm4rec.resources import RESTART_S, processes, wait_for_resources, watch_nodes
 from cllm4rec.storage import files
+from cllm4rec.storage.tensors import map_tensors
 from cllm4rec.training.checkpoints import Checkpoint, newest_valid, read_checkpoint, write_checkpoint
 from cllm4rec.training.job import METRICS, LogFile, TrainJob
 from cllm4rec.training.loop import Shard, train
+from cllm4rec.training.shares import Parts, Value, join_parts, whole
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +120,19 @@ def train_on_ray(job: TrainJob, run_dir: str) -> dict[str, Tensor]:
             ) from error
     _raise_recorded(directory)
     with result.checkpoint.as_directory() as folder:
-        return read_checkpoint(folder, job.fingerprint).best
+        return _whole_tensors(read_checkpoint(folder, job.fingerprint).best)
+
+
+def _whole_tensors(best: dict[str, Value]) -> dict[str, Tensor]:
+    """The trained tensors. Those that workers have divided are joined in a file and memory-mapped."""
+    divided = {name: value for name, value in best.items() if isinstance(value, Parts)}
+    tensors = {name: whole(value) for name, value in best.items() if name not in divided}
+    if divided:
+        with tempfile.TemporaryDirectory() as folder:
+            joined = Path(folder) / "joined.safetensors"
+            join_parts(divided, joined)
+            tensors |= map_tensors(str(joined))
+    return tensors
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -141,12 +156,14 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 
     def save(checkpoint: Checkpoint) -> None:
         checkpoint.progress.num_log_lines = log.flush()
-        # All workers report, because a report is a barrier. The first one provides the files, which Ray copies in the call.
+        # All workers report, because a report is a barrier. The first one, or with ZeRO-3 each, provides the files, which Ray
+        # copies in the call.
         with tempfile.TemporaryDirectory() as folder:
-            if is_first:
-                write_checkpoint(folder, checkpoint, job.fingerprint)
+            context = ray.train.get_context()
+            write_checkpoint(folder, checkpoint, job.fingerprint, context.get_world_rank(), context.get_world_size())
             metrics = {"phase": checkpoint.progress.phase, "epoch": checkpoint.progress.epoch}
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            provided = ray.train.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
+            ray.train.report(metrics, checkpoint=provided)
 
     try:
         verify_buckets(job.prepared_dir, context.get_world_rank(), context.get_world_size())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cllm4rec.config import TrainingConfig
 from cllm4rec.model.divided import is_divided
+from cllm4rec.training.shares import Share, Value, bounds, share_of, whole
 
 
 def divides(training: TrainingConfig) -> bool:
@@ -82,20 +83,31 @@ def local_values(weight: Tensor) -> Tensor:
     return values
 
 
-def share_of(whole: Tensor, weight: Any, rank: int) -> Tensor:
-    """The share of worker `rank` of a tensor in the shape of a divided parameter, padded with zeros, on its device."""
-    size = weight.ds_tensor.ds_numel
-    flat = whole.flatten()[rank * size : (rank + 1) * size].to(weight.ds_tensor.device)
-    return nn.functional.pad(flat, (0, size - len(flat)))
+def padded_share(value: Value, weight: Any) -> Tensor:
+    """The share of this worker of a tensor in the shape of a divided parameter, padded with zeros, on its device."""
+    flat = own_share(value).values.to(weight.ds_tensor.device)
+    return nn.functional.pad(flat, (0, weight.ds_tensor.ds_numel - len(flat)))
+
+
+def own_share(value: Value) -> Share:
+    """The share of this worker of a tensor."""
+    return share_of(value, dist.get_rank(), dist.get_world_size())
+
+
+def as_share(padded: Tensor, weight: nn.Parameter) -> Share:
+    """A copy, on the CPU, of what this worker holds of a tensor in the shape of a divided parameter."""
+    shape = whole_shape(weight)
+    begin, end = bounds(shape.numel(), dist.get_rank(), dist.get_world_size())
+    return Share(padded.detach().flatten()[: end - begin].cpu().clone(), shape)
 
 
 @torch.no_grad()
-def set_values(weight: nn.Parameter, whole: Tensor) -> None:
+def set_values(weight: nn.Parameter, value: Value) -> None:
     """Set a parameter to the values of a tensor in its shape: all of it, or this worker's share."""
     if is_divided(weight):
-        local_values(weight).copy_(share_of(whole, weight, dist.get_rank()))
+        local_values(weight).copy_(padded_share(value, weight))
     else:
-        weight.copy_(whole)
+        weight.copy_(whole(value))
 
 
 @contextlib.contextmanager

@@ -12,11 +12,12 @@ from support.families import REFUSED, WORKING, tiny_config
 from support.parity import MAX_TOKENS, all_kinds, parity
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from cllm4rec.config import ModelConfig
+from cllm4rec.config import ModelConfig, parse_config
 from cllm4rec.data.documents import TEXT_KINDS, Kind
 from cllm4rec.errors import ConfigError
 from cllm4rec.model import attention
 from cllm4rec.model.backbone import WordHead
+from cllm4rec.model.backbone_files import load_backbone, save_trained
 from cllm4rec.model.batch import batch_to_device
 from cllm4rec.model.cllm4rec import TABLES, CLLM4Rec
 from cllm4rec.model.family_check import FAMILIES, TOLERANCE, check_family, family_difference
@@ -73,11 +74,11 @@ def test_the_check_sees_a_plain_output_layer(family, monkeypatch):
     assert difference["hidden states"] < TOLERANCE
 
 
-def save_tiny(family: str, folder: Path) -> Path:
+def save_tiny(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     config = tiny_config(family)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     torch.manual_seed(0)
-    auto.from_config(config).save_pretrained(folder)
+    auto.from_config(config, dtype=dtype).save_pretrained(folder)
     return folder
 
 
@@ -267,3 +268,24 @@ def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradients(family, 
     assert loss_again == pytest.approx(loss, rel=1e-6)
     assert torch.allclose(gradient_again, gradient, atol=1e-5)
     assert few_kept < all_kept / 3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bart"])
+def test_trained_weights_of_a_stock_model_are_written_whole_and_in_float32(family, tmp_path):
+    """With tied words, untied ones, and a bias that is no parameter; the stock files are in bfloat16."""
+    folder = save_tiny(family, tmp_path / "stock", dtype=torch.bfloat16)
+    config = parse_config(
+        {
+            "output_dir": "unused",
+            "data": {"interactions": {"path": "unused"}, "max_text_tokens": 16},
+            "model": {"backbone": str(folder), "max_tokens": MAX_TOKENS},
+        }
+    )
+    expected = pretrained_backbone(str(folder), None, MAX_TOKENS)
+    trained = {name: torch.randn(weight.shape) for name, weight in expected.named_parameters()}
+    expected.load_state_dict(trained, strict=False)
+    save_trained(config, 128, trained, str(tmp_path / "trained"))
+    found = load_backbone(str(tmp_path / "trained"), MAX_TOKENS, dtype=None)
+    assert found.dtype == torch.float32
+    for name, values in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], values), name

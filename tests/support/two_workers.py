@@ -5,8 +5,11 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+from typing import Any
 
 import torch
+
+from cllm4rec.training.shares import Share, Value, whole
 
 
 def join_workers(rank: int, num_workers: int, port: int) -> None:
@@ -26,3 +29,13 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def joined(values: dict[str, Value]) -> dict[str, torch.Tensor]:
+    """Whole tensors from the shares of all workers. Every worker must call it."""
+    if not any(isinstance(value, Share) for value in values.values()):
+        return {name: whole(value) for name, value in values.items()}
+    workers: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(workers, values)
+    flat = {name: torch.cat([worker[name].values for worker in workers]) for name in values}
+    return {name: tensor.view(values[name].shape) for name, tensor in flat.items()}

@@ -6,13 +6,14 @@ import os
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.parity import MAX_TOKENS, NARROW, parity, phases, settings
-from support.two_workers import free_port, join_workers
+from support.two_workers import free_port, join_workers, joined
 
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.metrics.protocol import Validation
 from cllm4rec.training import loop
-from cllm4rec.training.checkpoints import Checkpoint
+from cllm4rec.training.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from cllm4rec.training.engine import make_engine
 from cllm4rec.training.loop import Shard
 from cllm4rec.training.phases import Phase
@@ -51,12 +52,16 @@ def shard_of(rank: int, num_workers: int) -> Shard:
     return Shard(sample.take(np.flatnonzero(is_own[sample.user])), Validation(histories.take(np.flatnonzero(is_own))))
 
 
-def train(rank=0, num_workers=1, phase=PHASE, resumed=None, micro_batch_rows=None, form=WHOLE, **changes):
-    """The weights of a run, its checkpoints after each epoch, and its log."""
+def train(rank=0, num_workers=1, phase=PHASE, resumed=None, micro_batch_rows=None, form=WHOLE, folder=None, **changes):
+    """The weights of a run, its checkpoints after each epoch, and its log. folder: where checkpoints are written, too."""
     saved, log = [], []
 
     def save(checkpoint: Checkpoint) -> None:
-        saved.append(dataclasses.replace(checkpoint, progress=dataclasses.replace(checkpoint.progress)))
+        tensors = {"state": joined(checkpoint.state), "best": joined(checkpoint.best)}
+        saved.append(dataclasses.replace(checkpoint, progress=dataclasses.replace(checkpoint.progress), **tensors))
+        if folder is not None:
+            (folder / str(len(saved))).mkdir(exist_ok=True)
+            write_checkpoint(folder / str(len(saved)), checkpoint, "this run", rank, num_workers)
 
     weights = loop.train(
         lambda: parity().make_model(**form),
@@ -70,7 +75,7 @@ def train(rank=0, num_workers=1, phase=PHASE, resumed=None, micro_batch_rows=Non
         if resumed is None
         else dataclasses.replace(resumed, progress=dataclasses.replace(resumed.progress)),
     )
-    return {"weights": weights, "saved": saved, "log": log}
+    return {"weights": joined(weights), "saved": saved, "log": log}
 
 
 def work(rank, port, folder):
@@ -82,7 +87,10 @@ def work(rank, port, folder):
         options = {"rank": rank, "num_workers": NUM_WORKERS, "engine": "deepspeed", "zero_stage": zero_stage}
         results[zero_stage, "clipped"] = train(**options, **CLIPPED, micro_batch_rows=24)
         results[zero_stage, "accumulated"] = train(**options, accumulation=2, micro_batch_rows=24)
-        whole = results[zero_stage, "whole"] = train(**options)
+        whole = results[zero_stage, "whole"] = train(**options, folder=folder / f"zero{zero_stage}")
+        torch.distributed.barrier()  # each worker writes its files
+        written = read_checkpoint(folder / f"zero{zero_stage}" / "1", "this run")
+        results[zero_stage, "from files"] = train(**options, resumed=written)
         results[zero_stage, "whole resumed"] = train(**options, resumed=whole["saved"][0])
         extended = results[zero_stage, "extended"] = train(**options, **EXTENDED)
         results[zero_stage, "extended resumed"] = train(**options, **EXTENDED, resumed=extended["saved"][0])
@@ -130,9 +138,13 @@ def plain():
 def workers(plain, tmp_path_factory):
     """The results of both workers, by ZeRO stage and variant."""
     folder = tmp_path_factory.mktemp("workers")
+    for zero_stage in ZERO_STAGES:
+        (folder / f"zero{zero_stage}").mkdir()
     torch.save(plain["whole"]["saved"][0], folder / "start.pt")
     torch.multiprocessing.spawn(work, (free_port(), folder), nprocs=NUM_WORKERS)
-    return [torch.load(folder / f"worker-{rank}.pt", weights_only=False) for rank in range(NUM_WORKERS)]
+    return [
+        torch.load(folder / f"worker-{rank}.pt", weights_only=False) | {"folder": folder} for rank in range(NUM_WORKERS)
+    ]
 
 
 def distance(left, right) -> float:
@@ -198,8 +210,19 @@ def test_row_wise_steps_on_two_workers_equal_dense_steps(workers, zero_stage):
 def test_a_checkpoint_resumes_with_another_engine_and_number_of_workers(plain, workers, zero_stage):
     from_torch = workers[0][zero_stage, "from torch"]
     assert distance(from_torch["weights"], plain["whole"]["weights"]) < 1e-5
-    to_torch = train(resumed=workers[0][zero_stage, "whole"]["saved"][0])
+    written = workers[0]["folder"] / f"zero{zero_stage}" / "1"
+    to_torch = train(resumed=read_checkpoint(written, "this run"))
     assert distance(to_torch["weights"], plain["whole"]["weights"]) < 1e-5
+    assert distance(workers[0][zero_stage, "from files"]["weights"], workers[0][zero_stage, "whole"]["weights"]) == 0
+
+
+def test_with_zero_3_no_file_of_a_checkpoint_holds_a_whole_tensor(workers):
+    files = sorted((workers[0]["folder"] / "zero3" / "1").glob("state-*-of-00002.safetensors"))
+    assert len(files) == NUM_WORKERS
+    whole = workers[0][3, "whole"]["saved"][0].state
+    for number, file in enumerate(files):
+        for name, share in load_file(file).items():
+            assert torch.equal(share, whole[name].flatten().chunk(NUM_WORKERS)[number]) or name == "step"
 
 
 def test_a_user_with_documents_on_two_workers_is_an_error(workers):

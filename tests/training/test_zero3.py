@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support.parity import MAX_TOKENS, parity, phases, settings
-from support.two_workers import free_port, join_workers
+from support.two_workers import free_port, join_workers, joined
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cllm4rec.data.documents import Kind
@@ -86,7 +86,7 @@ def work(rank: int, port: int, folder: Path) -> None:
         )
         with PeakMemory() as memory:
             weights = loop.train(make_model, parity().prompts, [phase], shard_of(rank), config, log=log.append)
-        results[zero_stage] = {"weights": weights, "peak": memory.peak, "log": log}
+        results[zero_stage] = {"weights": joined(weights), "peak": memory.peak, "log": log}
     torch.save(results, folder / f"worker-{rank}.pt")
     torch.distributed.destroy_process_group()
 

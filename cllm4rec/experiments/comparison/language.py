@@ -31,6 +31,7 @@ from cllm4rec.storage.files import digest_of, join, read_bytes
 from cllm4rec.training.local_trainer import single_process
 from cllm4rec.training.loop import Shard, train
 from cllm4rec.training.phases import backbone_phases
+from cllm4rec.training.shares import whole
 
 _TEXTS_AT_ONCE = 32
 
@@ -91,7 +92,7 @@ def run_backbone(config: Config) -> str:
     )
     directory = backbone_directory(config)
     with write_directory(directory, kind="backbone", inputs=inputs, config=config.model_dump(mode="json")) as draft:
-        trained = {name.removeprefix("backbone."): weight for name, weight in weights.items()}
+        trained = {name.removeprefix("backbone."): whole(weight) for name, weight in weights.items()}
         save_trained(config, prompt_tokens.num_words, trained, draft.uri)
         draft.counts["seconds"] = time.monotonic() - started
     return directory
