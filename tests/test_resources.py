@@ -17,7 +17,7 @@ from support.nights import config_of, expected, published
 from cllm4rec import resources
 from cllm4rec.config import ClusterConfig, parse_config
 from cllm4rec.errors import ResourceError
-from cllm4rec.resources import Autoscaler, NodeType, wait_for_resources
+from cllm4rec.resources import Autoscaler, NodeType, wait_for_resources, watch_nodes
 
 MINIMAL = {"output_dir": "runs/x", "data": {"interactions": {"path": "reviews.json"}}}
 BRIEF = ClusterConfig(start_timeout_s=0.01)
@@ -103,6 +103,23 @@ def test_what_no_autoscaler_can_give_is_refused_at_once(monkeypatch, bundles, re
     started = time.monotonic()
     assert refused(bundles, ClusterConfig()) == f"score {reason}; lower score.num_actors"
     assert time.monotonic() - started < 5
+
+
+def test_a_lost_node_its_replacement_and_what_is_missing_between_are_lines(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "cllm4rec")
+    first, second = {"CPU": 2.0}, {"CPU": 4.0}
+    cluster_of(monkeypatch, first, second)
+    with watch_nodes([{"CPU": 3.0}] * 2, "training"):
+        time.sleep(0.5)
+        cluster_of(monkeypatch, first)
+        wait_until(lambda: "waiting for a node" in caplog.text, 10)
+        cluster_of(monkeypatch, first, second)
+        wait_until(lambda: "joined" in caplog.text, 10)
+    assert [record.getMessage() for record in caplog.records] == [
+        "training: lost the node 10.0.0.1 with 4 CPUs",
+        "training needs 6 CPUs, but the cluster has 2 CPUs; waiting for a node",
+        "training: the node 10.0.0.1 joined with 4 CPUs",
+    ]
 
 
 def test_the_demand_of_processes_includes_cpus_for_reading(monkeypatch):
