@@ -26,6 +26,7 @@ from cllm4rec.scoring.recommender import MAX_K, Answer, Query, Recommendation
 
 MAX_HISTORY = 10_000
 MAX_TEXT_CHARS = 1000
+MAX_REQUESTS = 256
 
 # Blanks around an id are removed, as prepare does.
 Id = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_ID_CHARS)]
@@ -43,6 +44,13 @@ def _require_history_or_user(schema: dict[str, Any]) -> None:
         {"required": ["user_id"], "properties": {"user_id": {"type": "string"}}},
         {"required": ["history"], "properties": {"history": {"type": "array"}}},
     ]
+
+
+def _with_known_fields(model: type[BaseModel], body: Any) -> Any:
+    # Not left to extra="forbid", which reports every unknown field with its name.
+    if isinstance(body, dict) and any(name not in model.model_fields for name in body):
+        raise PydanticCustomError("unknown_field", f"unknown field; the fields are {', '.join(model.model_fields)}")
+    return body
 
 
 class RecommendRequest(BaseModel):
@@ -68,10 +76,7 @@ class RecommendRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def fields_are_known(cls, body: Any) -> Any:
-        # Not left to extra="forbid", which reports every unknown field with its name.
-        if isinstance(body, dict) and any(name not in cls.model_fields for name in body):
-            raise PydanticCustomError("unknown_field", f"unknown field; the fields are {', '.join(cls.model_fields)}")
-        return body
+        return _with_known_fields(cls, body)
 
     @field_validator("history")
     @classmethod
@@ -83,6 +88,19 @@ class RecommendRequest(BaseModel):
 
     def to_query(self) -> Query:
         return Query(self.user_id, self.history, self.exclude, self.k)
+
+
+class ManyRequest(BaseModel):
+    """Requests for many users. Validation stops at the first wrong one, so that a refusal stays small."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    requests: Annotated[list[RecommendRequest], Field(fail_fast=True, min_length=1, max_length=MAX_REQUESTS)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def fields_are_known(cls, body: Any) -> Any:
+        return _with_known_fields(cls, body)
 
 
 class RecommendedItem(BaseModel):
@@ -127,6 +145,10 @@ class RecommendResponse(BaseModel):
             cold_start=answer.cold_start,
             ignored_items=answer.ignored_items,
         )
+
+
+class ManyResponse(BaseModel):
+    answers: list[RecommendResponse] = Field(description="one for each request, in the same order")
 
 
 class Alive(BaseModel):

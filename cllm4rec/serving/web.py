@@ -2,6 +2,7 @@
 
 GET  /, /docs           a page to try the endpoint, which loads nothing from the internet
 POST /v1/recommend      RecommendRequest → RecommendResponse
+POST /v1/recommend/many ManyRequest → ManyResponse
 GET  /v1/items/{item_id}/similar    → SimilarResponse
 GET  /healthz           the process answers
 GET  /readyz            a model is loaded, and its version
@@ -10,6 +11,7 @@ GET  /openapi.json      the contract
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -35,6 +37,8 @@ from cllm4rec.serving.refusals import REFUSALS, refusal, refuse
 from cllm4rec.serving.schemas import (
     Alive,
     FieldProblems,
+    ManyRequest,
+    ManyResponse,
     Problem,
     Ready,
     RecommendedItem,
@@ -48,6 +52,9 @@ from cllm4rec.serving.timing import TellTime
 API_KEYS_VARIABLE = "CLLM4REC_API_KEYS"
 OPEN_PATHS = ("/healthz", "/readyz", "/", "/docs", "/openapi.json")
 """Routes without a key: health, the page, and the contract, which are the same for every run."""
+
+_AT_ONCE = 16
+"""Requests of one caller that wait for a batch at the same time, so that other callers find places."""
 
 Recommend = Callable[[RecommendRequest], Awaitable[RecommendResponse]]
 Similar = Callable[[SimilarRequest], Awaitable[SimilarResponse | None]]
@@ -104,6 +111,14 @@ def create_app(
     async def recommend_items(request: RecommendRequest) -> RecommendResponse:
         """The best items for a user, a history or both. Cold-start users get the popular items."""
         return await recommend(request)
+
+    @app.post("/v1/recommend/many", responses=_refusals(400, 401, 408, 413, 415, 422, 429, 500, 503))
+    async def recommend_many(request: ManyRequest) -> ManyResponse:
+        """The answers to up to 256 requests. Each is the one that its request would get alone."""
+        answers: list[RecommendResponse] = []
+        for begin in range(0, len(request.requests), _AT_ONCE):
+            answers += await asyncio.gather(*map(recommend, request.requests[begin : begin + _AT_ONCE]))
+        return ManyResponse(answers=answers)
 
     @app.get("/v1/items/{item_id:path}/similar", responses=_refusals(401, 404, 408, 413, 422, 429, 500, 503))
     async def similar_items(

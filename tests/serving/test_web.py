@@ -202,6 +202,33 @@ def test_probes_may_use_head(path):
     assert client().head(path).status_code == 200
 
 
+def ask_many(*requests: object) -> httpx.Response:
+    return client().post("/v1/recommend/many", json={"requests": requests})
+
+
+def test_many_requests_get_the_answers_that_each_gets_alone():
+    requests = [
+        {"user_id": f"user{row % 7}", "history": [f"item{row % 30:02d}"], "k": 1 + row % 9} for row in range(50)
+    ]
+    response = ask_many(*requests)
+    assert response.status_code == 200
+    assert response.json()["answers"] == [client().post("/v1/recommend", json=one).json() for one in requests]
+
+
+def test_wrong_one_of_many_requests_is_named_and_the_refusal_stays_small():
+    response = ask_many({"user_id": "u"}, *[{"user_id": "canary", "k": 0, "canary": 1}] * 200)
+    assert response.status_code == 422
+    assert [problem["loc"][:3] for problem in response.json()["detail"]] == [["body", "requests", 1]]
+    assert "canary" not in response.text
+    assert len(response.content) < 1000
+
+
+@pytest.mark.parametrize("count", [0, 257])
+def test_number_of_requests_at_once_is_bounded(count):
+    assert ask_many(*[{"user_id": "u"}] * count).status_code == 422
+    assert ask_many(*[{"user_id": "u"}] * 256).status_code == 200
+
+
 def test_similar_items_are_those_of_the_recommender():
     asked = client().get("/v1/items/item07/similar", params={"k": 3})
     assert asked.status_code == 200
