@@ -93,7 +93,8 @@ def training_memory(config: Config, sizes: Sizes, device: str) -> MemoryPlan:
         parts["DeepSpeed's copies of its share"] = (1 if stage == 1 else 2) * trained // workers
         parts["DeepSpeed's buffer of gradients"] = _FLOAT32 * bucket_elements(trained // _FLOAT32)
     if stage == 3:
-        parts["gathered layers"] = min(weights, 2 * weights // backbone.num_layers)
+        words = {id(table): table for table in (backbone.word_embeddings, backbone.word_head.table_NK)}
+        parts["gathered layers"] = min(weights, 2 * weights // backbone.num_layers + sum(map(_bytes, words.values())))
         parts["gathered ID tables"] = user_bytes + item_bytes
     if training.cpu_offload and stage > 0 and device == "cuda":
         # The host has them. Adam's state of user rows that are stepped one by one stays.
@@ -102,7 +103,7 @@ def training_memory(config: Config, sizes: Sizes, device: str) -> MemoryPlan:
         if stage == 3:
             parts["language model"] = parts["ID tables"] = 0
     if device == "cpu":
-        parts["best epoch and checkpoint"] = 2 * (user_bytes + item_bytes)
+        parts["best epoch and checkpoint"] = 2 * (user_bytes + item_bytes) // divided_by["weights"]
         parts["weights packed for validation"] = 0 if stage == 3 else _packed_bytes(backbone)
     return MemoryPlan({name: number for name, number in parts.items() if number})
 

@@ -222,7 +222,8 @@ def test_with_zero_3_no_file_of_a_checkpoint_holds_a_whole_tensor(workers):
     whole = workers[0][3, "whole"]["saved"][0].state
     for number, file in enumerate(files):
         for name, share in load_file(file).items():
-            assert torch.equal(share, whole[name].flatten().chunk(NUM_WORKERS)[number]) or name == "step"
+            if name != "step":  # one number, which the first worker has
+                assert torch.equal(share, whole[name].flatten().chunk(NUM_WORKERS)[number]), name
 
 
 def test_a_user_with_documents_on_two_workers_is_an_error(workers):

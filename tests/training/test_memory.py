@@ -62,6 +62,12 @@ def test_id_width_zero_and_checkpointing_take_what_they_promise(stock):
     assert shared["DeepSpeed's copies of its share"] * 4 == items
     many = training_memory(config_of(stock, training={"zero_stage": 1}), Sizes(1000, 10**7, 128), "cuda").parts
     assert many["DeepSpeed's buffer of gradients"] == 50_000_000 * FLOAT32
+    for device_part in ("best epoch and checkpoint", "ID tables"):
+        whole_on_cpu, divided_on_cpu = (
+            training_memory(config_of(stock, training={"zero_stage": stage}), SIZES, "cpu").parts[device_part]
+            for stage in (2, 3)
+        )
+        assert divided_on_cpu * 4 == whole_on_cpu
     on_host = training_memory(config_of(stock, training={"zero_stage": 3, "cpu_offload": True}), SIZES, "cuda").parts
     assert not on_host.keys() & {"language model", "ID tables", "Adam", "DeepSpeed's copies of its share"}
     assert on_host["gathered layers"] == divided["gathered layers"]
