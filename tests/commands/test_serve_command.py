@@ -158,7 +158,7 @@ def test_a_signal_stops_the_endpoint_which_then_ends_like_any_other_command(serv
     @contextlib.contextmanager
     def serving(config):
         threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
-        yield "http://there"
+        yield serve.Endpoint("http://there")
         stopped.append("in order")
 
     monkeypatch.setattr(serve, "serving", serving)
