@@ -35,7 +35,7 @@ def job(prepared_dir: str, name: str, **cluster: object) -> TrainJob:
     phase = Phase(
         "finetune", COLLABORATIVE, ("recommendations",), EPOCHS, 1e-2, validate="recommendation", patience=EPOCHS
     )
-    config = settings(engine="deepspeed", zero_stage=1)
+    config = settings(engine="deepspeed", zero_stage=3)  # each worker writes its own files of a checkpoint
     size = BackboneSize(layers=1, width=32, heads=2, vocab_size=NUM_WORDS)
     config = config.model_copy(
         update={
