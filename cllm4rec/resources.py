@@ -94,7 +94,8 @@ def wait_for_resources(bundles: Sequence[Bundle], cluster: ClusterConfig, who: s
             waited = time.monotonic() - began
             if waited > timeout_s:
                 raise ResourceError(f"{who} {_shortage(bundles)}; {remedy}")
-            if autoscaler is not None and autoscaler.refuses(group):
+            # What others use now becomes free, also where no node can be added.
+            if autoscaler is not None and _lacking(bundles) and autoscaler.refuses(group):
                 raise ResourceError(f"{who} {_shortage(bundles)}, and the autoscaler cannot add it; {remedy}")
             if time.monotonic() >= next_line:
                 source = "free resources" if autoscaler is None else "the autoscaler"
@@ -126,7 +127,10 @@ def _watch_nodes(bundles: Sequence[Bundle], who: str, done: threading.Event) -> 
 
     known, next_line = alive(), 0.0
     while not done.wait(_POLL_S):
-        now = alive()
+        try:
+            now = alive()
+        except ray.exceptions.RayError:  # the head does not answer for a moment
+            continue
         for name in known.keys() - now.keys():
             logger.warning(
                 "%s: lost the node %s with %s", who, _address(known[name]), _amounts(known[name]["Resources"])

@@ -42,6 +42,14 @@ def test_resources_that_others_use_are_not_free(monkeypatch):
     assert refused([{"CPU": 2.0}]) == "score needs 2 CPUs, but of 8 CPUs only 1 CPUs are free; lower score.num_actors"
 
 
+@pytest.mark.parametrize(("existing", "reason"), [(8.0, "only 1 CPUs are free"), (2.0, "the autoscaler cannot add it")])
+def test_an_autoscaler_that_cannot_add_nodes_ends_waiting_unless_others_give_theirs_back(monkeypatch, existing, reason):
+    cluster_of(monkeypatch, {"CPU": existing}, free={"CPU": 1.0})
+    monkeypatch.setattr(resources, "find_autoscaler", Autoscaler)
+    monkeypatch.setattr(Autoscaler, "refuses", lambda self, group: True)
+    assert reason in refused([{"CPU": 2.0}] * 3, ClusterConfig(start_timeout_s=0.5))
+
+
 def test_a_process_needs_its_resources_on_one_node(monkeypatch):
     cluster_of(monkeypatch, {"CPU": 2.0}, {"CPU": 2.0}, free={"CPU": 2.0})
     assert refused([{"CPU": 3.0}]).startswith("score needs 3 CPUs on one node, but no node of the cluster has that")
