@@ -137,14 +137,15 @@ def test_workers_read_whole_buckets_and_only_the_required_kinds(tmp_path, kinds)
 
 
 @pytest.mark.usefixtures("ray_local")
-def test_workers_without_a_bucket_file_have_nothing_and_training_goes_on(prepared_dir, tmp_path, monkeypatch, caplog):
-    """Three workers and two files: one worker has no documents and no users."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setattr("test_train_ray.EPOCHS", 1)
-    weights = train_on_ray(job(prepared_dir, "e", num_workers=3), str(tmp_path))
-    assert set(weights) == set(COLLABORATIVE)
-    assert num_epochs(tmp_path / METRICS) == 1
-    assert "1 of 3 training workers have nothing to do" in caplog.text
+def test_workers_without_a_bucket_file_read_nothing(prepared_dir):
+    """Three workers and two files."""
+    paths = {table: bucket_paths(prepared_dir, table) for table in ("documents", "histories")}
+    shards = WholeBuckets(paths, {Kind.INTERACTIONS}).configure(dict.fromkeys(paths), 3, None, None)
+    for table in paths:
+        num_rows = [
+            sum(map(len, shard[table].iter_batches(batch_size=None, batch_format="pyarrow"))) for shard in shards
+        ]
+        assert num_rows == [20, 20, 0]
 
 
 @pytest.mark.usefixtures("ray_local")
