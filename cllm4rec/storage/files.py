@@ -118,9 +118,10 @@ def read_json(uri: str) -> Any:
 
 
 def list_files(uri: str) -> list[str]:
-    """Paths of all files below a directory, relative to it, sorted."""
+    """Paths of all files below a directory, relative to it, sorted. Markers of empty folders on object stores are no files."""
     fs, root = filesystem(uri)
-    return sorted(str(path)[len(root.rstrip("/")) + 1 :] for path in fs.find(root))
+    names = (str(path)[len(root.rstrip("/")) + 1 :] for path in fs.find(root))
+    return sorted(name for name in names if name and not name.endswith("/"))
 
 
 def exists(uri: str) -> bool:

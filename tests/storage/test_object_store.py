@@ -76,6 +76,13 @@ def test_a_directory_is_complete_or_absent_and_a_damaged_file_is_named(bucket):
         files.read_tables([f"{uri}/histories/bucket-00000.parquet"])
 
 
+def test_markers_of_folders_which_arrow_writes_are_no_files(bucket):
+    storage, root = FileSystem.from_uri(f"{bucket}/marked")
+    storage.create_dir(f"{root}/folder")
+    files.write_json(f"{bucket}/marked/folder/file.json", {})
+    assert files.list_files(f"{bucket}/marked") == ["folder/file.json"]
+
+
 def test_one_run_at_a_time_writes_a_table(bucket):
     second = hold(f"{bucket}/run/dump", "the second run")
     with hold(f"{bucket}/run/dump", "the first run"), pytest.raises(ResourceError, match="the first run is at work"):
