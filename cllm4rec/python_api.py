@@ -8,6 +8,7 @@ The commands continue from there: `cllm4rec evaluate --config runs/mine/config.y
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -31,8 +32,8 @@ from cllm4rec.storage.artifacts import is_current
 from cllm4rec.storage.files import absolute, check_writable, join, write_bytes, write_table
 from cllm4rec.training.local_trainer import train_locally
 
-Frame: TypeAlias = pd.DataFrame | pa.Table
-"""A pandas DataFrame or an Arrow table."""
+Frame: TypeAlias = Any
+"""A pandas DataFrame, an Arrow table, or what exports Arrow (`__arrow_c_stream__`): frames of Polars, relations of DuckDB."""
 Columns = Mapping[str, Mapping[str, str | list[str]]]
 """Table → what a column means → its name, or several names for `text`."""
 
@@ -54,7 +55,8 @@ def prepare(
     """Prepare tables for training, in this process, and return the config of the run.
 
     interactions: one row per interaction with the columns `user` and `item` (strings or whole numbers) and, if you have
-        them, `rating`, `text` and `timestamp` (Unix seconds, dates or times). Without ratings, every row counts.
+        them, `rating`, `text` and `timestamp` (Unix seconds, dates or times; other units with the setting
+        data.interactions.time_unit). Without ratings, every row counts.
     items, users: the columns `item` (or `user`) and `text`.
     output_dir: a path or URI. The tables are kept below `raw/` as Parquet, the result is `prepared/`, and `config.yaml`
         is the config for the commands. A directory that is up to date is not prepared again.
@@ -140,7 +142,8 @@ def _config(output_dir: str, sources: Mapping[str, _Source], settings: Mapping[s
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
     """Set one setting by its dotted name. Raises ConfigError for what the arguments of `prepare` decide already."""
     *sections, last = names = str(key).split(".")
-    if names in (["output_dir"], ["data"]) or (sections[:1] == ["data"] and names[1] in ROLES):
+    is_of_table = sections[:1] == ["data"] and names[1] in ROLES
+    if names in (["output_dir"], ["data"]) or (is_of_table and last not in ("time_unit", "time_format")):
         raise ConfigError(
             f"settings may not hold {key!r}: output_dir and the tables are arguments of prepare; set single keys such as "
             "'data.core'"
@@ -154,19 +157,31 @@ def _set(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _arrow(role: str, frame: Any) -> pa.Table:
-    if isinstance(frame, pa.Table):
-        return frame
-    if not isinstance(frame, pd.DataFrame):
-        raise DataError(
-            f"{role} is of type {type(frame).__name__}; pass a pandas DataFrame or an Arrow table (pyarrow.Table)"
-        )
-    try:
-        return pa.Table.from_pandas(frame, preserve_index=False)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        reason = " ".join(map(str, error.args)).replace("\n", " ")
-        raise DataError(
-            f"{role} has a column with values of several types ({reason}); convert it, for example with astype(str)"
-        ) from None
+    if isinstance(frame, pd.DataFrame):
+        twice = frame.columns[frame.columns.duplicated()]
+        if len(twice):
+            raise DataError(f"{role} has the column {str(twice[0])!r} more than once; rename or remove all but one")
+        try:
+            return pa.Table.from_pandas(frame, preserve_index=False)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+            reason = " ".join(map(str, error.args)).replace("\n", " ")
+            raise DataError(
+                f"{role} has a column with values of several types ({reason}); convert it, for example with astype(str)"
+            ) from None
+    if hasattr(frame, "__arrow_c_stream__"):
+        return _without_views(pa.table(frame))
+    raise DataError(
+        f"{role} is of type {type(frame).__name__}; pass a pandas DataFrame, an Arrow table (pyarrow.Table) or another frame "
+        "that exports Arrow, such as one of Polars"
+    )
+
+
+def _without_views(table: pa.Table) -> pa.Table:
+    """Strings as Arrow has always had them, in place of the views that Polars exports."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_string_view(field.type):
+            table = table.set_column(place, field.name, table.column(place).cast(pa.large_string()))
+    return table
 
 
 def _columns_of(role: str, table: pa.Table, names: Mapping[str, str | list[str]]) -> dict[str, str | list[str]]:
@@ -175,6 +190,9 @@ def _columns_of(role: str, table: pa.Table, names: Mapping[str, str | list[str]]
     possible = MEANINGS if role == "interactions" else needed
     _check_names(role, names, possible)
     columns = {meaning: names.get(meaning, meaning) for meaning in possible}
+    for name in _flat({meaning: columns[meaning] for meaning in possible}):
+        if table.column_names.count(name) > 1:
+            raise DataError(f"{role} has the column {name!r} more than once; rename or remove all but one")
     for name in _flat({meaning: columns[meaning] for meaning in (*needed, *names)}):
         if name not in table.column_names:
             raise DataError(
@@ -204,11 +222,18 @@ def _flat(columns: Mapping[str, str | list[str]]) -> list[str]:
 
 
 def _ids(role: str, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column of ids, categories decoded. Raises DataError if it holds neither strings nor whole numbers."""
+    """A column of ids, categories decoded. Raises DataError if it holds neither strings nor whole numbers.
+
+    Whole numbers may be floats, which pandas makes of a column with gaps.
+    """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
+    if pa.types.is_floating(kind):
+        with contextlib.suppress(pa.ArrowInvalid):
+            column = column.cast(pa.int64())
+    named = (pa.types.is_string, pa.types.is_large_string, pa.types.is_integer, pa.types.is_binary, pa.types.is_decimal)
+    if not (any(is_kind(column.type) for is_kind in named) or kind == pa.uuid()):
         raise DataError(
             f"column {name!r} of {role} is of type {kind}; ids must be strings or whole numbers: convert it, for example "
             f"with astype(str) or astype('int64')"

@@ -130,6 +130,37 @@ def test_without_ratings_every_row_counts_and_whole_numbers_are_ids(tmp_path: Pa
     assert load_histories(config.run.prepared).train.lengths.tolist() == [3, 3, 3, 3]
 
 
+class Exported:
+    """What only exports Arrow, as frames of Polars and relations of DuckDB do, with string views."""
+
+    def __init__(self, table: pa.Table) -> None:
+        views = [
+            field.with_type(pa.string_view()) if pa.types.is_string(field.type) else field for field in table.schema
+        ]
+        self._table = table.cast(pa.schema(views))
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self._table.__arrow_c_stream__(requested_schema)
+
+
+def test_a_frame_of_another_library_gives_the_directory_that_files_give(
+    frames: Frames, digest: str, tmp_path: Path
+) -> None:
+    tables = (frames.interactions, frames.items, frames.users)
+    exported = [Exported(pa.Table.from_pandas(frame, preserve_index=False)) for frame in tables]
+    assert prepared_digest(*exported, output_dir=tmp_path) == digest
+
+
+def test_ids_that_became_floats_are_whole_numbers_again_and_times_have_a_unit(tmp_path: Path) -> None:
+    users, items = np.divmod(np.arange(20), 5)
+    frame = pd.DataFrame({"user": users.astype(float), "item": items, "timestamp": 1_600_000_000_000 + items})
+    settings = SETTINGS | {"data.interactions.time_unit": "ms"}
+    config = prepare(frame, output_dir=str(tmp_path), settings=settings)
+    assert Catalog.load(config.run.prepared).user_ids.tolist() == ["0", "1", "2", "3"]
+    assert read_manifest(config.run.prepared, "prepared").counts["times"] == {"without": 0, "late": 0, "early": 0}
+    assert load_config(tmp_path / "config.yaml").data.interactions.time_unit == "ms"
+
+
 GOOD = pd.DataFrame({"user": ["a", "b"], "item": ["x", "y"]})
 BY_BOOK = pd.DataFrame({"user": ["a"], "book": ["x"]})
 
@@ -141,7 +172,9 @@ BY_BOOK = pd.DataFrame({"user": ["a"], "book": ["x"]})
         (GOOD.iloc[:0], {}, "interactions has no rows"),
         (GOOD[["user"]].assign(item=[0.5, 1.5]), {}, "column 'item' of interactions is of type double; ids must be"),
         (GOOD.assign(user=["a", 1]), {}, "interactions has a column with values of several types"),
-        ([("a", "x")], {}, "interactions is of type list; pass a pandas DataFrame or an Arrow table"),
+        ([("a", "x")], {}, "interactions is of type list; pass a pandas DataFrame, an Arrow table"),
+        (GOOD.set_axis(["user", "user"], axis=1), {}, "interactions has the column 'user' more than once"),
+        (pa.table([["a"], ["b"], ["x"]], ["user", "user", "item"]), {}, "has the column 'user' more than once"),
         (GOOD, {"items": GOOD}, "items has no column 'text'; it has user, item"),
         (GOOD, {"columns": {"interactions": {"rating": "stars"}}}, "interactions has no column 'stars'"),
     ],
