@@ -5,15 +5,11 @@ import socket
 import subprocess
 import sys
 
+import fsspec
 import pyarrow as pa
 import pytest
-import torch
-
-pytest.importorskip("moto.server")
-pytest.importorskip("s3fs")
-
-import fsspec
 import ray.train
+import torch
 from deltalake import DeltaTable
 from pyarrow.fs import FileSystem
 from support.clusters import wait_until
