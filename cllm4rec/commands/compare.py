@@ -6,8 +6,8 @@
 Prepares one split per seed of `compare.seeds`, tunes each method on the validation split, and ranks the test split once.
 `compare.sweeps` adds runs of CLLM4Rec with one setting changed. Finished runs of a method and seed are kept in
 runs/compare/<seed>/<method> below output_dir and are skipped next time; `--force` repeats all of them. Runs are executed in
-parallel, with one CPU each. `--quick` uses two seeds, two settings, the main methods (or compare.methods), few epochs and no sweep, and writes to
-`<output_dir>/quick`. The first lines of each configuration file say how long it takes.
+parallel, with one CPU each. `--quick` uses two seeds, two settings, the main methods (or `compare.methods`), few epochs and no
+sweep, and writes to `<output_dir>/quick`. The first lines of each configuration file say how long it takes.
 """
 
 from __future__ import annotations
