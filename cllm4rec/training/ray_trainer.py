@@ -308,12 +308,16 @@ def _resume(job: TrainJob) -> tuple[Checkpoint | None, list[str]]:
 
 
 def beside(latest: Any) -> dict[str, contextlib.AbstractContextManager[str]]:
-    """The checkpoints in the folder of `latest`, on a disk or an object store, oldest first: name → its local copy."""
+    """`latest` and the checkpoints before it, on a disk or an object store, oldest first: name → its local copy.
+
+    A newer one is half-written: Ray names the latest checkpoint when all workers have reported it.
+    """
     storage = latest.filesystem
-    found = storage.get_file_info(FileSelector(str(latest.path).rpartition("/")[0]))
+    folder, _, newest = str(latest.path).rpartition("/")
+    found = storage.get_file_info(FileSelector(folder))
     # Ray keeps a file with a similar name beside them, `checkpoint_manager_snapshot.json`.
     paths = {entry.base_name: entry.path for entry in found if entry.type == FileType.Directory}
-    names = sorted(name for name in paths if name.startswith("checkpoint_"))
+    names = sorted(name for name in paths if name.startswith("checkpoint_") and name <= newest)
     return {name: ray.train.Checkpoint(paths[name], storage).as_directory() for name in names}
 
 

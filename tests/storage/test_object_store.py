@@ -107,6 +107,7 @@ def test_a_table_is_published_once_and_readers_see_its_last_version(bucket):
 
 def test_resumption_falls_back_to_the_checkpoint_before(bucket, tmp_path):
     storage, root = FileSystem.from_uri(f"{bucket}/run/finetune.run/run-1")
+    files.write_bytes(f"s3://{root}/checkpoint_000002/state.safetensors", b"a worker died while it wrote this")
     for number in range(2):
         folder = tmp_path / str(number)
         folder.mkdir()
