@@ -1,4 +1,4 @@
-"""docs/config.md from the schema.
+"""docs/config.md from the sections of the configuration.
 
 python -m cllm4rec.config.reference > docs/config.md
 
@@ -20,7 +20,7 @@ Schema = dict[str, Any]
 _OPENING = """\
 # Configuration
 
-<!-- Generated from cllm4rec/config/schema.py by `python -m cllm4rec.config.reference`. Do not edit. -->
+<!-- Generated from cllm4rec/config/ by `python -m cllm4rec.config.reference`. Do not edit. -->
 
 After this page you will know every setting, its range, its default and what it does.
 
