@@ -13,6 +13,7 @@ import httpx
 import pytest
 from support.clusters import cluster_of
 from support.directories import write_prepared, write_random_model
+from support.ports import free_port
 
 from cllm4rec.commands import serve
 from cllm4rec.config import parse_config
@@ -37,10 +38,12 @@ def served(tmp_path, monkeypatch):
     write_random_model(tmp_path, prepared_dir, seed=0)
     monkeypatch.setattr("ray.serve.status", lambda: SimpleNamespace(applications={}))
     monkeypatch.setattr("ray.serve.start", fails(AssertionError("started")))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return {**MINIMAL, "output_dir": str(tmp_path), "serve": {"port": port}, "cluster": {"start_timeout_s": 0.01}}
+    return {
+        **MINIMAL,
+        "output_dir": str(tmp_path),
+        "serve": {"port": free_port()},
+        "cluster": {"start_timeout_s": 0.01},
+    }
 
 
 def refused_endpoint(settings):

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,20 +17,13 @@ from pathlib import Path
 import pytest
 from deltalake import DeltaTable
 from ray.job_submission import JobStatus, JobSubmissionClient
+from support.ports import free_port, free_ports
 from support.runs import write_config
 
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-
-
-def free_ports(number: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def descendants(pid: int) -> list[int]:
@@ -87,7 +79,7 @@ def test_the_pipeline_runs_as_a_submitted_job(cluster: tuple[str, str], tmp_path
     address, folder = cluster
     client = connected(address)
     submit = ["job", "submit", "--address", address, "--no-wait", "--submission-id", "chain", "--working-dir", "."]
-    config = str(write_config(tmp_path, serve={"port": free_ports(1)[0]}))
+    config = str(write_config(tmp_path, serve={"port": free_port()}))
     command = ["--", "python", "-m", "jobs.pipeline", "--config", config, "pretrain.epochs=1"]
     subprocess.run([*RAY, *submit, *command], cwd=ROOT, check=True, capture_output=True, timeout=120)
     give_up = time.monotonic() + 400

@@ -334,8 +334,10 @@ import ray
 from ray.cluster_utils import Cluster
 from cllm4rec.config import load_config
 from cllm4rec.nightly import ray_job as batch
-from cllm4rec.nightly.ray_job import num_staged, score
+from cllm4rec.commands.cli import show_log
+from cllm4rec.nightly.ray_job import num_staged
 from cllm4rec.nightly.plan import plan_score
+from cllm4rec.pipeline import run_score
 
 class Slow(batch.ScoreUsers):
     def __call__(self, users):
@@ -358,7 +360,8 @@ def kill():
     os.kill(pid, signal.SIGKILL)
 
 threading.Thread(target=kill, daemon=True).start()
-report = score(planned)
+with show_log():
+    report = run_score(planned, force=False)
 print(json.dumps({"killed": killed, "users": report.users, "nodes": sum(node["Alive"] for node in ray.nodes())}))
 sys.stdout.flush()
 ray.shutdown()
@@ -388,4 +391,5 @@ def test_a_node_that_dies_in_mid_work_costs_nobody_their_list(folder):
     told = json.loads(next(line for line in ended.stdout.splitlines() if line.startswith("{")))
     assert 13 <= told["killed"][0] < NUM_USERS, "the kill did not land in the middle of the work"
     assert (told["users"], told["nodes"]) == (NUM_USERS, 2)
+    assert "score: lost the node" in ended.stdout
     assert published(config) == expected(config)

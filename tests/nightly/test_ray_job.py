@@ -131,57 +131,6 @@ batch.score(plan_score(load_config(sys.argv[2])))
 """
 
 
-LOSE_A_NODE = """
-import os, signal, sys, threading, time
-from ray.cluster_utils import Cluster
-from cllm4rec.commands.cli import show_log
-from cllm4rec.config import load_config
-from cllm4rec.nightly import ray_job as batch
-from cllm4rec.nightly.plan import plan_score
-from cllm4rec.pipeline import run_score
-import ray
-
-class Slow(batch.ScoreUsers):
-    def __call__(self, users):
-        time.sleep(0.5)
-        return super().__call__(users)
-
-batch.ScoreUsers = Slow
-os.environ |= {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2"}
-small = {"num_cpus": 2, "object_store_memory": 100_000_000}
-cluster = Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0, "include_dashboard": False})
-nodes = [cluster.add_node(**small) for _ in range(2)]
-ray.init(cluster.address, log_to_driver=False, logging_level="error")
-plan = plan_score(load_config(sys.argv[1]))
-
-def kill():
-    while batch.num_staged(plan) < 12:
-        time.sleep(0.02)
-    os.kill(nodes[-1].all_processes["raylet"][0].process.pid, signal.SIGKILL)
-    print("killed after", batch.num_staged(plan), flush=True)
-
-threading.Thread(target=kill, daemon=True).start()
-with show_log():
-    run_score(plan, force=False)
-ray.shutdown()
-cluster.shutdown()
-"""
-
-
-@pytest.mark.ray
-def test_a_node_was_lost_while_scoring_and_every_user_has_one_list(folder):
-    config = config_of(folder, "lost", num_actors=2)
-    (folder / "lost" / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
-    command = [sys.executable, "-c", LOSE_A_NODE, str(folder / "lost" / "run.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    killed_after = int(done.stdout.partition("killed after ")[2].split()[0])
-    assert 12 <= killed_after < NUM_USERS, "the kill did not land in the middle of the work"
-    assert "score: lost the node" in done.stdout
-    assert published(config) == expected(config)
-
-
 @pytest.mark.ray
 def test_a_run_whose_driver_was_killed_at_a_third_goes_on_and_publishes_every_user_once(ray_local, folder):
     config = config_of(folder, "killed")

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import pytest
 import yaml
 from support import load
 from support.directories import write_prepared, write_random_model
+from support.ports import free_port
 
 from cllm4rec.cluster import ENVIRONMENT
 from cllm4rec.scoring.recommender import Recommender
@@ -35,12 +35,6 @@ ROOT = Path(__file__).parents[2]
 SERVE = [sys.executable, "-m", "ray.serve.scripts"]
 KEY = "canary-key-5f2c"
 STRANGER = "canary-stranger-91d7"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def write_config(path: Path, port: int, user_config: dict[str, str], swap_to: str | None = None) -> Path:

@@ -13,6 +13,7 @@ import torch
 from deltalake import DeltaTable
 from pyarrow.fs import FileSystem
 from support.clusters import wait_until
+from support.ports import free_port
 
 from cllm4rec.errors import ArtifactError, ResourceError
 from cllm4rec.storage import files
@@ -26,26 +27,26 @@ from cllm4rec.training.ray_trainer import beside
 @pytest.fixture(scope="module")
 def bucket():
     """The URI of an empty bucket on a server in another process: delta-rs holds the GIL while it waits for an answer."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_until(lambda: is_listening(port), 60)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }.items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3").mkdir("shop")
-        yield "s3://shop"
-    server.kill()
-    server.wait()
+    try:
+        wait_until(lambda: is_listening(port), 60)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+                "AWS_ACCESS_KEY_ID": "testing",
+                "AWS_SECRET_ACCESS_KEY": "testing",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_ALLOW_HTTP": "true",
+                "AWS_EC2_METADATA_DISABLED": "true",
+            }.items():
+                patch.setenv(name, value)
+            fsspec.filesystem("s3").mkdir("shop")
+            yield "s3://shop"
+    finally:
+        server.kill()
+        server.wait()
 
 
 def is_listening(port):

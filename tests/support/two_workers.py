@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 from typing import Any
 
 import torch
@@ -23,12 +22,6 @@ def join_workers(rank: int, num_workers: int, port: int) -> None:
         world_size=num_workers,
         timeout=datetime.timedelta(seconds=60),
     )
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def joined(values: dict[str, Value]) -> dict[str, torch.Tensor]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.parity import MAX_TOKENS, NARROW, parity, phases, settings
-from support.two_workers import free_port, join_workers, joined
+from support.ports import free_port
+from support.two_workers import join_workers, joined
 
 from cllm4rec.data.documents import Documents, Kind
 from cllm4rec.metrics.protocol import Validation

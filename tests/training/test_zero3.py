@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from support.parity import MAX_TOKENS, parity, phases, settings
-from support.two_workers import free_port, join_workers, joined
+from support.ports import free_port
+from support.two_workers import join_workers, joined
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cllm4rec.data.documents import Kind
