@@ -157,7 +157,7 @@ def _key(problem: Any, raw: Any) -> str:
 
 def _sentence(key: str, problems: list[Any]) -> str:
     ours = [problem["msg"].removeprefix("Value error, ") for problem in problems if problem["type"] == "value_error"]
-    if ours:  # these name their keys, but for sections that occur in several places
+    if ours:  # a sentence names its key, except in a section that occurs in several places
         return "; ".join(sentence if key in sentence else f"{key}: {sentence}" for sentence in ours)
     if problems[0]["type"] == "missing":
         return f"{key} is missing"

@@ -210,7 +210,7 @@ def _head(layout: Layout) -> list[bytes]:
         with open_file(file, layout) as stream:
             lines = (line for _, line in numbered_lines(stream, CHUNK_BYTES) if isinstance(line, bytes))
             head = list(itertools.islice(lines, LOOK_AT_LINES))
-        # Of several files the first may be empty but for its header.
+        # Of several files the first may hold a header alone.
         if len(head) > (layout.has_header and len(layout.files) == 1):
             return head
     label, what = layout.file_labels[0], "a header and no rows" if head else "no rows"

@@ -36,7 +36,7 @@ FAR_TIME = "timestamp is outside of the years 1 to 9999 (see time_unit)"
 FIRST, LAST = -62_135_596_800, 253_402_300_799
 """The years 1 to 9999."""
 EARLIEST_YEAR = 1980
-"""Interactions before this year are implausible: nobody recorded them."""
+"""Earlier interactions are implausible."""
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 _ZONE = re.compile(r"\s*(UTC|GMT)$")

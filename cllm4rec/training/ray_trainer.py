@@ -159,7 +159,6 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         # All workers report, because a report is a barrier. The first one, or with ZeRO-3 each, provides the files, which Ray
         # copies in the call.
         with tempfile.TemporaryDirectory() as folder:
-            context = ray.train.get_context()
             write_checkpoint(folder, checkpoint, job.fingerprint, context.get_world_rank(), context.get_world_size())
             metrics = {"phase": checkpoint.progress.phase, "epoch": checkpoint.progress.epoch}
             provided = ray.train.Checkpoint.from_directory(folder) if any(Path(folder).iterdir()) else None
@@ -169,7 +168,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
         verify_buckets(job.prepared_dir, context.get_world_rank(), context.get_world_size())
         shard = _load_shard(job.config.cluster.shard_disk_gb)
         prompt_tokens, _ = load_token_space(job.prepared_dir)
-        job.check_memory(ray.train.torch.get_device(), ray.train.get_context().get_local_world_size())
+        job.check_memory(ray.train.torch.get_device(), context.get_local_world_size())
         ray.train.collective.barrier()  # no worker loads its model before all have seen what is free
         make_model = functools.partial(job.make_model, ray.train.torch.get_device())
         train(make_model, prompt_tokens.prompts, job.phases, shard, job.config, log=log, save=save, resumed=resumed)

@@ -40,20 +40,25 @@ def initial_tables(
 
 
 def init_items_from_texts(model: CLLM4Rec, parts: Iterable[Documents], seed: int) -> None:
-    """Set the item rows of both tables to `text_components`, scaled to a mean squared length of 1.
-
-    Items without a text keep their random rows. All items keep them if the texts do not distinguish items.
-    """
+    """Set the item rows of both tables to `rows_from_texts`. Other items keep their random rows."""
     count_JN = word_counts(parts, model.token_space.num_items, model.token_space.num_words)
-    has_text_J = np.diff(count_JN.indptr) > 0
-    rows_JK = text_components(count_JN, model.content_items.shape[1], seed)
-    length = np.sqrt(np.square(rows_JK[has_text_J]).sum(axis=1).mean()) if has_text_J.any() else 0.0
-    if length < _MIN_LENGTH:
-        return
-    has_text = torch.from_numpy(has_text_J)
+    items, rows = rows_from_texts(count_JN, model.content_items.shape[1], seed)
     with torch.no_grad():
         for table in (model.content_items, model.collaborative_items):
-            table[has_text] = torch.from_numpy(rows_JK[has_text_J] / length).to(table)
+            table[items] = rows.to(table)
+
+
+def rows_from_texts(count_JN: sparse.csr_array, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The items with texts, and a row for each: `text_components`, scaled to a mean squared length of 1.
+
+    No items if the texts do not distinguish them.
+    """
+    items = np.flatnonzero(np.diff(count_JN.indptr))
+    rows = text_components(count_JN, width, seed)[items]
+    length = np.sqrt(np.square(rows).sum(axis=1).mean()) if len(items) else 0.0
+    if length < _MIN_LENGTH:
+        items, rows, length = items[:0], rows[:0], 1.0
+    return torch.from_numpy(items), torch.from_numpy(rows / length)
 
 
 _MIN_LENGTH = 1e-6

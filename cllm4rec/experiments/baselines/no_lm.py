@@ -15,7 +15,7 @@ from cllm4rec.arrays.ragged import Ragged
 from cllm4rec.evaluation.baseline import TrainingData
 from cllm4rec.experiments.baselines.neural import Network, hold_out, multinomial_nll
 from cllm4rec.experiments.baselines.text import word_counts
-from cllm4rec.training.table_init import text_components
+from cllm4rec.training.table_init import rows_from_texts
 from cllm4rec.typing import IntArray
 
 _HELD_OUT = (0.1, 0.9)
@@ -28,18 +28,12 @@ class NoLM(Network):
     def __init__(
         self, training: TrainingData, width: int = 96, temperature: float = 1.0, init: str = "texts", std: float = 0.1
     ) -> None:
-        """init: texts for the principal components of the items' texts, at which CLLM4Rec starts, or noise."""
+        """init: texts for rows from the items' texts, at which CLLM4Rec starts, or noise. std: of rows that are noise."""
         super().__init__()
         rows_JD = torch.randn(training.num_items, width) * std
         if init == "texts":
-            counts_JW = word_counts(training.item_texts)
-            components_JD = (
-                text_components(counts_JW, width, training.seed) if counts_JW.nnz else np.zeros(rows_JD.shape)
-            )
-            length = float(np.sqrt(np.square(components_JD).sum(axis=1).mean()))
-            has_text = torch.from_numpy(np.abs(components_JD).sum(axis=1) > 0)
-            if length > 0:
-                rows_JD[has_text] = torch.from_numpy(components_JD[has_text.numpy()] / length).float()
+            items, rows = rows_from_texts(word_counts(training.item_texts), width, training.seed)
+            rows_JD[items] = rows.to(rows_JD)
         self.rows_JD = nn.Parameter(rows_JD)
         self.bias_D = nn.Parameter(torch.zeros(width))
         self.temperature = temperature

@@ -9,6 +9,7 @@ Shapes: I users, J items, W of them warm, C cold, D width of the rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from cllm4rec.experiments.baselines.neural import Neural
 from cllm4rec.experiments.baselines.no_lm import NoLM
 from cllm4rec.extension.text_kernels import Texts
 from cllm4rec.extension.text_regression import Reading, TextRegression, fit
-from cllm4rec.metrics.ranking import compute, rank_scores
+from cllm4rec.metrics.ranking import compute, depth, rank_scores
 from cllm4rec.typing import BoolArray, Float32Array, FloatArray, IntArray
 
 COLD_METRICS = ("recall@10", "recall@20")
@@ -39,7 +40,6 @@ class Split:
     cold: for each user, the cold items that the user has in any split, by item index.
     """
 
-    seed: int
     is_cold_J: BoolArray
     histories: Histories
     cold: Ragged
@@ -55,7 +55,17 @@ class Split:
             histories.user,
             *(remap_items(getattr(histories, name), warm_number) for name in ("train", "validation", "test")),
         )
-        return cls(seed, is_cold_J, warm, everything.where(is_cold_J[everything.values]))
+        return cls(is_cold_J, warm, everything.where(is_cold_J[everything.values]))
+
+    @functools.cached_property
+    def warm_items(self) -> IntArray:
+        """The items of `histories` by item index, (W,)."""
+        return np.flatnonzero(~self.is_cold_J)
+
+    @functools.cached_property
+    def cold_items(self) -> IntArray:
+        """The items without training by item index, (C,)."""
+        return np.flatnonzero(self.is_cold_J)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +81,8 @@ class Trained:
 
     @classmethod
     def of(cls, split: Split, catalog: Catalog, seed: int) -> Trained:
-        warm = np.flatnonzero(~split.is_cold_J)
-        texts = [catalog.item_texts[item] for item in warm.tolist()]
-        known = Catalog(catalog.user_ids, catalog.item_ids[warm], None, texts)  # type: ignore[arg-type]
+        texts = [catalog.item_texts[item] for item in split.warm_items.tolist()]
+        known = Catalog(catalog.user_ids.tolist(), catalog.item_ids[split.warm_items].tolist(), item_texts=texts)
         model = Neural(NoLM).fit(TrainingData.of(split.histories, known, seed=seed))
         network: NoLM = model.network  # type: ignore[assignment]
         queries_ID = network.queries(split.histories.train).detach().numpy()
@@ -81,17 +90,17 @@ class Trained:
 
     def regression(self, texts: Texts, readings: list[Reading]) -> TextRegression:
         """Fitted on the warm items with a text. texts: of all items."""
-        warm = np.flatnonzero(~self.split.is_cold_J)
+        warm = self.split.warm_items
         count_W = np.bincount(self.split.histories.train.values, minlength=len(warm))
         fitted = np.flatnonzero(np.array([bool(texts.texts[item]) for item in warm.tolist()]) & (count_W > 0))
         return fit(texts.take(warm[fitted]), np.asarray(self.rows_WD[fitted], np.float64), count_W[fitted], readings)
 
     def among_cold(self, rows_CD: Float32Array) -> dict[str, FloatArray]:
         """COLD_METRICS of each user, (I,); NaN for a user without a cold item or without a warm one."""
-        split, cold = self.split, np.flatnonzero(self.split.is_cold_J)
+        split = self.split
         users = np.flatnonzero((split.cold.lengths > 0) & (split.histories.train.lengths > 0))
         number = np.full(len(split.is_cold_J), -1)
-        number[cold] = np.arange(len(cold))
+        number[split.cold_items] = np.arange(len(split.cold_items))
         relevant = remap_items(split.cold.take(users), number)
         scores_BC: Float32Array = self.queries_ID[users] @ rows_CD.T
         return self._values(users, scores_BC, Ragged.empty(len(users)), relevant, COLD_METRICS)
@@ -108,7 +117,7 @@ class Trained:
     def _values(
         self, users: IntArray, scores_BN: Float32Array, masked: Ragged, relevant: Ragged, metrics: tuple[str, ...]
     ) -> dict[str, FloatArray]:
-        ranked_BK, _ = rank_scores(scores_BN, masked, max(int(name.partition("@")[2]) for name in metrics))
+        ranked_BK, _ = rank_scores(scores_BN, masked, depth(metrics))
         values = {}
         for name, value_B in compute(ranked_BK, relevant, metrics).items():
             values[name] = np.full(len(self.queries_ID), np.nan)

@@ -17,6 +17,9 @@ NAMES = {
     "random_lm": "random weights of its architecture",
     "random_lm_words": "random weights and words",
 }
+"""Reader → its name in the report, in the order of every table: the mean row of the trained items (no text), random states in the
+place of a model's, TF-IDF words, layers of the language model, both with the share that leave-one-out chooses, and the last two with
+random weights of the same architecture."""
 
 _READ_NOTHING = ("mean_row", "noise")
 

@@ -16,7 +16,7 @@ from cllm4rec.data.prepared import load_histories
 from cllm4rec.data.tokenizer import Encoder
 from cllm4rec.errors import ConfigError, DataError
 from cllm4rec.experiments.coldstart.protocol import ALL_METRICS, COLD_METRICS, Split, Trained
-from cllm4rec.experiments.coldstart.report import markdown
+from cllm4rec.experiments.coldstart.report import NAMES, markdown
 from cllm4rec.extension.text_kernels import Texts
 from cllm4rec.extension.text_reader import ShowCount, layers_of, read_texts
 from cllm4rec.extension.text_regression import Reading, readings
@@ -31,10 +31,8 @@ logger = logging.getLogger(__name__)
 
 KIND = "coldstart"
 NOISE_WIDTH = 64
-MODEL, REFERENCE = "lm_words", "words"
-ORDER = ("mean_row", "noise", "words", "lm", "lm_words", "random_lm", "random_lm_words")
-"""All readers: the mean row of the trained items (no text), random states in the place of a model's, TF-IDF words, layers of the
-language model, both with the share that leave-one-out chooses, and the last two with random weights of the same architecture."""
+REFERENCE = "words"
+"""The reader with which the others are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +51,20 @@ def coldstart(config: Config, show_count: ShowCount) -> Manifest:
         raise DataError("coldstart reads the items' own texts, and there are none; set data.items")
     histories = load_histories(config.run.prepared)
     readers = _readers(config, catalog, show_count)
-    values: dict[str, list[dict[str, FloatArray]]] = {name: [] for name in ORDER}
+    values: dict[str, list[dict[str, FloatArray]]] = {name: [] for name in NAMES}
     warm_only: list[dict[str, FloatArray]] = []
-    chosen: dict[str, list[str]] = {name: [] for name in ORDER}
+    chosen: dict[str, list[str]] = {name: [] for name in NAMES}
     for seed in config.coldstart.seeds:
         split = Split.of(histories, catalog, config.coldstart.fraction, seed)
         trained = Trained.of(split, catalog, config.seed)
         warm_only.append(trained.among_all(None))
-        for name in ORDER:
+        for name in NAMES:
             rows_CD, reading = _predicted(name, trained, readers)
             values[name].append(trained.among_cold(rows_CD) | _renamed(trained.among_all(rows_CD)))
             chosen[name].append(reading)
-        means = {name: float(np.nanmean(values[name][-1]["recall@10"])) for name in ORDER}
+        means = {name: float(np.nanmean(values[name][-1]["recall@10"])) for name in NAMES}
         logger.info(
-            f"split {seed}: {int(split.is_cold_J.sum())} cold items, recall@10 among them: "
+            f"split {seed}: {len(split.cold_items)} cold items, recall@10 among them: "
             + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
         )
     metrics = _metrics(config, values, warm_only, chosen)
@@ -102,7 +100,7 @@ def _readers(config: Config, catalog: Catalog, show_count: ShowCount) -> dict[st
 
 def _predicted(name: str, trained: Trained, readers: Mapping[str, Reader]) -> tuple[Float32Array, str]:
     """The rows of the cold items, and what was read."""
-    cold = np.flatnonzero(trained.split.is_cold_J)
+    cold = trained.split.cold_items
     if name == "mean_row":
         return np.repeat(trained.rows_WD.mean(axis=0, keepdims=True), len(cold), axis=0), "nothing"
     reader = readers[name]
